@@ -1,0 +1,49 @@
+# One line of help per target: `make help`.
+PYTHON ?= python3
+VENV ?= .venv
+ALGO ?= iql
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint format diff bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(DEV_READY): $(READY) requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+setup: $(READY)  ## make .venv with the pinned requirements
+
+run: $(READY)  ## the main job: DARE-IQL on hopper, minutes on a laptop
+	$(BIN)/python algorithms/dare_iql.py --config configs/iql/quick_start.yaml $(ARGS)
+
+test: $(DEV_READY)  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_READY)  ## ruff: lint, imports, format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(DEV_READY)  ## ruff: mend what it can
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+diff:  ## the method as a diff: make diff ALGO=iql
+	@git --no-pager diff --no-index --stat corl/$(ALGO).py algorithms/dare_$(ALGO).py || true
+	@git --no-pager diff --no-index corl/$(ALGO).py algorithms/dare_$(ALGO).py || true
+
+bench: $(READY)  ## updates per second: baseline against DARE, ratios of one run
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update_speed.py $(ARGS)
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

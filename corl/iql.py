@@ -1,0 +1,951 @@
+"""Implicit Q-Learning, offline then online (CORL's finetune IQL on today's stack).
+
+Paper: Kostrikov et al. 2021, https://arxiv.org/abs/2110.06169. Names, config fields, order of
+updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/iql.py` at commit
+6afec90; one update on the same weights and batch gives the same parameters.
+
+    python corl/iql.py --config configs/iql/hopper_medium.yaml
+
+What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
+- The cosine schedule of the actor's learning rate ends with the offline phase; online the rate
+  is constant. Upstream goes on stepping it, so it restarts at 0 online and climbs.
+- Evaluation episodes are seeded with `eval_seed`. Upstream overwrites it with `seed`.
+- A dataset that exactly fills the buffer can be fine-tuned. Upstream's write pointer is then
+  out of range.
+- Regret is computed from evaluation episodes. Upstream computes it from training episodes.
+Without a switch: `mixing_ratio` adds a second form with two buffers (offline rows first, then
+online rows; the default is upstream's single buffer); checkpoints also hold the target network;
+`train` returns tensors, so that an update never waits for the device.
+"""
+
+import copy
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Normal
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from corl_dare import datasets, envs, runs
+
+TensorBatch = List[torch.Tensor]
+
+ALGORITHM = "iql"
+EXP_ADV_MAX = 100.0
+LOG_STD_MIN = -20.0
+LOG_STD_MAX = 2.0
+ENVS_WITH_GOAL = ("antmaze", "pen", "door", "hammer", "relocate")
+OTHER_BLOCKS = ("dare",)  # of a shared config file, left out here
+QUICK_START = "configs/iql/quick_start.yaml"
+COLUMNS = [
+    "value_loss",
+    "q_loss",
+    "actor_loss",
+    "train_return",
+    "train_score",
+    "train_length",
+    "success_rate",
+    "regret",
+]
+CHECKPOINT_KEYS = (
+    "qf",
+    "q_optimizer",
+    "vf",
+    "v_optimizer",
+    "actor",
+    "actor_optimizer",
+    "actor_lr_schedule",
+    "total_it",
+)
+
+
+@dataclass
+class TrainConfig:
+    # Experiment
+    device: str = "auto"  # auto, cpu, cuda
+    env: str = "antmaze-umaze-v2"  # D4RL task name
+    seed: int = 0  # seeds networks, batches, exploration and the training environment
+    eval_seed: int = 0  # seeds the evaluation episodes
+    eval_freq: int = 50000  # updates between two evaluations
+    n_episodes: int = 100  # episodes per evaluation
+    offline_iterations: int = 1000000  # updates on the dataset alone
+    online_iterations: int = 1000000  # environment steps of fine-tuning
+    checkpoints_path: Optional[str] = None  # also write CORL's checkpoint_N.pt here
+    load_model: str = ""  # CORL checkpoint whose weights to start from
+    # IQL
+    actor_dropout: float = 0.0  # dropout in the actor's hidden layers
+    buffer_size: int = 2000000  # transitions per buffer
+    batch_size: int = 256  # transitions per update
+    discount: float = 0.99  # discount factor
+    tau: float = 0.005  # target network update rate
+    beta: float = 3.0  # inverse temperature of the advantage weights
+    iql_tau: float = 0.7  # expectile of the value loss
+    expl_noise: float = 0.03  # exploration noise of the deterministic policy
+    noise_clip: float = 0.5  # bound on that noise
+    iql_deterministic: bool = False  # deterministic instead of Gaussian policy
+    normalize: bool = True  # normalize states with the dataset's mean and std
+    normalize_reward: bool = False  # locomotion: returns span 1000; antmaze: reward - 1
+    vf_lr: float = 3e-4  # value function learning rate
+    qf_lr: float = 3e-4  # critic learning rate
+    actor_lr: float = 3e-4  # actor learning rate
+    # Ours
+    mixing_ratio: Optional[float] = (
+        None  # offline share of an online batch; none: one buffer
+    )
+    utd: int = 1  # updates per environment step online
+    compat: bool = False  # reproduce upstream's known faults (see the file header)
+    dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
+    dataset_path: Optional[str] = None  # dataset file (or minari id) to use
+    dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
+    env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
+    log_freq: int = 500  # updates between two rows of metrics.csv
+    threads: int = 1  # torch CPU threads; small networks gain nothing from more
+    runs_dir: str = "runs"  # where run folders are made
+    resume: Optional[str] = None  # run folder to go on with
+    wandb_mode: str = "disabled"  # disabled, offline, online
+    # Wandb
+    project: str = "CORL"  # wandb project
+    group: str = "IQL-D4RL"  # wandb group
+    name: str = "IQL"  # first part of the run folder's name
+
+    def __post_init__(self):
+        envs.task(self.env)
+        counts = (
+            "eval_freq",
+            "n_episodes",
+            "batch_size",
+            "buffer_size",
+            "utd",
+            "log_freq",
+        )
+        for field in counts:
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"{field} must be at least 1, not {getattr(self, field)}"
+                )
+        for field in ("offline_iterations", "online_iterations"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must not be negative")
+        if not 0.0 < self.iql_tau < 1.0:
+            raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
+        if self.mixing_ratio is not None:
+            if not 0.0 < self.mixing_ratio < 1.0:
+                raise ValueError(
+                    f"mixing_ratio must lie in (0, 1), not {self.mixing_ratio}; "
+                    "leave it out for a single buffer"
+                )
+            if not (self.batch_size * self.mixing_ratio).is_integer():
+                raise ValueError(
+                    f"batch_size {self.batch_size} cannot be split by mixing_ratio "
+                    f"{self.mixing_ratio}: both halves must be whole rows"
+                )
+
+
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    # Two products and a sum, as upstream: a fused lerp rounds differently.
+    for target_param, source_param in zip(
+        target.parameters(), source.parameters(), strict=True
+    ):
+        target_param.data.copy_((1 - tau) * target_param.data + tau * source_param.data)
+
+
+def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.ndarray]:
+    return states.mean(0), states.std(0) + eps
+
+
+def normalize_states(states: np.ndarray, mean: np.ndarray, std: np.ndarray):
+    return (states - mean) / std
+
+
+def wrap_env(
+    env: gym.Env,
+    state_mean: Union[np.ndarray, float] = 0.0,
+    state_std: Union[np.ndarray, float] = 1.0,
+    reward_scale: float = 1.0,
+) -> gym.Env:
+    env = gym.wrappers.TransformObservation(
+        env, lambda state: (state - state_mean) / state_std, env.observation_space
+    )
+    if reward_scale != 1.0:
+        env = gym.wrappers.TransformReward(env, lambda reward: reward_scale * reward)
+    return env
+
+
+class ReplayBuffer:
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        buffer_size: int,
+        device: str = "cpu",
+        compat: bool = False,
+    ):
+        self._buffer_size = buffer_size
+        self._pointer = 0
+        self._size = 0
+        self._loaded = 0  # rows of the dataset; they are not part of a checkpoint
+        self._compat = compat
+        self._device = device
+        # Zeros of the whole capacity: the operating system hands out pages on first write.
+        self._states = torch.zeros((buffer_size, state_dim), device=device)
+        self._actions = torch.zeros((buffer_size, action_dim), device=device)
+        self._rewards = torch.zeros((buffer_size, 1), device=device)
+        self._next_states = torch.zeros((buffer_size, state_dim), device=device)
+        self._dones = torch.zeros((buffer_size, 1), device=device)
+
+    def _storage(self) -> TensorBatch:
+        return [
+            self._states,
+            self._actions,
+            self._rewards,
+            self._next_states,
+            self._dones,
+        ]
+
+    def _to_tensor(self, data: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(data, dtype=torch.float32, device=self._device)
+
+    def load_d4rl_dataset(self, data: Dict[str, np.ndarray]) -> None:
+        if self._size != 0:
+            raise ValueError("a dataset can only be loaded into an empty buffer")
+        rows = len(data["observations"])
+        if rows > self._buffer_size:
+            raise ValueError(
+                f"buffer_size {self._buffer_size} is smaller than the dataset of {rows} "
+                f"rows; set buffer_size to at least {rows}"
+            )
+        self._states[:rows] = self._to_tensor(data["observations"])
+        self._actions[:rows] = self._to_tensor(data["actions"])
+        self._rewards[:rows] = self._to_tensor(data["rewards"][..., None])
+        self._next_states[:rows] = self._to_tensor(data["next_observations"])
+        self._dones[:rows] = self._to_tensor(data["terminals"][..., None])
+        self._size = self._loaded = rows
+        self._pointer = rows if self._compat else rows % self._buffer_size
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        # The legacy global generator on the host, as upstream: same seed, same batches.
+        return np.random.randint(0, self._size, size=batch_size)
+
+    def gather(self, indices: np.ndarray) -> TensorBatch:
+        rows = torch.from_numpy(indices).to(self._device)
+        return [field[rows] for field in self._storage()]
+
+    def sample(self, batch_size: int) -> TensorBatch:
+        return self.gather(self.draw(batch_size))
+
+    def add_transition(
+        self,
+        state: np.ndarray,
+        action: np.ndarray,
+        reward: float,
+        next_state: np.ndarray,
+        done: bool,
+    ) -> None:
+        for field, value in zip(
+            self._storage(), (state, action, reward, next_state, done), strict=True
+        ):
+            field[self._pointer] = self._to_tensor(value)
+        self._pointer = (self._pointer + 1) % self._buffer_size
+        self._size = min(self._size + 1, self._buffer_size)
+
+    def state_dict(self) -> Dict[str, Any]:
+        # Dataset rows come back from the dataset, unless the ring has overwritten some.
+        wrapped = self._size == self._buffer_size
+        first = 0 if wrapped else self._loaded
+        return {
+            "first": first,
+            "pointer": self._pointer,
+            "rows": [field[first : self._size].cpu() for field in self._storage()],
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        first, last = state["first"], state["first"] + len(state["rows"][0])
+        if last > self._buffer_size:
+            raise ValueError(
+                f"the checkpoint's buffer holds {last} rows, buffer_size is "
+                f"{self._buffer_size}; use the run's own config"
+            )
+        for field, rows in zip(self._storage(), state["rows"], strict=True):
+            field[first:last] = rows.to(self._device)
+        self._pointer, self._size = state["pointer"], max(last, self._loaded)
+
+
+class MixedBuffer:
+    """Batches of two sources: offline rows first, then online rows."""
+
+    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, mixing_ratio: float):
+        self.offline, self.online, self.mixing_ratio = offline, online, mixing_ratio
+
+    def sample(self, batch_size: int) -> TensorBatch:
+        n_offline = int(batch_size * self.mixing_ratio)
+        offline = self.offline.sample(n_offline)
+        online = self.online.sample(batch_size - n_offline)
+        return [torch.cat(rows) for rows in zip(offline, online, strict=True)]
+
+
+def set_env_seed(env: Optional[gym.Env], seed: int) -> None:
+    env.reset(seed=seed)
+    env.action_space.seed(seed)
+
+
+def set_seed(
+    seed: int, env: Optional[gym.Env] = None, deterministic_torch: bool = False
+) -> None:
+    if env is not None:
+        set_env_seed(env, seed)
+    os.environ["PYTHONHASHSEED"] = str(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic_torch)
+
+
+def is_goal_reached(reward: float, info: Dict) -> bool:
+    if "goal_achieved" in info:
+        return bool(info["goal_achieved"])
+    return reward > 0
+
+
+@torch.no_grad()
+def eval_actor(
+    env: gym.Env, actor: nn.Module, device: str, n_episodes: int, seed: int
+) -> Tuple[np.ndarray, float]:
+    """Raw returns (n_episodes,) of the deterministic policy, and the share of successes."""
+    actor.eval()
+    returns, successes = [], []
+    for episode in range(n_episodes):
+        state, _ = env.reset(seed=seed if episode == 0 else None)
+        total, success, done = 0.0, False, False
+        while not done:
+            state, reward, terminated, truncated, info = env.step(
+                actor.act(state, device)
+            )
+            done = terminated or truncated
+            total += float(reward)
+            success = success or is_goal_reached(reward, info)
+        returns.append(total)
+        successes.append(float(success))
+    actor.train()
+    return np.asarray(returns), float(np.mean(successes))
+
+
+def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, float]:
+    """Smallest and largest return of the dataset's finished episodes.
+
+    An episode ends at a terminal or after `max_episode_steps` rows, which is upstream's rule;
+    D4RL drops the time-out rows, so long episodes drift against each other.
+    """
+    returns, total, length = [], 0.0, 0
+    for reward, done in zip(
+        dataset["rewards"].tolist(), dataset["terminals"].tolist(), strict=True
+    ):
+        total, length = total + reward, length + 1
+        if done or length == max_episode_steps:
+            returns.append(total)
+            total, length = 0.0, 0
+    if not returns:
+        raise ValueError(
+            "the dataset holds no finished episode, so its return range is unknown"
+        )
+    return min(returns), max(returns)
+
+
+def modify_reward(dataset: Dict, env_name: str, max_episode_steps: int = 1000) -> Dict:
+    """Scale or shift `dataset["rewards"]` in place; returns what online rewards need."""
+    if any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d")):
+        min_ret, max_ret = return_reward_range(dataset, max_episode_steps)
+        dataset["rewards"] /= max_ret - min_ret
+        dataset["rewards"] *= max_episode_steps
+        return {
+            "max_ret": max_ret,
+            "min_ret": min_ret,
+            "max_episode_steps": max_episode_steps,
+        }
+    if "antmaze" in env_name:
+        dataset["rewards"] -= 1.0
+    return {}
+
+
+def modify_reward_online(reward: float, env_name: str, **kwargs) -> float:
+    if any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d")):
+        reward /= kwargs["max_ret"] - kwargs["min_ret"]
+        reward *= kwargs["max_episode_steps"]
+    elif "antmaze" in env_name:
+        reward -= 1.0
+    return reward
+
+
+def asymmetric_l2_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
+    return torch.mean(torch.abs(tau - (u < 0).float()) * u**2)
+
+
+class Squeeze(nn.Module):
+    def __init__(self, dim=-1):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze(dim=self.dim)
+
+
+class MLP(nn.Module):
+    def __init__(
+        self,
+        dims: List[int],
+        activation_fn=nn.ReLU,
+        output_activation_fn=None,
+        squeeze_output: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if len(dims) < 2:
+            raise ValueError(f"an MLP needs at least an input and an output, not {dims}")
+        if squeeze_output and dims[-1] != 1:
+            raise ValueError(
+                f"only an output of width 1 can be squeezed, not {dims[-1]}"
+            )
+        layers: List[nn.Module] = []
+        for n_in, n_out in zip(dims[:-2], dims[1:-1], strict=True):
+            layers += [nn.Linear(n_in, n_out), activation_fn()]
+            if dropout > 0.0:
+                layers.append(nn.Dropout(dropout))
+        layers.append(nn.Linear(dims[-2], dims[-1]))
+        if output_activation_fn is not None:
+            layers.append(output_activation_fn())
+        if squeeze_output:
+            layers.append(Squeeze(-1))
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class GaussianPolicy(nn.Module):
+    """Normal(tanh(mean(s)), std), std independent of the state; samples are not squashed."""
+
+    def __init__(
+        self,
+        state_dim: int,
+        act_dim: int,
+        max_action: float,
+        hidden_dim: int = 256,
+        n_hidden: int = 2,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.net = MLP(
+            [state_dim, *([hidden_dim] * n_hidden), act_dim],
+            output_activation_fn=nn.Tanh,
+            dropout=dropout,
+        )
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        self.max_action = max_action
+
+    def forward(self, obs: torch.Tensor) -> Normal:
+        mean = self.net(obs)
+        std = torch.exp(self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))
+        # Argument checks read tensors on the host; they change no number.
+        return Normal(mean, std, validate_args=False)
+
+    @torch.no_grad()
+    def act(self, state: np.ndarray, device: str = "cpu"):
+        obs = torch.tensor(state.reshape(1, -1), device=device, dtype=torch.float32)
+        dist = self(obs)
+        action = dist.sample() if self.training else dist.mean
+        action = torch.clamp(self.max_action * action, -self.max_action, self.max_action)
+        return action.cpu().numpy().flatten()
+
+
+class DeterministicPolicy(nn.Module):
+    def __init__(
+        self,
+        state_dim: int,
+        act_dim: int,
+        max_action: float,
+        hidden_dim: int = 256,
+        n_hidden: int = 2,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.net = MLP(
+            [state_dim, *([hidden_dim] * n_hidden), act_dim],
+            output_activation_fn=nn.Tanh,
+            dropout=dropout,
+        )
+        self.max_action = max_action
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(obs)
+
+    @torch.no_grad()
+    def act(self, state: np.ndarray, device: str = "cpu"):
+        obs = torch.tensor(state.reshape(1, -1), device=device, dtype=torch.float32)
+        action = torch.clamp(
+            self.max_action * self(obs), -self.max_action, self.max_action
+        )
+        return action.cpu().numpy().flatten()
+
+
+class TwinQ(nn.Module):
+    def __init__(
+        self, state_dim: int, action_dim: int, hidden_dim: int = 256, n_hidden: int = 2
+    ):
+        super().__init__()
+        dims = [state_dim + action_dim, *([hidden_dim] * n_hidden), 1]
+        self.q1 = MLP(dims, squeeze_output=True)
+        self.q2 = MLP(dims, squeeze_output=True)
+
+    def both(
+        self, state: torch.Tensor, action: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        sa = torch.cat([state, action], -1)
+        return self.q1(sa), self.q2(sa)
+
+    def forward(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return torch.min(*self.both(state, action))
+
+
+class ValueFunction(nn.Module):
+    def __init__(self, state_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
+        super().__init__()
+        self.v = MLP([state_dim, *([hidden_dim] * n_hidden), 1], squeeze_output=True)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.v(state)
+
+
+class ImplicitQLearning:
+    def __init__(
+        self,
+        max_action: float,
+        actor: nn.Module,
+        actor_optimizer: torch.optim.Optimizer,
+        q_network: nn.Module,
+        q_optimizer: torch.optim.Optimizer,
+        v_network: nn.Module,
+        v_optimizer: torch.optim.Optimizer,
+        iql_tau: float = 0.7,
+        beta: float = 3.0,
+        max_steps: int = 1000000,
+        discount: float = 0.99,
+        tau: float = 0.005,
+        device: str = "cpu",
+    ):
+        self.max_action = max_action
+        self.qf = q_network
+        self.q_target = copy.deepcopy(self.qf).requires_grad_(False).to(device)
+        self.vf = v_network
+        self.actor = actor
+        self.v_optimizer = v_optimizer
+        self.q_optimizer = q_optimizer
+        self.actor_optimizer = actor_optimizer
+        self.actor_lr_schedule = CosineAnnealingLR(actor_optimizer, max(1, max_steps))
+        self.iql_tau = iql_tau
+        self.beta = beta
+        self.discount = discount
+        self.tau = tau
+        self.total_it = 0
+        self.device = device
+        self.anneal = True  # step the actor's schedule; see `start_online`
+
+    def start_online(self) -> None:
+        """End the cosine schedule: online the actor learns at its initial rate."""
+        self.anneal = False
+        for group in self.actor_optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+
+    def _update_v(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        log_dict: Dict,
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            target_q = self.q_target(observations, actions)
+        v = self.vf(observations)
+        adv = target_q - v
+        residual, expectile = adv, self.iql_tau
+        v_loss = asymmetric_l2_loss(residual, expectile)
+        log_dict["value_loss"] = v_loss.detach()
+        self.v_optimizer.zero_grad()
+        v_loss.backward()
+        self.v_optimizer.step()
+        return adv
+
+    def _update_q(
+        self,
+        next_v: torch.Tensor,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        terminals: torch.Tensor,
+        log_dict: Dict,
+    ) -> None:
+        targets = rewards + (1.0 - terminals) * self.discount * next_v.detach()
+        qs = self.qf.both(observations, actions)
+        q_loss = sum(F.mse_loss(q, targets) for q in qs) / len(qs)
+        log_dict["q_loss"] = q_loss.detach()
+        self.q_optimizer.zero_grad()
+        q_loss.backward()
+        self.q_optimizer.step()
+        soft_update(self.q_target, self.qf, self.tau)
+
+    def _update_policy(
+        self,
+        adv: torch.Tensor,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        log_dict: Dict,
+    ) -> None:
+        exp_adv = torch.exp(self.beta * adv.detach()).clamp(max=EXP_ADV_MAX)
+        policy_out = self.actor(observations)
+        if isinstance(policy_out, Normal):
+            bc_losses = -policy_out.log_prob(actions).sum(-1, keepdim=False)  # (B,)
+        else:
+            bc_losses = torch.sum((policy_out - actions) ** 2, dim=1)  # (B,)
+        policy_losses = exp_adv * bc_losses  # (B,)
+        policy_loss = torch.mean(policy_losses)
+        log_dict["actor_loss"] = policy_loss.detach()
+        self.actor_optimizer.zero_grad()
+        policy_loss.backward()
+        self.actor_optimizer.step()
+        if self.anneal:
+            self.actor_lr_schedule.step()
+
+    def train(
+        self,
+        batch: TensorBatch,
+    ) -> Dict[str, torch.Tensor]:
+        self.total_it += 1
+        observations, actions, rewards, next_observations, dones = batch
+        log_dict: Dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            next_v = self.vf(next_observations)
+        adv = self._update_v(
+            observations,
+            actions,
+            log_dict,
+        )
+        rewards, dones = rewards.squeeze(-1), dones.squeeze(-1)
+        self._update_q(next_v, observations, actions, rewards, dones, log_dict)
+        self._update_policy(
+            adv,
+            observations,
+            actions,
+            log_dict,
+        )
+        return log_dict
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            "qf": self.qf.state_dict(),
+            "q_optimizer": self.q_optimizer.state_dict(),
+            "vf": self.vf.state_dict(),
+            "v_optimizer": self.v_optimizer.state_dict(),
+            "actor": self.actor.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "actor_lr_schedule": self.actor_lr_schedule.state_dict(),
+            "total_it": self.total_it,
+            "q_target": self.q_target.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        self.qf.load_state_dict(state_dict["qf"])
+        self.q_optimizer.load_state_dict(state_dict["q_optimizer"])
+        # Upstream's checkpoints have no target network; it restarts as a copy.
+        self.q_target.load_state_dict(state_dict.get("q_target", state_dict["qf"]))
+        self.vf.load_state_dict(state_dict["vf"])
+        self.v_optimizer.load_state_dict(state_dict["v_optimizer"])
+        self.actor.load_state_dict(state_dict["actor"])
+        self.actor_optimizer.load_state_dict(state_dict["actor_optimizer"])
+        self.actor_lr_schedule.load_state_dict(state_dict["actor_lr_schedule"])
+        self.total_it = state_dict["total_it"]
+
+
+def make_trainer(
+    config: TrainConfig, state_dim: int, action_dim: int, max_action: float, device: str
+) -> ImplicitQLearning:
+    # The order of construction is the order of upstream's random draws.
+    q_network = TwinQ(state_dim, action_dim).to(device)
+    v_network = ValueFunction(state_dim).to(device)
+    policy = DeterministicPolicy if config.iql_deterministic else GaussianPolicy
+    actor = policy(state_dim, action_dim, max_action, dropout=config.actor_dropout).to(
+        device
+    )
+    return ImplicitQLearning(
+        max_action=max_action,
+        actor=actor,
+        actor_optimizer=torch.optim.Adam(actor.parameters(), lr=config.actor_lr),
+        q_network=q_network,
+        q_optimizer=torch.optim.Adam(q_network.parameters(), lr=config.qf_lr),
+        v_network=v_network,
+        v_optimizer=torch.optim.Adam(v_network.parameters(), lr=config.vf_lr),
+        iql_tau=config.iql_tau,
+        beta=config.beta,
+        max_steps=config.offline_iterations,
+        discount=config.discount,
+        tau=config.tau,
+        device=device,
+    )
+
+
+class OnlineCollector:
+    """Acts with the exploring policy, one environment step a call, into a replay buffer."""
+
+    def __init__(
+        self,
+        env: gym.Env,
+        buffer: ReplayBuffer,
+        config: TrainConfig,
+        reward_args: Dict,
+        device: str,
+    ):
+        self.env, self.buffer, self.config = env, buffer, config
+        self.reward_args, self.device = reward_args, device
+        self.horizon = envs.task(config.env).horizon
+        self.max_action = float(env.action_space.high[0])
+        self.state, _ = env.reset()
+        self.episode_step, self.episode_return, self.success = 0, 0.0, False
+        self.successes: List[float] = []  # of the finished episodes
+        self.episode: Dict[str, float] = {}  # numbers of the last finished episode
+
+    def explore(self, actor: nn.Module) -> np.ndarray:
+        action = actor.act(self.state, self.device)
+        if self.config.iql_deterministic:
+            noise = torch.randn(action.shape) * self.config.expl_noise
+            noise = noise.clamp(-self.config.noise_clip, self.config.noise_clip)
+            action = np.clip(
+                action + self.max_action * noise.numpy(),
+                -self.max_action,
+                self.max_action,
+            )
+        return action
+
+    def step(self, actor: nn.Module) -> None:
+        action = self.explore(actor)
+        next_state, reward, terminated, truncated, info = self.env.step(action)
+        self.episode_step += 1
+        self.episode_return += float(reward)
+        self.success = self.success or is_goal_reached(reward, info)
+        # A time-out is not an end: the value of the next state still counts.
+        real_done = bool(terminated) and self.episode_step < self.horizon
+        if self.config.normalize_reward:
+            reward = modify_reward_online(reward, self.config.env, **self.reward_args)
+        self.buffer.add_transition(self.state, action, reward, next_state, real_done)
+        self.state = next_state
+        if not (terminated or truncated):
+            return
+        self.successes.append(float(self.success))
+        self.episode = {
+            "train_return": self.episode_return,
+            "train_score": float(
+                envs.normalized_score(self.config.env, self.episode_return)
+            ),
+            "train_length": float(self.episode_step),
+        }
+        self.state, _ = self.env.reset()
+        self.episode_step, self.episode_return, self.success = 0, 0.0, False
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            "env": runs.pack(envs.get_state(self.env)),
+            "state": runs.pack(self.state),
+            "unfinished": [self.episode_step, self.episode_return, self.success],
+            "successes": self.successes,
+            "episode": self.episode,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        envs.set_state(self.env, runs.unpack(state["env"]))
+        self.state = runs.unpack(state["state"])
+        self.episode_step, self.episode_return, self.success = state["unfinished"]
+        self.successes, self.episode = list(state["successes"]), dict(state["episode"])
+
+
+def update(trainer: ImplicitQLearning, source: Any, config: TrainConfig) -> Dict:
+    """One gradient step on a fresh batch of the source."""
+    batch = source.sample(config.batch_size)
+    return trainer.train(batch)
+
+
+class Evaluator:
+    """Evaluates the deterministic policy; for goal tasks also success rate and regret."""
+
+    def __init__(
+        self,
+        env: gym.Env,
+        config: TrainConfig,
+        device: str,
+        collector: OnlineCollector,
+    ):
+        self.env, self.config, self.device = env, config, device
+        self.collector = collector
+        self.successes: List[float] = []  # success rate of every online evaluation
+
+    def evaluate(
+        self, run: runs.Run, actor: nn.Module, step: int, phase: str
+    ) -> Dict[str, float]:
+        config = self.config
+        seed = config.seed if config.compat else config.eval_seed
+        returns, success = eval_actor(
+            self.env, actor, self.device, config.n_episodes, seed
+        )
+        scores = envs.normalized_score(config.env, returns)
+        logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
+        if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
+            self.successes.append(success)
+            # Upstream's regret is that of the training episodes.
+            counted = self.collector.successes if config.compat else self.successes
+            logs["success_rate"] = success
+            logs["regret"] = 1.0 - float(np.mean(counted)) if counted else float("nan")
+        return logs
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"successes": self.successes}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.successes = list(state["successes"])
+
+
+def save_corl_checkpoint(config: TrainConfig, trainer: Any, t: int) -> None:
+    """CORL's `checkpoint_N.pt`, when `checkpoints_path` asks for it."""
+    if config.checkpoints_path is not None:
+        folder = Path(config.checkpoints_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.save_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
+
+
+def seconds_per_update(
+    config: TrainConfig, source: Any, dims: Tuple[int, int], device: str
+) -> float:
+    """Measured on a throw-away trainer; the random streams are put back afterwards."""
+    streams = runs.rng_state()
+    probe = make_trainer(config, *dims, 1.0, device)
+    update(probe, source, config)  # warms up
+    start, count = time.perf_counter(), 0
+    while count < 10 and time.perf_counter() - start < 2.0:
+        update(probe, source, config)
+        count += 1
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / count
+    runs.set_rng_state(streams)
+    return seconds
+
+
+def announce(seconds: Dict[str, float], device: str) -> None:
+    """Print what the phases will take, evaluations not counted."""
+    total = sum(seconds.values())
+    parts = ", ".join(f"{k} {runs.readable_time(v)}" for k, v in seconds.items())
+    print(f"estimated time on this {device}: {runs.readable_time(total)} ({parts})")
+    if total > 3600:
+        print(f"for a first look in minutes: --config {QUICK_START}")
+
+
+def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
+    """Dataset with rewards and states as trained on, reward arguments, state mean and std."""
+    dataset = datasets.resolve(
+        config.env,
+        source=config.dataset_source,
+        path=config.dataset_path,
+        rows=config.dataset_rows,
+    )
+    data = dataset.arrays
+    if len(data["rewards"]) > config.buffer_size:
+        raise ValueError(
+            f"buffer_size {config.buffer_size} is smaller than the dataset of "
+            f"{len(data['rewards'])} rows; set it to at least {len(data['rewards'])}"
+        )
+    reward_args = modify_reward(data, config.env) if config.normalize_reward else {}
+    state_mean, state_std = np.zeros(1, np.float32), np.ones(1, np.float32)
+    if config.normalize:
+        state_mean, state_std = compute_mean_std(data["observations"], eps=1e-3)
+    for key in ("observations", "next_observations"):
+        data[key] = normalize_states(data[key], state_mean, state_std)
+    return dataset, reward_args, state_mean, state_std
+
+
+def train(config: TrainConfig) -> Dict[str, Any]:
+    """The whole experiment; returns what the run folder's summary.json says."""
+    device = runs.pick_device(config.device)
+    runs.configure_threads(config.threads)
+    task = envs.task(config.env)
+    env = envs.make(config.env, config.env_backend)
+    eval_env = envs.make(config.env, config.env_backend)
+    with runs.Run(config, ALGORITHM, COLUMNS) as run:
+        dataset, reward_args, state_mean, state_std = load_data(config)
+        run.dataset = dataset.provenance
+        env = wrap_env(env, state_mean, state_std)
+        eval_env = wrap_env(eval_env, state_mean, state_std)
+
+        dims = task.state_dim, task.action_dim
+        buffer = ReplayBuffer(*dims, config.buffer_size, device, config.compat)
+        buffer.load_d4rl_dataset(dataset.arrays)
+        online_buffer, online_source = buffer, buffer
+        if config.mixing_ratio is not None:
+            online_buffer = ReplayBuffer(*dims, config.buffer_size, device)
+            online_source = MixedBuffer(buffer, online_buffer, config.mixing_ratio)
+
+        max_action = float(env.action_space.high[0])
+        set_seed(config.seed, env)
+        set_env_seed(eval_env, config.eval_seed)
+        trainer = make_trainer(config, *dims, max_action, device)
+        if config.load_model:
+            trainer.load_state_dict(
+                runs.load_corl_checkpoint(config.load_model, CHECKPOINT_KEYS)
+            )
+        collector = OnlineCollector(env, online_buffer, config, reward_args, device)
+        evaluator = Evaluator(eval_env, config, device, collector)
+        parts = {
+            "trainer": trainer,
+            "online_buffer": online_buffer,
+            "collector": collector,
+            "evaluator": evaluator,
+        }
+        update_seconds = seconds_per_update(config, buffer, dims, device)
+        seconds = {
+            "offline": config.offline_iterations * update_seconds,
+            "online": config.online_iterations * config.utd * update_seconds,
+        }
+        announce(seconds, device)
+        if run.checkpoint is not None:
+            run.restore(parts)
+
+        for t in run.progress():
+            online = t >= config.offline_iterations
+            if online and trainer.anneal and not config.compat:
+                trainer.start_online()
+            if online:
+                collector.step(trainer.actor)
+            count = config.utd if online else 1
+            with run.measured_updates(count):
+                for _ in range(count):
+                    losses = update(trainer, online_source if online else buffer, config)
+            log_dict = {**losses, **collector.episode}
+            evaluated = (t + 1) % config.eval_freq == 0
+            phase = "online" if online else "offline"
+            if evaluated:
+                log_dict.update(evaluator.evaluate(run, trainer.actor, t + 1, phase))
+            if evaluated or (t + 1) % config.log_freq == 0:
+                run.log(t + 1, phase, log_dict)
+            if evaluated:
+                run.step = t + 1
+                run.save(parts)
+                save_corl_checkpoint(config, trainer, t)
+        if run.stop_requested:
+            run.save(parts)
+            run.interrupted()
+            return {}
+        return run.finish()
+
+
+if __name__ == "__main__":
+    runs.main(train, TrainConfig, ignore=OTHER_BLOCKS)

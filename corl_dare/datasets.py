@@ -1,0 +1,701 @@
+"""D4RL task name or file -> validated q-learning arrays and the record of their origin.
+
+`resolve` takes, in this order, and says which it took: an explicit file or Minari id;
+the file in D4RL's own folder; a download by the `d4rl` package; data collected by
+ourselves (`collect.py`). Only bytes with D4RL's checksum are called D4RL's.
+
+    python -m corl_dare.datasets hopper-medium-v2
+
+prints the card of a dataset: its source, sizes and returns beside D4RL's published ones.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import os
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from corl_dare import collect, envs
+
+SOURCES = ("auto", "file", "d4rl_dir", "d4rl", "minari", "self-collected")
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+OPTIONAL = ("timeouts", "next_observations")
+FLAGS = ("terminals", "timeouts")
+ACTION_BOUND = 1.0 + 1e-3  # D4RL's boxes are [-1, 1]; room for rounding only
+
+ANTMAZE_FILE = "Ant_maze_{}_noisy_multistart_{}_multigoal_{}_sparse_fixed.hdf5"
+ANTMAZE_FIELDS = {
+    "umaze": ("u-maze", False, False),
+    "umaze-diverse": ("u-maze", True, True),
+    "medium-play": ("big-maze", True, False),
+    "medium-diverse": ("big-maze", True, True),
+    "large-play": ("hardest-maze", True, False),
+    "large-diverse": ("hardest-maze", True, True),
+}
+
+# Bytes and SHA-256 of D4RL's -v2 files, from the checksum lists of tensorflow-datasets,
+# which lack antmaze-medium-play.
+CHECKSUMS = """
+hopper
+random 152525345 63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054
+medium 152756557 5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0
+medium-replay 75854457 e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b
+medium-expert 304537315 9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26
+expert 152427435 01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b
+full-replay 187998921 56baf95963c51c1e964049a974566c50ba80f289390565523e60c0ba83e0982e
+halfcheetah
+random 237338037 25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba
+medium 237727262 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
+medium-replay 59448533 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
+medium-expert 474567252 015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06
+expert 237464597 d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f
+full-replay 291381762 27fdf7ea86e5a2cbd24d611ae9e703c86ec2e8e52823abc69dd9af6afb3a36c0
+walker2d
+random 216109364 4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa
+medium 232254996 cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda
+medium-replay 86323963 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
+medium-expert 462197079 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
+expert 230567195 2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a
+full-replay 285115514 f2720f9d27b2acef6ec9a7d9ad3b80b6c2078ad4467cee668a81e3b3c80bcf2a
+antmaze
+umaze 232532949 5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130
+umaze-diverse 230854272 c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932
+medium-diverse 231095166 ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
+large-play 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
+large-diverse 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
+"""
+
+# Return of complete episodes in D4RL's -v2 files: mean, std, min, max. From public logs
+# of the Decision Transformer's download script.
+D4RL_RETURNS = {
+    "hopper-random": (18.40, 17.45, 2.93, 292.55),
+    "hopper-medium": (1422.06, 378.95, 315.87, 3222.36),
+    "hopper-medium-replay": (467.30, 511.03, -1.44, 3192.93),
+    "hopper-expert": (3511.36, 328.59, 1645.28, 3759.08),
+    "halfcheetah-random": (-288.80, 80.43, -525.96, -85.36),
+    "halfcheetah-medium": (4770.33, 355.75, -310.23, 5309.38),
+    "halfcheetah-medium-replay": (3093.29, 1680.69, -638.49, 4985.14),
+    "halfcheetah-expert": (10656.43, 441.68, 2045.83, 11252.04),
+    "walker2d-random": (1.87, 5.81, -17.01, 75.03),
+    "walker2d-medium": (2852.09, 1095.44, -6.61, 4226.94),
+    "walker2d-medium-replay": (682.70, 895.96, -50.20, 4132.00),
+    "walker2d-expert": (4920.51, 136.39, 763.42, 5011.69),
+}
+
+
+@dataclass
+class Dataset:
+    """Data of one task, ready for a replay buffer, and what is known of its origin."""
+
+    task: str  # D4RL task name
+    arrays: dict[str, np.ndarray]  # result of `qlearning_dataset`
+    # source, path, sha256, rows, rows_raw, label, message, versions; recognised: D4RL's
+    # own bytes for this task; collected: the settings of a stand-in
+    provenance: dict[str, Any]
+    statistics: dict[str, Any]  # of the raw data, see `statistics`
+
+
+# ---------------------------------------------------------------- what D4RL published
+
+
+def file_name(task: str) -> str:
+    """The name of a task's file in D4RL's dataset folder.
+
+    Raises:
+        ValueError: unknown task, or one of -v0 and -v1, whose files are named otherwise.
+    """
+    facts = envs.task(task)
+    if facts.version != "v2":
+        raise ValueError(
+            f"{task}: D4RL's file names are known here for -v2 tasks only; pass "
+            "the file as dataset_path"
+        )
+    if facts.robot == "antmaze":
+        return ANTMAZE_FILE.format(*ANTMAZE_FIELDS[facts.kind])
+    return f"{facts.robot}_{facts.kind.replace('-', '_')}-v2.hdf5"
+
+
+def known_files() -> dict[str, tuple[int, str]]:
+    """Task name -> (bytes, SHA-256) of D4RL's own file, where the checksum is public."""
+    known, robot = {}, ""
+    for line in CHECKSUMS.split("\n"):
+        match line.split():
+            case [robot]:
+                pass
+            case [kind, size, digest]:
+                known[f"{robot}-{kind}-v2"] = (int(size), digest)
+    return known
+
+
+# ---------------------------------------------------------------- reading and checking
+
+
+def load_hdf5(path: Path | str, task: str) -> dict[str, np.ndarray]:
+    """The transitions of a D4RL HDF5 file, checked and cast; see `validate`.
+
+    Raises:
+        ValueError: not a readable HDF5 file, or contents that do not fit the task.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"dataset file {path} does not exist")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is not an HDF5 file: {_what_instead(path)}")
+    try:
+        with h5py.File(path) as file:
+            raw = {k: _read(file, k, path) for k in REQUIRED + OPTIONAL if k in file}
+            found = ", ".join(sorted(file))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is a damaged or incomplete HDF5 file ({error}); get it again"
+        ) from error
+    if missing := [key for key in REQUIRED if key not in raw]:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}; it holds {found or 'nothing'}; D4RL's "
+            f"schema needs {', '.join(REQUIRED)}"
+        )
+    return validate(raw, task, path)
+
+
+def _what_instead(path: Path) -> str:
+    with open(path, "rb") as handle:
+        start = handle.read(200).lstrip().lower()
+    if not start:
+        return "it is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer; run `git lfs pull` where it came from"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, so the download failed; check its address"
+    return "its first bytes are not HDF5's; download it again"
+
+
+def _read(file: h5py.File, key: str, path: Path) -> np.ndarray:
+    if not isinstance(file[key], h5py.Dataset):
+        raise ValueError(f"{path}: {key} is a group; D4RL stores one array there")
+    return file[key][()]
+
+
+def validate(
+    raw: dict[str, np.ndarray], task: str, path: Path | str
+) -> dict[str, np.ndarray]:
+    """Check raw transitions against a task and cast them; `path` names them in errors.
+
+    Flags may be of any numeric type (antmaze stores floats); both may be set in one row.
+
+    Returns:
+        observations (N, S), actions (N, A), rewards (N,) and, where given,
+        next_observations (N, S) as float32; terminals and, where given, timeouts (N,) as
+        bool. N is at least 2.
+
+    Raises:
+        ValueError: wrong shape, type or length, a value that is not finite in float32,
+            an action outside [-1, 1], a flag that is not 0 or 1. Names file, key, row.
+    """
+    facts = envs.task(task)
+    raw = {key: np.asarray(raw[key]) for key in REQUIRED + OPTIONAL if key in raw}
+    for key, values in raw.items():
+        if values.dtype.kind not in "fiub":
+            raise ValueError(
+                f"{path}: {key} has type {values.dtype}; numbers are needed"
+            )
+        if key in ("rewards", *FLAGS) and values.ndim == 2 and values.shape[1] == 1:
+            raw[key] = values[:, 0]
+    _check_shapes(raw, facts, path)
+    clean = {}
+    for key, values in raw.items():
+        if key in FLAGS:
+            _reject(~np.isin(values, (0, 1)), values, key, path, "flags are 0 or 1")
+            clean[key] = values.astype(bool)
+            continue
+        with np.errstate(over="ignore"):
+            cast = values.astype(np.float32, copy=False)
+        _reject(
+            ~np.isfinite(cast), values, key, path, "values must be finite in float32"
+        )
+        clean[key] = cast
+    outside = np.abs(clean["actions"]) > ACTION_BOUND
+    _reject(outside, raw["actions"], "actions", path, "actions must be within [-1, 1]")
+    return clean
+
+
+def _reject(
+    bad: np.ndarray, values: np.ndarray, key: str, path: Path | str, rule: str
+) -> None:
+    rows = bad.reshape(len(bad), -1).any(1)
+    if rows.any():
+        row = int(rows.argmax())
+        value = values[row][bad[row]].flat[0] if values.ndim > 1 else values[row]
+        raise ValueError(
+            f"{path}: {key} has {value} in row {row} ({rows.sum()} bad rows of "
+            f"{len(rows)}); {rule}"
+        )
+
+
+def _check_shapes(
+    raw: dict[str, np.ndarray], facts: envs.Task, path: Path | str
+) -> None:
+    widths = {"observations": facts.state_dim, "actions": facts.action_dim}
+    widths["next_observations"] = facts.state_dim
+    for key, values in raw.items():
+        wanted = 2 if key in widths else 1
+        if values.ndim != wanted:
+            raise ValueError(
+                f"{path}: {key} has shape {values.shape}; expected {wanted} dimension(s)"
+            )
+    dims = raw["observations"].shape[1], raw["actions"].shape[1]
+    if dims != (facts.state_dim, facts.action_dim):
+        fits = [
+            name
+            for name, robot in envs.ROBOTS.items()
+            if dims == (robot.state_dim, robot.action_dim)
+        ]
+        raise ValueError(
+            f"{path}: observations and actions have widths {dims}, which fit "
+            f"{' or '.join(fits) or 'no robot known here'}; {facts.name} needs "
+            f"{facts.state_dim} and {facts.action_dim}"
+        )
+    rows = len(raw["observations"])
+    for key, values in raw.items():
+        if len(values) != rows:
+            raise ValueError(
+                f"{path}: {key} has {len(values)} rows, observations has {rows}"
+            )
+        if key in widths and values.shape[1] != widths[key]:
+            raise ValueError(
+                f"{path}: {key} has width {values.shape[1]}; expected {widths[key]}"
+            )
+    if rows < 2:
+        raise ValueError(f"{path}: {rows} row(s); a dataset needs at least 2")
+
+
+# ---------------------------------------------------------------- D4RL's q-learning
+
+
+def qlearning_dataset(
+    raw: dict[str, np.ndarray], keep_timeouts: bool = False, horizon: int = 1000
+) -> dict[str, np.ndarray]:
+    """Raw transitions -> q-learning arrays by the rules of `d4rl.qlearning_dataset`.
+
+    The next observation is the observation of the following row, so the last row and
+    the rows that end by a time-out are dropped; after a terminal it is the first
+    observation of the next episode, which the bootstrap masks. With `keep_timeouts` all
+    rows stay and the stored, true next observations are used.
+
+    Args:
+        raw: arrays of `validate`, N rows.
+        horizon: time limit in steps, read only where `timeouts` is missing: a step
+            counter then stands in for it.
+
+    Returns:
+        observations, next_observations (M, S), actions (M, A), rewards (M,) float32 and
+        terminals (M,) bool, copies.
+
+    Raises:
+        ValueError: a key is missing, no row is left, or keep_timeouts without
+            next_observations (antmaze stores none).
+    """
+    if missing := [key for key in REQUIRED if key not in raw]:
+        raise ValueError(f"raw data lacks {', '.join(missing)}")
+    if keep_timeouts:
+        if "next_observations" not in raw:
+            raise ValueError(
+                "keep_timeouts needs stored next_observations, which this data lacks"
+            )
+        keep = np.arange(len(raw["rewards"]))
+        next_observations = raw["next_observations"][keep]
+    else:
+        keep = np.flatnonzero(~timeout_flags(raw, horizon)[:-1])
+        next_observations = raw["observations"][keep + 1]
+    if not len(keep):
+        raise ValueError("no transition is left: every row but the last ends an episode")
+    return {
+        "observations": raw["observations"][keep].astype(np.float32, copy=False),
+        "actions": raw["actions"][keep].astype(np.float32, copy=False),
+        "next_observations": next_observations.astype(np.float32, copy=False),
+        "rewards": raw["rewards"][keep].astype(np.float32, copy=False),
+        "terminals": raw["terminals"][keep].astype(bool, copy=False),
+    }
+
+
+def timeout_flags(raw: dict[str, np.ndarray], horizon: int) -> np.ndarray:
+    """Stored time-out flags (N,) bool, or D4RL's step counter's if none are stored.
+
+    D4RL's counter starts an episode at 0 after a cut but at 1 after a terminal, so the
+    cut after a terminal comes one step early; reproduced, to get the same rows.
+
+    Raises:
+        ValueError: the counter is needed and horizon < 2.
+    """
+    if "timeouts" in raw:
+        return np.asarray(raw["timeouts"], dtype=bool)
+    if horizon < 2:
+        raise ValueError(f"horizon is {horizon}; data without timeouts needs at least 2")
+    rows = len(raw["terminals"])
+    flags = np.zeros(rows, dtype=bool)
+    ends = np.append(np.flatnonzero(raw["terminals"]), rows)
+    start = counter = 0
+    while start < rows:
+        cut = start + horizon - 1 - counter
+        end = int(ends[np.searchsorted(ends, start)])
+        counter = int(end < cut)
+        start = min(end, cut) + 1
+        if cut < rows and not counter:
+            flags[cut] = True
+    return flags
+
+
+def statistics(raw: dict[str, np.ndarray], task: str) -> dict[str, Any]:
+    """Counts, raw returns and lengths of complete episodes, and the range of actions.
+
+    Antmaze episodes end by time-out alone: its terminals mark rows at the goal, where
+    the collector walked on. All values are plain numbers; those of no episode are None.
+    """
+    facts = envs.task(task)
+    over = timeout_flags(raw, facts.horizon)
+    ends = over if facts.robot == "antmaze" else over | raw["terminals"].astype(bool)
+    bounds = np.concatenate([[0], np.flatnonzero(ends) + 1])
+    totals = np.concatenate([[0.0], np.cumsum(raw["rewards"], dtype=np.float64)])
+    actions = raw["actions"]
+    return {
+        "rows": len(ends),
+        "episodes": len(bounds) - 1,
+        "unfinished_rows": len(ends) - int(bounds[-1]),
+        "terminals": int(raw["terminals"].sum()),
+        "timeouts": int(over.sum()),
+        "return": _summary(np.diff(totals[bounds])),
+        "length": _summary(np.diff(bounds)),
+        "action_min": float(actions.min()),
+        "action_max": float(actions.max()),
+    }
+
+
+def _summary(values: np.ndarray) -> dict[str, float | None]:
+    names = ("mean", "std", "min", "max")
+    if not len(values):
+        return dict.fromkeys(names)
+    return {name: float(getattr(values, name)()) for name in names}
+
+
+# ---------------------------------------------------------------- where data comes from
+
+
+def resolve(
+    task: str,
+    source: str = "auto",
+    path: Path | str | None = None,
+    cache_dir: Path | str | None = None,
+    rows: int | None = None,
+) -> Dataset:
+    """Find a task's data, check it, make q-learning arrays of it; prints what it took.
+
+    Args:
+        task: D4RL task name.
+        source: one of SOURCES. `auto` takes the first that answers: `path`; D4RL's
+            folder (`D4RL_DATASET_DIR` or ~/.d4rl/datasets); the d4rl package's download;
+            the self-collected stand-in.
+        path: HDF5 file, or `minari:` and a Minari id.
+        cache_dir: where stand-ins are kept; default `CORL_DARE_CACHE` or
+            ~/.cache/corl_dare.
+        rows: size of a stand-in that has to be collected (default 200 000); other
+            sources ignore it.
+
+    Raises:
+        ValueError: unknown task or source, no source has the data, or bad data.
+        RuntimeError: a forced source does not have the data, or its package is missing.
+    """
+    envs.task(task)
+    if source not in SOURCES:
+        raise ValueError(f"dataset_source {source!r} is not one of {', '.join(SOURCES)}")
+    if path is not None and source not in ("auto", "file", "minari"):
+        raise ValueError(
+            f"dataset_path is given but dataset_source {source!r} does not read it; use "
+            "'file', 'minari' or 'auto'"
+        )
+    if path is None and source in ("file", "minari"):
+        raise ValueError(f"dataset_source {source!r} needs dataset_path")
+    if source == "minari" or str(path).startswith("minari:"):
+        return _from_minari(task, source, str(path).removeprefix("minari:"))
+    if path is not None:
+        return _from_file(task, "file", Path(path).expanduser())
+    if source == "self-collected":
+        return _from_file(task, source, _stand_in(task, cache_dir, rows))
+
+    reasons = []
+    for name, find in (("d4rl_dir", _in_d4rl_dir), ("d4rl", _download)):
+        if source in ("auto", name):
+            try:
+                return _from_file(task, name, find(task))
+            except _NotFound as error:
+                reasons.append(f"{name}: {error}")
+    if source != "auto":
+        raise RuntimeError(f"no dataset for {task}; {reasons[0]}")
+    try:
+        found = _stand_in(task, cache_dir, rows)
+    except collect.NotCollectable as error:
+        raise ValueError(
+            f"no dataset for {task}; {'; '.join(reasons)}; self-collected: {error}. Put "
+            "D4RL's file there or pass dataset_path"
+        ) from error
+    print(f"dataset {task}: {'; '.join(reasons)}")
+    return _from_file(task, "self-collected", found)
+
+
+class _NotFound(Exception):
+    """A source does not have the data; the next one may."""
+
+
+def _d4rl_dir() -> Path:
+    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _in_d4rl_dir(task: str) -> Path:
+    try:
+        path = _d4rl_dir() / file_name(task)
+    except ValueError as error:
+        raise _NotFound(str(error)) from error
+    if not path.is_file():
+        raise _NotFound(f"there is no {path}")
+    return path
+
+
+def _download(task: str) -> Path:
+    """Download by the d4rl package into D4RL's folder.
+
+    d4rl writes straight to the final name and never checks it. Here the file appears
+    there only when complete, and with D4RL's checksum where that is known.
+    """
+    try:
+        # The distribution, not the module: a shim of that name cannot download.
+        importlib.metadata.version("d4rl")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise _NotFound("the package is not installed") from error
+    folder = _d4rl_dir()
+    timeout = socket.getdefaulttimeout()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        import d4rl.infos
+        import d4rl.offline_env
+
+        url = d4rl.infos.DATASET_URLS[task]
+        target = folder / url.rpartition("/")[2]
+        if target.is_file():
+            return target
+        before = d4rl.offline_env.DATASET_PATH
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            d4rl.offline_env.set_dataset_path(part)
+            socket.setdefaulttimeout(30.0)
+            try:
+                fetched = Path(d4rl.offline_env.download_dataset_from_url(url))
+            finally:
+                d4rl.offline_env.set_dataset_path(before)
+                socket.setdefaulttimeout(timeout)
+            size, digest = known_files().get(task, (None, None))
+            if digest is not None and collect.sha256(fetched) != digest:
+                raise _NotFound(
+                    f"the download has {fetched.stat().st_size} bytes and not D4RL's "
+                    f"checksum (D4RL's file has {size} bytes)"
+                )
+            collect.publish(fetched, target)
+            return target
+    except _NotFound:
+        raise
+    except Exception as error:  # whatever an old package and a network can raise
+        raise _NotFound(f"the download failed ({_one_line(error)})") from error
+
+
+def cache_folder(cache_dir: Path | str | None = None) -> Path:
+    """Where prepared things are kept: the argument, CORL_DARE_CACHE or ~/.cache/corl_dare."""
+    cache = cache_dir or os.environ.get("CORL_DARE_CACHE") or "~/.cache/corl_dare"
+    return Path(cache).expanduser()
+
+
+def _stand_in(task: str, cache_dir: Path | str | None, rows: int | None) -> Path:
+    folder = cache_folder(cache_dir) / "datasets"
+    rows = collect.STAND_IN_ROWS if rows is None else rows
+    # A new release may ship other policies: their files must not be taken for these.
+    digests = "".join(f"-{digest[:8]}" for digest in collect.fingerprint(task).values())
+    return collect.collect(task, rows, folder / f"{task}-{rows}{digests}.hdf5")
+
+
+def _from_file(task: str, source: str, path: Path) -> Dataset:
+    raw = load_hdf5(path, task)
+    digest = collect.sha256(path)
+    names = {known: name for name, (_, known) in known_files().items()}
+    with h5py.File(path) as file:
+        made = collect.attributes(file)
+    collected = str(made.get("source")) == "self-collected"
+    if digest in names:
+        label = f"D4RL's own file of {names[digest]} (checksum matches)"
+    elif collected:
+        label = "self-collected stand-in (not D4RL data)"
+        if made.get("task") != task:
+            label += f", made for {made.get('task')}"
+    else:
+        label = "unknown file (not D4RL's checksum)"
+        size = known_files().get(task, (None,))[0]
+        if source != "file" and size and path.stat().st_size < size:
+            label += f", shorter than D4RL's {size} bytes"
+    provenance = {
+        "source": source,
+        "path": str(path),
+        "sha256": digest,
+        "recognised": names.get(digest) == task,
+        "label": label,
+    }
+    if collected:
+        provenance["collected"] = made
+    return _finish(task, raw, provenance, keep_timeouts=False)
+
+
+def _from_minari(task: str, source: str, name: str) -> Dataset:
+    if source not in ("auto", "minari"):
+        raise ValueError(
+            f"dataset_path is a Minari id, but dataset_source is {source!r}"
+        )
+    try:
+        import minari
+    except ImportError as error:
+        raise RuntimeError(
+            f"the dataset minari:{name} needs the package minari ({error}); "
+            'pip install "minari[hdf5]"'
+        ) from error
+    try:
+        stored = minari.load_dataset(name, download=True)
+        raw = _stack_episodes(stored.iterate_episodes())
+    except Exception as error:  # a missing id, a network, a damaged folder: minari's own
+        raise RuntimeError(
+            f"minari cannot load {name!r} ({_one_line(error)})"
+        ) from error
+    raw = validate(raw, task, f"minari:{name}")
+    provenance = {
+        "source": "minari",
+        "path": f"minari:{name}",
+        "sha256": _hash_arrays(raw),
+        "recognised": False,
+        "label": f"Minari dataset {name} (not D4RL data)",
+        "minari_version": minari.__version__,
+    }
+    return _finish(task, raw, provenance, keep_timeouts=True)
+
+
+def _finish(
+    task: str, raw: dict[str, np.ndarray], provenance: dict, keep_timeouts: bool
+) -> Dataset:
+    try:
+        arrays = qlearning_dataset(raw, keep_timeouts, envs.task(task).horizon)
+    except ValueError as error:
+        raise ValueError(f"{provenance['path']}: {error}") from error
+    counts = {"rows": len(arrays["rewards"]), "rows_raw": len(raw["rewards"])}
+    message = (
+        f"dataset {task}: {provenance['label']}, source {provenance['source']}, "
+        f"{provenance['path']}, {counts['rows']} transitions"
+    )
+    print(message)
+    versions = {"h5py_version": h5py.__version__, "numpy_version": np.__version__}
+    provenance = {**provenance, **counts, **versions, "message": message}
+    return Dataset(task, arrays, provenance, statistics(raw, task))
+
+
+def _stack_episodes(episodes: Any) -> dict[str, np.ndarray]:
+    parts: dict[str, list[np.ndarray]] = {key: [] for key in REQUIRED + OPTIONAL}
+    for episode in episodes:
+        states = episode.observations
+        if isinstance(states, dict):  # a goal environment; D4RL's state starts with xy
+            states = [states["achieved_goal"], states["observation"]]
+            states = np.concatenate(states, axis=1)
+        parts["observations"].append(states[:-1])
+        parts["next_observations"].append(states[1:])
+        parts["actions"].append(episode.actions)
+        parts["rewards"].append(episode.rewards)
+        parts["terminals"].append(episode.terminations)
+        # An episode with neither flag was cut by a reset, which is a time-out for us.
+        cut = np.array(episode.truncations, dtype=bool)
+        cut[-1] |= not episode.terminations[-1]
+        parts["timeouts"].append(cut)
+    return {key: np.concatenate(part) for key, part in parts.items()}
+
+
+def _hash_arrays(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(arrays):
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- card
+
+
+def card(dataset: Dataset) -> str:
+    """A dataset in a few lines of text, its returns beside D4RL's published ones."""
+    task, facts, stats = dataset.task, dataset.provenance, dataset.statistics
+    ends = f"{stats['terminals']} terminals, {stats['timeouts']} time-outs"
+    if stats["unfinished_rows"]:
+        ends += f"; last episode unfinished ({stats['unfinished_rows']} rows)"
+    lines = [
+        ("dataset", task),
+        ("data", facts["label"]),
+        ("source", facts["source"]),
+        ("path", facts["path"]),
+        ("sha256", facts["sha256"]),
+        ("rows", f"{facts['rows']} transitions from {facts['rows_raw']} rows"),
+        ("episodes", f"{stats['episodes']} complete; {ends}"),
+        ("length", _four(stats["length"], "steps", 0)),
+        ("return", _four(stats["return"], "raw", 2)),
+        ("score", _four(_scores(task, stats["return"]), "normalized", 1)),
+    ]
+    published = D4RL_RETURNS.get(task.removesuffix("-v2"))
+    if published is not None:
+        names = ("mean", "std", "min", "max")
+        theirs = dict(zip(names, published, strict=True))
+        lines += [
+            ("D4RL's", _four(theirs, "raw, published for D4RL's own file", 2)),
+            ("", _four(_scores(task, theirs), "normalized", 1)),
+        ]
+    lines.append(("actions", f"{stats['action_min']:.6f} … {stats['action_max']:.6f}"))
+    return "\n".join(f"{name:<9} {text}".rstrip() for name, text in lines)
+
+
+def _scores(task: str, summary: dict[str, float | None]) -> dict[str, float | None]:
+    if summary["mean"] is None:
+        return summary
+    scores = {k: float(envs.normalized_score(task, v)) for k, v in summary.items()}
+    zero = float(envs.normalized_score(task, 0.0))
+    return {**scores, "std": scores["std"] - zero}  # a width is scaled, not shifted
+
+
+def _four(summary: dict[str, float | None], unit: str, digits: int) -> str:
+    if summary["mean"] is None:
+        return "no complete episode"
+    mean, std, low, high = (f"{summary[k]:.{digits}f}" for k in summary)
+    return f"{mean} ± {std} ({low} … {high}) {unit}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Find a dataset and print its card.")
+    parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")
+    parser.add_argument("--source", choices=SOURCES, default="auto")
+    parser.add_argument("--path", help="HDF5 file, or minari:ID")
+    parser.add_argument("--cache_dir", type=Path, help="where stand-ins are kept")
+    parser.add_argument("--rows", type=int, help="size of a stand-in to collect")
+    args = parser.parse_args()
+    try:
+        found = resolve(args.task, args.source, args.path, args.cache_dir, args.rows)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(card(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""D4RL task name -> environment, horizon and reference scores.
+
+The locomotion environments are gymnasium's `Hopper-v4`, `HalfCheetah-v4` and `Walker2d-v4`:
+observation, reward and termination equal those of the gym v2 classes that D4RL used (v5 does
+not: other Walker2d model, no survival bonus on the terminating step). From MuJoCo 3.5 on the
+contact margin of a geom pair is a sum instead of a maximum, which changes hopper's physics;
+`make` halves the margins there, so that every MuJoCo gives D4RL's.
+
+A time-out is not an end: `terminated` says that the episode is over, `truncated` that we
+stopped looking. Only `terminated` may cut the bootstrap.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+KINDS = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
+ANTMAZES = (
+    "umaze",
+    "umaze-diverse",
+    "medium-play",
+    "medium-diverse",
+    "large-play",
+    "large-diverse",
+)
+
+
+@dataclass(frozen=True)
+class Robot:
+    """What D4RL fixes per robot; scores are raw returns."""
+
+    env_id: str  # gymnasium id whose physics, reward and termination equal D4RL's
+    state_dim: int
+    action_dim: int
+    ref_min: float  # return of the score 0, from D4RL
+    ref_max: float  # return of the score 100, from D4RL
+    horizon: int = 1000  # time limit in environment steps
+
+
+ROBOTS = {
+    "hopper": Robot("Hopper-v4", 11, 3, -20.272305, 3234.3),
+    "halfcheetah": Robot("HalfCheetah-v4", 17, 6, -280.178953, 12135.0),
+    "walker2d": Robot("Walker2d-v4", 17, 6, 1.629008, 4592.3),
+    "antmaze": Robot("", 29, 8, 0.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One D4RL task: a robot and the kind of data it comes with."""
+
+    name: str  # hopper-medium-replay-v2
+    robot: str  # hopper
+    kind: str  # medium-replay
+    version: str  # v2
+    env_id: str
+    state_dim: int
+    action_dim: int
+    ref_min: float
+    ref_max: float
+    horizon: int
+
+
+def task_names() -> list[str]:
+    """Every task name that `task` knows, -v2."""
+    names = [f"{r}-{k}-v2" for r in ROBOTS if r != "antmaze" for k in KINDS]
+    return names + [f"antmaze-{k}-v2" for k in ANTMAZES]
+
+
+def task(name: str) -> Task:
+    """Look up a D4RL task name such as `hopper-medium-replay-v2`.
+
+    Raises:
+        ValueError: the name is not a D4RL task known here; the message lists those that are.
+    """
+    robot, _, rest = name.partition("-")
+    kind, _, version = rest.rpartition("-")
+    kinds = ANTMAZES if robot == "antmaze" else KINDS
+    if robot not in ROBOTS or kind not in kinds or version not in ("v0", "v1", "v2"):
+        raise ValueError(
+            f"unknown task {name!r}; known tasks: {', '.join(task_names())}"
+        )
+    facts = ROBOTS[robot]
+    horizon = 700 if kind.startswith("umaze") else facts.horizon
+    return Task(
+        name,
+        robot,
+        kind,
+        version,
+        facts.env_id,
+        facts.state_dim,
+        facts.action_dim,
+        facts.ref_min,
+        facts.ref_max,
+        horizon,
+    )
+
+
+def normalized_score(name: str, returns: Any) -> np.ndarray:
+    """D4RL-normalized score in percent: 100 (return - min) / (max - min), same shape as `returns`.
+
+    D4RL's own `get_normalized_score` is the fraction; every paper prints the percentage.
+    """
+    facts = task(name)
+    return (
+        100.0
+        * (np.asarray(returns, dtype=np.float64) - facts.ref_min)
+        / (facts.ref_max - facts.ref_min)
+    )
+
+
+class ClipAction(gym.ActionWrapper):
+    """Clips actions to the box before the step, as D4RL's wrapper does.
+
+    gymnasium's v4 classes charge the control cost of the *unclipped* action. The action space
+    stays the bounded one (gymnasium's own `ClipAction` widens it to infinity), because
+    algorithms read `action_space.high` as `max_action`.
+    """
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        return np.clip(action, self.action_space.low, self.action_space.high)
+
+
+def make(name: str, backend: str = "gymnasium") -> gym.Env:
+    """The evaluation and training environment of a D4RL task, time limit included.
+
+    Args:
+        name: D4RL task name.
+        backend: `gymnasium` (default) or `d4rl`, the old gym + d4rl stack if it is installed.
+
+    Returns:
+        A gymnasium environment with the 5-tuple step and float64 observations (S,).
+
+    Raises:
+        ValueError: unknown task or backend, or a task that has no environment on this backend.
+        ImportError: `backend="d4rl"` without gym and d4rl installed.
+    """
+    facts = task(name)
+    if backend == "d4rl":
+        return OldGymEnv(name, facts.horizon)
+    if backend != "gymnasium":
+        raise ValueError(f"env_backend {backend!r} is not one of 'gymnasium', 'd4rl'")
+    if not facts.env_id:
+        raise ValueError(
+            f"{name}: gymnasium has no environment with D4RL's AntMaze physics; "
+            "install requirements-d4rl.txt with mujoco_py and pass --env_backend d4rl"
+        )
+    return make_robot(facts.robot)
+
+
+def make_robot(robot: str) -> gym.Env:
+    """The environment of a locomotion robot (`hopper`, `halfcheetah`, `walker2d`)."""
+    # gymnasium warns at each make that v4 is not the newest version; here v4 is the point.
+    logger_level = gym.logger.min_level
+    gym.logger.min_level = gym.logger.ERROR
+    try:
+        env = gym.make(ROBOTS[robot].env_id)
+    finally:
+        gym.logger.min_level = logger_level
+    restore_contact_margin(env)
+    return ClipAction(env)
+
+
+def restore_contact_margin(env: gym.Env) -> None:
+    """Halve the geom margins on MuJoCo >= 3.5, where a pair's margin became the sum of both."""
+    import mujoco
+
+    if tuple(int(v) for v in mujoco.__version__.split(".")[:2]) >= (3, 5):
+        env.unwrapped.model.geom_margin[:] *= 0.5
+
+
+class OldGymEnv(gym.Env):
+    """An environment of the old `gym` + `d4rl` stack behind gymnasium's interface."""
+
+    def __init__(self, name: str, horizon: int):
+        try:
+            import d4rl  # noqa: F401  (registers the tasks)
+            import gym as old_gym
+        except ImportError as error:
+            raise ImportError(
+                f"env_backend 'd4rl' needs the packages gym and d4rl ({error}); "
+                "see requirements-d4rl.txt, or use --env_backend gymnasium"
+            ) from error
+        self.old = old_gym.make(name)
+        self.horizon = horizon
+        self.steps = 0
+        spaces = self.old.observation_space, self.old.action_space
+        self.observation_space, self.action_space = (
+            gym.spaces.Box(s.low, s.high, dtype=s.dtype.type) for s in spaces
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.steps = 0
+        if seed is not None:
+            self.old.seed(seed)
+        result = self.old.reset()
+        return (result[0] if isinstance(result, tuple) else result), {}
+
+    def step(self, action):
+        self.steps += 1
+        result = self.old.step(action)
+        if len(result) == 5:
+            return result
+        observation, reward, done, info = result
+        # Old gym says `done` for both; D4RL's and CORL's rule is that the limit is a time-out.
+        terminated = bool(done) and self.steps < self.horizon
+        return (
+            observation,
+            float(reward),
+            terminated,
+            bool(done) and not terminated,
+            info,
+        )
+
+    def close(self):
+        self.old.close()
+
+
+def get_state(env: gym.Env) -> dict[str, Any]:
+    """Everything that decides the environment's future, as plain arrays and numbers.
+
+    MuJoCo's full physics state (with the solver's warm start, which the next step reads), the
+    elapsed steps of the time limit and the reset generator.
+
+    Raises:
+        TypeError: the environment is not a gymnasium MuJoCo environment.
+    """
+    import mujoco
+
+    base = env.unwrapped
+    if not hasattr(base, "model") or not hasattr(base, "data"):
+        raise TypeError(
+            f"{type(base).__name__} has no MuJoCo state to save; exact resume needs the "
+            "gymnasium backend"
+        )
+    spec = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(base.model, spec))
+    mujoco.mj_getState(base.model, base.data, state, spec)
+    return {
+        "physics": state,
+        "elapsed_steps": env.get_wrapper_attr("_elapsed_steps"),
+        "generator": base.np_random.bit_generator.state,
+        "action_space": env.action_space.np_random.bit_generator.state,
+    }
+
+
+def set_state(env: gym.Env, state: dict[str, Any]) -> None:
+    """Put an environment into a state of `get_state`; the next steps are bit-identical."""
+    import mujoco
+
+    env.reset()
+    base = env.unwrapped
+    spec = mujoco.mjtState.mjSTATE_INTEGRATION
+    mujoco.mj_setState(base.model, base.data, state["physics"], spec)
+    # Derived quantities (xpos, sensor data) are functions of the state. In some MuJoCo
+    # versions forward also writes a fresh warm start, so the saved one is put back.
+    mujoco.mj_forward(base.model, base.data)
+    mujoco.mj_setState(base.model, base.data, state["physics"], spec)
+    wrapper = env
+    while not isinstance(wrapper, gym.wrappers.TimeLimit):
+        wrapper = wrapper.env
+    wrapper._elapsed_steps = state["elapsed_steps"]
+    base.np_random.bit_generator.state = state["generator"]
+    env.action_space.np_random.bit_generator.state = state["action_space"]

@@ -1,0 +1,823 @@
+"""A run and its folder: config, metrics, evaluations, checkpoint, curves, summary.
+
+`runs/NAME/` holds `config.yaml` (complete; the run can be repeated from it), `metrics.csv`,
+`evaluations.csv` (one row per evaluation episode: raw return), `checkpoint.pt` (exact resume),
+`curves.png` and `summary.json`. `--resume runs/NAME` goes on from the last checkpoint.
+
+Nothing here pickles or unpickles code: checkpoints hold tensors, numbers, strings, lists and
+dicts, and are read with `torch.load(weights_only=True)`.
+"""
+
+import csv
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyrallis
+import torch
+import yaml
+from tqdm import tqdm
+
+FORMAT = 1  # of checkpoint.pt
+RESUME_MAY_CHANGE = ("resume", "online_iterations", "wandb_mode", "device")
+COMMON_COLUMNS = (
+    "step",
+    "phase",
+    "d4rl_normalized_score",
+    "exchanged",
+    "separation_point",
+    "score_off_mean",
+    "score_on_mean",
+)
+
+# ---------------------------------------------------------------- config
+
+
+class ConfigError(ValueError):
+    """Bad settings; the message is one line that names the field and the fix."""
+
+
+def parse_config(
+    config_class: type, argv: Sequence[str] | None = None, ignore: Sequence[str] = ()
+) -> Any:
+    """`--config FILE` and `--field value` flags -> an instance of the config dataclass.
+
+    Flags win over the file; `--config_path` is CORL's spelling of `--config`; nested fields are
+    `--dare.cap 32`. `--resume RUN` takes the run's own config. Bad input ends the program with
+    one line and exit status 2.
+
+    Args:
+        config_class: dataclass with defaults.
+        argv: arguments without the program's name; default: the command line's.
+        ignore: blocks of a shared file that are another algorithm's.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
+        print("--config FILE reads a YAML file; flags win over it.\n")
+        pyrallis.argparsing.ArgumentParser(config_class).print_help()
+        raise SystemExit(0)
+    try:
+        return _parse(config_class, argv, ignore)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parse(config_class: type, argv: list[str], ignore: Sequence[str]) -> Any:
+    flags = _read_flags(argv)
+    files = [flags.pop(name) for name in ("config", "config_path") if name in flags]
+    origin = "the command line"
+    values: dict[str, Any] = {}
+    if flags.get("resume"):
+        folder = Path(str(flags["resume"]))
+        other = [f for f in flags if f not in RESUME_MAY_CHANGE] + files
+        if other:
+            raise ConfigError(
+                f"--resume uses the run's own config; leave out {other[0]} (only "
+                f"{', '.join(RESUME_MAY_CHANGE[1:])} may change)"
+            )
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(f"--resume {folder}: no run here (no config.yaml)")
+        files = [str(folder / "config.yaml")]
+    for file in files:
+        origin = str(file)
+        values.update(_read_yaml(Path(str(file))))
+    for name in ignore:
+        if name in values:
+            print(f"{origin}: block '{name}' is not for this algorithm and left out")
+            del values[name]
+    _check(config_class, values, origin)
+    for name, value in flags.items():
+        target = values
+        *blocks, last = name.split(".")
+        for block in blocks:
+            target = target.setdefault(block, {})
+        target[last] = value
+    return pyrallis.decode(config_class, _check(config_class, values, "command line"))
+
+
+def _read_flags(argv: list[str]) -> dict[str, Any]:
+    flags, i = {}, 0
+    while i < len(argv):
+        match = re.fullmatch(r"--([\w.]+)(?:=(.*))?", argv[i], re.DOTALL)
+        if match is None:
+            raise ConfigError(f"cannot read {argv[i]!r}; write --field value")
+        name, value = match.groups()
+        if value is None:
+            i += 1
+            if i == len(argv):
+                raise ConfigError(f"--{name} needs a value")
+            value = argv[i]
+        flags[name] = value if name in ("config", "resume") else yaml.safe_load(value)
+        i += 1
+    return flags
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not readable YAML: {text}") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path} must hold `field: value` lines")
+    return values or {}
+
+
+def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> dict:
+    """The values as the fields' types; unknown fields and wrong types raise."""
+    known = typing.get_type_hints(config_class)
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise ConfigError(f"{origin}: unknown field {prefix}{name}{hint}")
+        kind = known[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"{origin}: {prefix}{name} must be a block of fields")
+            checked[name] = _check(kind, value or {}, origin, f"{prefix}{name}.")
+        else:
+            checked[name] = _as_type(value, kind, f"{origin}: {prefix}{name}")
+    return checked
+
+
+def _as_type(value: Any, kind: Any, name: str) -> Any:
+    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    if optional:
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        if value is None or (value == "" and str not in kinds):
+            return None
+        kind = kinds[0]
+    try:
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and not isinstance(value, bool) and float(value) == int(value):
+            return int(value)
+        if kind is float and not isinstance(value, bool):
+            return float(value)  # YAML 1.1 reads 3e-4 as a string
+        if kind is str and isinstance(value, str | int | float):
+            return str(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}")
+
+
+def dump_config(config: Any) -> str:
+    """YAML of every field, sorted; `parse_config --config` of it gives an equal config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True)
+
+
+# ---------------------------------------------------------------- machine
+
+
+def pick_device(name: str) -> str:
+    """`auto`: cuda where there is one, else cpu. Asking for a missing cuda falls back, aloud."""
+    if name != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        print(f"device {name}: no CUDA device here, running on the cpu")
+        return "cpu"
+    return name
+
+
+def configure_threads(count: int) -> None:
+    """CPU threads of torch."""
+    if count < 1:
+        raise ConfigError(f"threads must be at least 1, not {count}")
+    torch.set_num_threads(count)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "gymnasium", "mujoco", "corl-dare"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str:
+    """Commit of this code, `+dirty` when tracked files differ from it, or `unknown`."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and GPU; no names of hosts or users."""
+    model = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        model = re.search(r"model name\s*:\s*(.+)", text).group(1)
+    except (OSError, AttributeError):
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": model, "cores": os.cpu_count(), "gpu": gpu}
+
+
+def readable_time(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    for unit, size, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def tidy_path(path: Path | str) -> str:
+    """A path to print and record: relative to here or with the home folder as ~."""
+    path = Path(path).absolute()
+    for base, sign in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base):
+            return f"{sign}{path.relative_to(base)}"
+    return str(path)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def pack(value: Any) -> Any:
+    """Nested numpy arrays as tensors, which a checkpoint may hold; `unpack` reverses it."""
+    if isinstance(value, np.ndarray):
+        return {"__array__": torch.from_numpy(np.ascontiguousarray(value)).clone()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {k: pack(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(pack(v) for v in value)
+    return value
+
+
+def unpack(value: Any) -> Any:
+    """Reverse of `pack`."""
+    if isinstance(value, dict):
+        if set(value) == {"__array__"}:
+            return value["__array__"].numpy().copy()
+        return {k: unpack(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(unpack(v) for v in value)
+    return value
+
+
+def rng_state() -> dict[str, Any]:
+    """The global random streams of Python, numpy (legacy) and torch, CPU and CUDA."""
+    state = {
+        "python": pack(random.getstate()),
+        "numpy": pack(np.random.get_state()),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the streams of `rng_state` back."""
+    random.setstate(unpack(state["python"]))
+    np.random.set_state(unpack(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write atomically: a crash at any moment leaves the old file or the new one, whole."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    if os.name == "posix":  # the new name itself must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
+    """Read a checkpoint of `save_checkpoint` on the CPU.
+
+    Raises:
+        ValueError: missing, truncated, not a checkpoint, of another algorithm or format.
+    """
+    state = _load(path)
+    if not isinstance(state, dict) or "algorithm" not in state:
+        raise ValueError(f"{path} is not a checkpoint of a corl-dare run")
+    if state["algorithm"] != algorithm:
+        raise ValueError(
+            f"{path} belongs to {state['algorithm']}, not to {algorithm}; run that "
+            "algorithm's file"
+        )
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}"
+        )
+    return state
+
+
+def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict:
+    """Weights and optimizers of a CORL `checkpoint_N.pt`, or of a run's `checkpoint.pt`.
+
+    Args:
+        path: the file.
+        required: keys that the algorithm reads.
+
+    Raises:
+        ValueError: missing, truncated, holding foreign classes, or of another algorithm.
+    """
+    state = _load(Path(path))
+    if isinstance(state, dict) and "parts" in state:
+        state = state["parts"]["trainer"]
+    missing = [k for k in required if not isinstance(state, dict) or k not in state]
+    if missing:
+        raise ValueError(
+            f"{path} has no {missing[0]!r}: it is not a checkpoint of this algorithm"
+        )
+    return state
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error):
+            why = "it holds Python objects, which are never unpickled"
+        else:
+            why = f"it is damaged or not a checkpoint ({type(error).__name__})"
+        raise ValueError(f"cannot read {path}: {why}") from None
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Run:
+    """A run folder, its logs, its progress bar and the wish to stop.
+
+    Args:
+        config: needs the fields env, seed, name, runs_dir, resume, wandb_mode, project, group,
+            offline_iterations, online_iterations.
+        algorithm: name in checkpoints and the summary.
+        columns: metrics beyond the common ones; others raise.
+
+    Use as a context manager: inside, the first SIGINT or SIGTERM sets `stop_requested`, a second
+    one interrupts at once.
+
+    Raises:
+        ConfigError: the folder cannot be made or written, or there is nothing to resume.
+    """
+
+    def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
+        self.config, self.algorithm = config, algorithm
+        self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
+        self.total = config.offline_iterations + config.online_iterations
+        self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
+        self.stop_requested = False
+        self.checkpoint: dict[str, Any] | None = None  # what to resume from
+        self.step = 0  # iterations done
+        # Counters that a checkpoint carries along
+        self.scores: list = []  # [step, phase, mean normalized score]
+        self.wall_seconds = self.update_seconds = 0.0
+        self.updates = 0
+        self.exchanges = [0.0, 0]  # sum, count of the logged exchange counts
+        self.bar: tqdm | None = None
+        self.wandb: Any = None
+        if config.resume:
+            self.folder = Path(config.resume)
+            self._resume()
+        else:
+            self.folder = self._new_folder()
+            self._write("config.yaml", dump_config(config))
+            self._write("metrics.csv", ",".join(self.columns) + "\n")
+            self._write("evaluations.csv", "step,phase,episode,return,score\n")
+        self.started = time.perf_counter()
+        self._start_wandb()
+
+    def _new_folder(self) -> Path:
+        config = self.config
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        base = (
+            Path(config.runs_dir) / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
+        )
+        folder, count = base, 1
+        while True:
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                count += 1
+                folder = Path(f"{base}-{count}")
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot make the run folder {folder} ({error.strerror}); set runs_dir "
+                    "to a place you may write to"
+                ) from None
+            if not Path(config.runs_dir).is_dir():
+                raise ConfigError(f"runs_dir {config.runs_dir} is not a folder")
+        return folder
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder / name
+        part = path.with_suffix(".part")
+        try:
+            part.write_text(text)
+            os.replace(part, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path} ({error.strerror})") from None
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            raise ConfigError(
+                f"{self.folder} has no checkpoint.pt yet; start the run again instead"
+            )
+        self.checkpoint = load_checkpoint(path, self.algorithm)
+        self.step = self.checkpoint["step"]
+        for name, value in self.checkpoint["run"].items():
+            setattr(self, name, value)
+        # Rows written after the checkpoint will be written again.
+        for name in ("metrics.csv", "evaluations.csv"):
+            with open(self.folder / name, newline="") as file:
+                rows = list(csv.reader(file))
+            whole = [r for r in rows[1:] if len(r) == len(rows[0])]
+            kept = [r for r in whole if int(r[0]) <= self.step]
+            lines = [",".join(r) for r in [rows[0], *kept]]
+            self._write(name, "\n".join(lines) + "\n")
+            if name == "metrics.csv":
+                self.columns = rows[0]
+        self._write("config.yaml", dump_config(self.config))
+
+    # -- stopping -------------------------------------------------------------------------
+
+    def __enter__(self) -> "Run":
+        def ask_to_stop(number, frame):
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.print("stopping after this step; once more to stop at once")
+
+        self._handlers = {
+            number: signal.signal(number, ask_to_stop)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    # -- progress -------------------------------------------------------------------------
+
+    def print(self, text: str) -> None:
+        """A line that does not tear the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def progress(self) -> Iterable[int]:
+        """The iterations that are left, 0-based, behind a progress bar."""
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.step,
+            unit="it",
+            mininterval=0.5 if terminal else 30.0,  # a log file gets a line now and then
+            maxinterval=1.0 if terminal else 30.0,
+            dynamic_ncols=terminal,
+        )
+        for t in range(self.step, self.total):
+            online = t >= self.config.offline_iterations
+            self.bar.set_description_str("online" if online else "offline", False)
+            yield t
+            self.step = t + 1
+            self.bar.update()
+            if self.stop_requested:
+                return
+
+    @contextmanager
+    def measured_updates(self, count: int):
+        """Time spent in gradient updates, for the summary's rate."""
+        start = time.perf_counter()
+        yield
+        self.update_seconds += time.perf_counter() - start
+        self.updates += count
+
+    # -- logs -----------------------------------------------------------------------------
+
+    def log(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
+        """One row of metrics.csv; tensors are read here, in one transfer."""
+        unknown = set(metrics) - set(self.columns)
+        if unknown:
+            raise KeyError(f"metrics {sorted(unknown)} are not columns of metrics.csv")
+        tensors = {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}
+        values = dict(metrics)
+        if tensors:
+            stacked = torch.stack([v.detach().float() for v in tensors.values()])
+            values.update(zip(tensors, stacked.tolist(), strict=True))
+        row = {"step": step, "phase": phase, **values}
+        with open(self.folder / "metrics.csv", "a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        if "exchanged" in values:
+            self.exchanges[0] += values["exchanged"]
+            self.exchanges[1] += 1
+        if self.bar is not None:
+            shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
+            if "exchanged" in values:
+                shown["exchanged"] = f"{values['exchanged']:.0f}"
+            self.bar.set_postfix(shown, refresh=False)
+        if self.wandb is not None:
+            try:
+                self.wandb.log({f"{phase}/{k}": v for k, v in values.items()}, step=step)
+            except Exception as error:
+                self.print(f"wandb stopped ({error}); metrics.csv has everything")
+                self.wandb = None
+
+    def evaluation(
+        self, step: int, phase: str, returns: np.ndarray, scores: np.ndarray
+    ) -> float:
+        """Rows of evaluations.csv, one per episode; returns the mean normalized score."""
+        with open(self.folder / "evaluations.csv", "a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
+                writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        mean = float(np.mean(scores))
+        self.scores.append([step, phase, mean])
+        self.print(
+            f"{phase} step {step}: return {np.mean(returns):.0f} ± {np.std(returns):.0f}, "
+            f"normalized score {mean:.1f}"
+        )
+        return mean
+
+    def _start_wandb(self) -> None:
+        config = self.config
+        if config.wandb_mode not in ("disabled", "offline", "online"):
+            raise ConfigError(
+                f"wandb_mode {config.wandb_mode!r} is not one of disabled, offline, online"
+            )
+        if config.wandb_mode == "disabled":
+            return
+        try:
+            import wandb
+
+            self.wandb = wandb.init(
+                mode=config.wandb_mode,
+                project=config.project,
+                group=config.group,
+                name=self.folder.name,
+                dir=str(self.folder),
+                config=dataclasses.asdict(config),
+            )
+        except Exception as error:
+            print(
+                f"no wandb ({type(error).__name__}: {error}); metrics.csv has everything"
+            )
+
+    # -- checkpoint and end ---------------------------------------------------------------
+
+    def _clock(self) -> float:
+        return self.wall_seconds + time.perf_counter() - self.started
+
+    def save(self, parts: dict[str, Any]) -> None:
+        """checkpoint.pt: `state_dict` of every part, the global random streams, the counters."""
+        state = {
+            "format": FORMAT,
+            "algorithm": self.algorithm,
+            "step": self.step,
+            "rng": rng_state(),
+            "dataset_sha256": self.dataset.get("sha256"),
+            "run": {
+                "scores": [list(s) for s in self.scores],
+                "wall_seconds": self._clock(),
+                "update_seconds": self.update_seconds,
+                "updates": self.updates,
+                "exchanges": list(self.exchanges),
+            },
+            "parts": {name: part.state_dict() for name, part in parts.items()},
+        }
+        save_checkpoint(self.folder / "checkpoint.pt", state)
+
+    def restore(self, parts: dict[str, Any]) -> None:
+        """Put the parts and the random streams of the checkpoint back.
+
+        Raises:
+            ConfigError: the dataset is not the one that the run began with.
+        """
+        state = self.checkpoint
+        if state["dataset_sha256"] != self.dataset.get("sha256"):
+            raise ConfigError(
+                f"the dataset {self.dataset.get('path')} is not the one this run began with "
+                "(its sha256 differs); put that file back or start a new run"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        set_rng_state(state["rng"])
+        self.checkpoint = None
+
+    def interrupted(self) -> None:
+        """Say how to go on."""
+        folder = tidy_path(self.folder)
+        self.print(f"saved at step {self.step}; go on with: --resume {folder}")
+
+    def finish(self) -> dict[str, Any]:
+        """Write curves.png and summary.json and print the result; returns the summary.
+
+        `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last
+        four online evaluations (DARE's protocol). `score_last`, `score_best`: last and best
+        online evaluation. All are means over episodes, D4RL-normalized.
+        """
+        offline = [s for _, phase, s in self.scores if phase == "offline"]
+        online = [s for _, phase, s in self.scores if phase == "online"]
+        seen = online or offline
+        data = self.dataset
+        summary = {
+            "algorithm": self.algorithm,
+            "env": self.config.env,
+            "seed": self.config.seed,
+            "score_offline": offline[-1] if offline else None,
+            "score_final": float(np.mean(seen[-4:])) if seen else None,
+            "score_last": seen[-1] if seen else None,
+            "score_best": max(seen) if seen else None,
+            "exchanges_mean": self.exchanges[0] / self.exchanges[1]
+            if self.exchanges[1]
+            else None,
+            "updates": self.updates,
+            "updates_per_second": self.updates / max(self.update_seconds, 1e-9),
+            "wall_seconds": self._clock(),
+            "dataset": {
+                "source": data.get("source"),
+                "label": data.get("label"),
+                "path": tidy_path(data["path"]) if data.get("path") else None,
+                "sha256": data.get("sha256"),
+                "rows": data.get("rows"),
+            },
+            "versions": versions(),
+            "commit": git_commit(),
+            "machine": machine(),
+        }
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        plot_curves(self.folder, self.config, data.get("label", ""))
+
+        def show(score: float | None) -> str:
+            return "none" if score is None else f"{score:.1f}"
+
+        if self.bar is not None:
+            self.bar.close()
+        self.print(
+            f"\noffline score {show(summary['score_offline'])} -> online score "
+            f"{show(summary['score_final'])} (D4RL-normalized, mean of the last "
+            f"{min(4, len(seen))} evaluations; last {show(summary['score_last'])}, best "
+            f"{show(summary['score_best'])})\n"
+            f"dataset: {data.get('label', 'unknown')}\n"
+            f"run folder: {tidy_path(self.folder)}\n"
+            f"curves: {tidy_path(self.folder / 'curves.png')}"
+        )
+        return summary
+
+
+# ---------------------------------------------------------------- curves
+
+
+def read_csv(path: Path) -> dict[str, list[str]]:
+    """Columns of a CSV file, as text."""
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    return {name: [r[i] for r in rows[1:]] for i, name in enumerate(rows[0])}
+
+
+def plot_curves(folder: Path, config: Any, label: str) -> Path:
+    """Draw curves.png of a run folder: score, exchange count, score distributions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#666666"
+    evaluations = read_csv(folder / "evaluations.csv")
+    metrics = read_csv(folder / "metrics.csv")
+
+    def column(name: str) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [
+            (int(step), float(value))
+            for step, value in zip(metrics["step"], metrics.get(name, []), strict=False)
+            if value
+        ]
+        return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)
+
+    has_exchange = len(column("exchanged")[0]) > 0
+    figure = Figure(figsize=(7, 7.5 if has_exchange else 3.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(3 if has_exchange else 1, sharex=True))
+    switch = config.offline_iterations
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if config.offline_iterations and config.online_iterations:
+            axis.axvline(switch, color=grey, linewidth=1, linestyle=":")
+
+    steps = np.array(evaluations["step"], dtype=int)
+    scores = np.array(evaluations["score"], dtype=float)
+    x = np.unique(steps)
+    means = np.array([scores[steps == s].mean() for s in x])
+    spread = np.array([scores[steps == s].std() for s in x])
+    if len(x):
+        axes[0].fill_between(x, means - spread, means + spread, color=blue, alpha=0.18)
+        axes[0].plot(x, means, color=blue, marker="o", markersize=3)
+    axes[0].set_ylabel("D4RL-normalized score")
+    top = axes[0].get_xaxis_transform()
+    if config.offline_iterations and config.online_iterations:
+        options = {"transform": top, "color": grey, "fontsize": 8, "va": "top"}
+        axes[0].text(switch, 0.99, "offline ", ha="right", **options)
+        axes[0].text(switch, 0.99, " online", ha="left", **options)
+    axes[0].set_title(
+        f"{config.name} on {config.env}, seed {config.seed}\n{label}", fontsize=10
+    )
+    if has_exchange:
+        axes[1].plot(*column("exchanged"), color=orange, linewidth=1)
+        axes[1].set_ylabel("exchanged pairs")
+        for half, color, name in (
+            ("off", blue, "offline half"),
+            ("on", orange, "online half"),
+        ):
+            x, mean = column(f"score_{half}_mean")
+            axes[2].plot(
+                x, mean, color=color, linewidth=1.2, label=f"{name}, mean ± std"
+            )
+            _, std = column(f"score_{half}_std")
+            if len(std) == len(mean):
+                axes[2].fill_between(x, mean - std, mean + std, color=color, alpha=0.15)
+        axes[2].plot(
+            *column("separation_point"),
+            color=green,
+            linewidth=1.2,
+            linestyle="--",
+            label="separation point",
+        )
+        axes[2].set_ylabel("alignment score (nats)")
+        axes[2].legend(fontsize=8, frameon=False)
+    axes[-1].set_xlabel("step (offline: updates, online: environment steps)")
+    path, part = folder / "curves.png", folder / "curves.part.png"
+    figure.savefig(part, dpi=150)
+    os.replace(part, path)
+    return path
+
+
+def main(
+    train: Callable[[Any], Any], config_class: type, ignore: Sequence[str] = ()
+) -> None:
+    """The command line of an algorithm file: config, `train`, errors as one line.
+
+    Set CORL_DARE_TRACEBACK=1 to see where an error came from.
+    """
+    config = parse_config(config_class, ignore=ignore)
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        if os.environ.get("CORL_DARE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

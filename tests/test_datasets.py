@@ -1,0 +1,773 @@
+"""D4RL's rules on made-up files, every bad input, and where data is looked for."""
+
+import hashlib
+import json
+import os
+import sys
+import types
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corl_dare import collect, datasets, envs
+
+S, A = 11, 3  # hopper
+TASK = "hopper-medium-v2"
+FILE = "hopper_medium-v2.hdf5"
+
+
+def make_raw(terminals, timeouts=None, seed=0, state_dim=S, action_dim=A):
+    """Rows with distinct values; next observations that differ at every episode end."""
+    rng, n = np.random.default_rng(seed), len(terminals)
+    raw = {
+        "observations": rng.normal(size=(n, state_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, size=(n, action_dim)).astype(np.float32),
+        "rewards": rng.normal(size=n).astype(np.float32),
+        "terminals": np.asarray(terminals, dtype=bool),
+        "next_observations": np.empty((n, state_dim), np.float32),
+    }
+    raw["next_observations"][:-1] = raw["observations"][1:]
+    ends = raw["terminals"].copy()
+    if timeouts is not None:
+        raw["timeouts"] = np.asarray(timeouts, dtype=bool)
+        ends |= raw["timeouts"]
+    ends[-1] = True
+    true_last = rng.normal(size=(ends.sum(), state_dim))
+    raw["next_observations"][ends] = true_last.astype(np.float32)
+    return raw
+
+
+def v2_raw():
+    """Episodes: 4 rows to a terminal, 3 to a time-out, a single row, an unfinished."""
+    ends = {3: "terminals", 6: "timeouts", 7: "terminals"}
+    flags = [
+        [ends.get(i) == kind for i in range(12)] for kind in ("terminals", "timeouts")
+    ]
+    return make_raw(*flags)
+
+
+def write(path, raw, **more):
+    with h5py.File(path, "w") as file:
+        for key, values in {**raw, **more}.items():
+            file[key] = values
+    return path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """No data anywhere but under the test's own folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("CORL_DARE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(collect, "STAND_IN_ROWS", 60)
+    hide_package("d4rl", monkeypatch)
+    (tmp_path / "d4rl").mkdir()
+    return tmp_path
+
+
+def hide_package(name, monkeypatch):
+    def version(asked):
+        if asked == name:
+            raise datasets.importlib.metadata.PackageNotFoundError(name)
+        return plain(asked)
+
+    plain = datasets.importlib.metadata.version
+    monkeypatch.setattr(datasets.importlib.metadata, "version", version)
+
+
+# ---------------------------------------------------------------- D4RL's rules
+
+
+def d4rl_loop(raw, horizon=1000):
+    """The published rules, one row at a time."""
+    out = {
+        key: []
+        for key in (
+            "observations",
+            "actions",
+            "next_observations",
+            "rewards",
+            "terminals",
+        )
+    }
+    step = 0
+    for i in range(len(raw["rewards"]) - 1):
+        if "timeouts" in raw:
+            drop = bool(raw["timeouts"][i])
+        else:
+            drop = step == horizon - 1
+        if drop:
+            step = 0
+            continue
+        if raw["terminals"][i]:
+            step = 0
+        out["observations"].append(raw["observations"][i])
+        out["actions"].append(raw["actions"][i])
+        out["next_observations"].append(raw["observations"][i + 1])
+        out["rewards"].append(raw["rewards"][i])
+        out["terminals"].append(bool(raw["terminals"][i]))
+        step += 1
+    return {key: np.array(values) for key, values in out.items()}
+
+
+def assert_same(found, expected):
+    assert list(sorted(found)) == sorted(expected)
+    for key, values in expected.items():
+        np.testing.assert_array_equal(found[key], values, err_msg=key)
+        wanted = np.bool_ if key == "terminals" else np.float32
+        assert found[key].dtype == wanted
+
+
+def test_all_ends_of_episodes_as_d4rl_reads_them():
+    raw = v2_raw()
+    found = datasets.qlearning_dataset(raw)
+    assert_same(found, d4rl_loop(raw))
+    assert len(found["rewards"]) == 10  # 12 rows without the time-out and the last one
+    assert found["terminals"].sum() == 2
+    # After a terminal comes the first observation of the next episode, not the true one.
+    np.testing.assert_array_equal(found["next_observations"][3], raw["observations"][4])
+    assert (found["next_observations"][3] != raw["next_observations"][3]).all()
+
+
+def test_true_next_states_with_time_outs_kept():
+    raw = v2_raw()
+    found = datasets.qlearning_dataset(raw, keep_timeouts=True)
+    assert_same(found, {key: raw[key] for key in found})
+    assert len(found["rewards"]) == 12
+    del raw["next_observations"]
+    with pytest.raises(ValueError, match="needs stored next_observations"):
+        datasets.qlearning_dataset(raw, keep_timeouts=True)
+
+
+@pytest.mark.parametrize("keep_timeouts", [False, True])
+def test_result_shares_no_memory_with_the_raw_data(keep_timeouts):
+    raw = v2_raw()
+    for values in datasets.qlearning_dataset(raw, keep_timeouts).values():
+        assert not any(np.shares_memory(values, original) for original in raw.values())
+
+
+FLAGS = st.lists(st.sampled_from([(0, 0), (0, 0), (1, 0), (0, 1), (1, 1)]), min_size=2)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(FLAGS, st.booleans())
+def test_any_pattern_of_flags_equals_the_loop(flags, as_float):
+    raw = make_raw(*np.array(flags, dtype=bool).T)
+    expected = d4rl_loop(raw)
+    if as_float:  # antmaze stores its flags like this
+        raw["terminals"] = raw["terminals"].astype(np.float64)
+        raw["timeouts"] = raw["timeouts"].astype(np.float32)
+    if len(expected["rewards"]):
+        assert_same(datasets.qlearning_dataset(raw), expected)
+    else:
+        with pytest.raises(ValueError, match="no transition is left"):
+            datasets.qlearning_dataset(raw)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(
+    st.lists(st.sampled_from([False] * 4 + [True]), min_size=2, max_size=60),
+    st.integers(2, 12),
+)
+def test_without_time_outs_the_counter_equals_the_loop(terminals, horizon):
+    raw = make_raw(terminals)
+    expected = d4rl_loop(raw, horizon)
+    if len(expected["rewards"]):
+        assert_same(datasets.qlearning_dataset(raw, horizon=horizon), expected)
+
+
+def test_counter_cuts_one_step_early_after_a_terminal():
+    terminals = np.zeros(30, bool)
+    terminals[4] = True
+    flags = datasets.timeout_flags({"terminals": terminals}, horizon=10)
+    # Ten rows per episode otherwise, but nine after the terminal.
+    assert np.flatnonzero(flags).tolist() == [13, 23]
+    flags = datasets.timeout_flags({"terminals": np.zeros(30, bool)}, horizon=10)
+    assert np.flatnonzero(flags).tolist() == [9, 19, 29]
+    with pytest.raises(ValueError, match="horizon is 1"):
+        datasets.timeout_flags({"terminals": terminals}, horizon=1)
+
+
+def test_missing_key_is_named():
+    raw = v2_raw()
+    del raw["actions"]
+    with pytest.raises(ValueError, match="raw data lacks actions"):
+        datasets.qlearning_dataset(raw)
+
+
+def test_equals_the_real_d4rl(tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    monkeypatch.setenv("D4RL_SUPPRESS_IMPORT_ERROR", "1")
+    reason = "d4rl is not installed (see requirements-d4rl.txt)"
+    d4rl = pytest.importorskip("d4rl", reason=reason)
+    if not hasattr(d4rl, "offline_env"):
+        pytest.skip("this d4rl is the shim, not the package")
+    rng = np.random.default_rng(0)
+    for raw in (v2_raw(), make_raw(*(rng.random((2, 500)) < 0.1))):
+        expected = d4rl.qlearning_dataset(None, dataset=raw)
+        assert_same(datasets.qlearning_dataset(raw), expected)
+        del raw["timeouts"]
+        env = types.SimpleNamespace(_max_episode_steps=7)
+        expected = d4rl.qlearning_dataset(env, dataset=raw)
+        assert_same(datasets.qlearning_dataset(raw, horizon=7), expected)
+    for task in envs.task_names():
+        url = d4rl.infos.DATASET_URLS[task]
+        assert url.endswith("/" + datasets.file_name(task))
+        facts = envs.task(task)
+        assert d4rl.infos.REF_MIN_SCORE[task] == facts.ref_min
+        assert d4rl.infos.REF_MAX_SCORE[task] == facts.ref_max
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_file_is_read_whole_and_only_what_is_needed(tmp_path):
+    raw = v2_raw()
+    path = write(tmp_path / "x.hdf5", raw, **{"infos/qpos": np.zeros((12, 6))})
+    assert_read(path, raw)
+
+
+def assert_read(path, raw, task=TASK):
+    found = datasets.load_hdf5(path, task)
+    assert set(found) == set(raw)
+    for key in raw:
+        np.testing.assert_array_equal(found[key], raw[key].reshape(found[key].shape))
+        wanted = np.bool_ if key in ("terminals", "timeouts") else np.float32
+        assert found[key].dtype == wanted
+
+
+def test_other_types_and_columns_are_cast(tmp_path):
+    raw = v2_raw()
+    for key in ("observations", "actions", "rewards", "next_observations"):
+        raw[key] = raw[key].astype(np.float64)
+    raw["terminals"] = raw["terminals"].astype(np.float32)[:, None]
+    raw["timeouts"] = raw["timeouts"].astype(np.uint8)
+    raw["rewards"] = raw["rewards"][:, None]
+    assert_read(write(tmp_path / "x.hdf5", raw), raw)
+
+
+def test_antmaze_layout_is_read(tmp_path):
+    flags = np.zeros((2, 20), bool)
+    flags[0, 4:7] = flags[1, 9] = True
+    raw = make_raw(*flags, state_dim=29, action_dim=8)
+    del raw["next_observations"]
+    assert_read(write(tmp_path / "x.hdf5", raw), raw, "antmaze-umaze-v2")
+    found = datasets.statistics(raw, "antmaze-umaze-v2")
+    assert (found["episodes"], found["unfinished_rows"]) == (1, 10)
+
+
+def change(key, value, index=...):
+    def apply(raw):
+        raw[key] = raw[key].copy()
+        raw[key][index] = value
+
+    return apply
+
+
+def replace(key, value):
+    return lambda raw: raw.update({key: value})
+
+
+def keep_rows(n):
+    return lambda raw: raw.update({key: values[:n] for key, values in raw.items()})
+
+
+SHAPE = (
+    "widths \\(17, 6\\), which fit halfcheetah or walker2d; hopper-medium-v2 needs 11"
+)
+BAD = {
+    "nan": (
+        change("observations", np.nan, (5, 2)),
+        "observations has nan in row 5 \\(1 ",
+    ),
+    "inf": (
+        change("rewards", -np.inf, slice(7, 9)),
+        "rewards has -inf in row 7 \\(2 bad",
+    ),
+    "nan next": (change("next_observations", np.nan, 3), "next_observations .* row 3"),
+    "huge": (replace("rewards", np.full(12, 1e300)), "rewards has 1e\\+300 in row 0"),
+    "action": (change("actions", 1.5, (4, 1)), "actions has 1.5 in row 4.*\\[-1, 1\\]"),
+    "action nan": (change("actions", np.nan, (4, 1)), "actions has nan in row 4"),
+    "flag": (replace("timeouts", np.arange(12)), "timeouts has 2 in row 2.*0 or 1"),
+    "flag nan": (
+        replace("terminals", np.full(12, np.nan)),
+        "terminals has nan in row 0",
+    ),
+    "flag half": (replace("terminals", np.full(12, 0.5)), "terminals has 0.5 in row 0"),
+    "length": (
+        replace("rewards", np.zeros(11)),
+        "rewards has 11 rows, observations has",
+    ),
+    "flags short": (replace("timeouts", np.zeros(3)), "timeouts has 3 rows"),
+    "text": (replace("rewards", np.array([b"one"] * 12)), "rewards has type \\|S3"),
+    "complex": (replace("rewards", np.zeros(12, complex)), "rewards has type complex"),
+    "scalar": (replace("rewards", np.float32(0)), "rewards has shape \\(\\)"),
+    "flat": (replace("observations", np.zeros(12)), "observations has shape \\(12,\\)"),
+    "cube": (
+        replace("actions", np.zeros((12, A, 1))),
+        "actions has shape \\(12, 3, 1\\)",
+    ),
+    "wide": (replace("rewards", np.zeros((12, 2))), "rewards has shape \\(12, 2\\)"),
+    "next": (replace("next_observations", np.zeros((12, 9))), "width 9; expected 11"),
+    "one row": (keep_rows(1), "1 row\\(s\\); a dataset needs at least 2"),
+    "no row": (keep_rows(0), "0 row\\(s\\)"),
+    "robot": (lambda raw: raw.update(make_raw([0] * 12, None, 0, 17, 6)), SHAPE),
+    "nobody": (replace("actions", np.zeros((12, 4))), "\\(11, 4\\), which fit no robot"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", BAD.values(), ids=BAD)
+def test_bad_contents_are_refused_with_file_key_and_row(tmp_path, spoil, message):
+    raw = v2_raw()
+    spoil(raw)
+    path = write(tmp_path / "spoilt.hdf5", raw)
+    with pytest.raises(ValueError, match=f"spoilt.hdf5.*{message}") as caught:
+        datasets.load_hdf5(path, TASK)
+    assert "\n" not in str(caught.value)
+
+
+def test_rounding_beyond_the_action_bound_is_accepted(tmp_path):
+    raw = v2_raw()
+    raw["actions"][3] = 1.0005
+    assert_read(write(tmp_path / "x.hdf5", raw), raw)
+
+
+@pytest.mark.parametrize("key", datasets.REQUIRED)
+def test_missing_keys_are_named(tmp_path, key):
+    raw = v2_raw()
+    del raw[key]
+    path = write(tmp_path / "x.hdf5", raw)
+    with pytest.raises(ValueError, match=f"x.hdf5 lacks {key}; it holds .*next_obs"):
+        datasets.load_hdf5(path, TASK)
+
+
+def test_group_in_place_of_an_array_is_named(tmp_path):
+    raw = v2_raw()
+    raw["observations/desired_goal"] = raw.pop("observations")
+    with pytest.raises(ValueError, match="observations is a group"):
+        datasets.load_hdf5(write(tmp_path / "x.hdf5", raw), TASK)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs pointer"),
+        (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+        (b"<HTML><body>moved", "web page"),
+        (b"PK\x03\x04 something else", "first bytes are not HDF5's"),
+    ],
+)
+def test_files_of_other_kinds_are_recognized(tmp_path, content, message):
+    (tmp_path / "x.hdf5").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.hdf5 is not an HDF5 file: .*{message}"):
+        datasets.load_hdf5(tmp_path / "x.hdf5", TASK)
+
+
+def test_truncated_file_folder_and_missing_file_are_refused(tmp_path):
+    path = write(tmp_path / "x.hdf5", v2_raw())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="x.hdf5 is a damaged or incomplete HDF5 file"):
+        datasets.load_hdf5(path, TASK)
+    for name in ("", "none.hdf5"):
+        with pytest.raises(ValueError, match="does not exist"):
+            datasets.load_hdf5(tmp_path / name, TASK)
+
+
+def test_damaged_chunk_is_refused(tmp_path):
+    raw = make_raw([0] * 500, [0] * 500)
+    path = tmp_path / "x.hdf5"
+    with h5py.File(path, "w") as file:
+        for key, values in raw.items():
+            file.create_dataset(key, data=values, compression="gzip")
+        place = file["observations"].id.get_chunk_info(0).byte_offset
+    with open(path, "r+b") as handle:
+        handle.seek(place)
+        handle.write(b"\xff" * 64)
+    with pytest.raises(ValueError, match="x.hdf5 is a damaged or incomplete HDF5 file"):
+        datasets.load_hdf5(path, TASK)
+
+
+# ---------------------------------------------------------------- names and statistics
+
+
+@pytest.mark.parametrize(
+    "task, name",
+    [
+        ("hopper-medium-replay-v2", "hopper_medium_replay-v2.hdf5"),
+        ("walker2d-full-replay-v2", "walker2d_full_replay-v2.hdf5"),
+        (
+            "antmaze-umaze-v2",
+            "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5",
+        ),
+        (
+            "antmaze-large-play-v2",
+            "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
+        ),
+        (
+            "antmaze-medium-diverse-v2",
+            "Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+        ),
+    ],
+)
+def test_file_names_are_d4rls(task, name):
+    assert datasets.file_name(task) == name
+
+
+def test_every_task_has_its_own_file_name():
+    names = {datasets.file_name(task) for task in envs.task_names()}
+    assert len(names) == len(envs.task_names())
+    with pytest.raises(ValueError, match="-v2 tasks only"):
+        datasets.file_name("hopper-medium-v0")
+
+
+def test_table_of_known_files():
+    known = datasets.known_files()
+    assert set(known) == set(envs.task_names()) - {"antmaze-medium-play-v2"}
+    assert all(len(bytes.fromhex(digest)) == 32 for _, digest in known.values())
+    assert len({digest for _, digest in known.values()}) == len(known)
+    assert known["hopper-medium-v2"][0] == 152756557
+    assert known["antmaze-large-diverse-v2"][1].startswith("84f775eb")
+    assert set(datasets.D4RL_RETURNS) <= {
+        t.removesuffix("-v2") for t in envs.task_names()
+    }
+
+
+def test_statistics_of_complete_episodes_against_a_loop():
+    raw = v2_raw()
+    returns, lengths, start = [], [], 0
+    for i in range(12):
+        if raw["terminals"][i] or raw["timeouts"][i]:
+            returns.append(sum(float(r) for r in raw["rewards"][start : i + 1]))
+            lengths.append(i + 1 - start)
+            start = i + 1
+    found = datasets.statistics(raw, TASK)
+    assert lengths == [4, 3, 1]
+    for name, values in (("return", returns), ("length", lengths)):
+        expected = [np.mean(values), np.std(values), min(values), max(values)]
+        np.testing.assert_allclose(list(found[name].values()), expected, rtol=1e-6)
+    counts = [found[k] for k in ("rows", "episodes", "unfinished_rows")]
+    assert counts == [12, 3, 4]
+    assert (found["terminals"], found["timeouts"]) == (2, 1)
+    assert found["action_max"] == raw["actions"].max()
+    json.dumps(found)
+
+
+def test_statistics_without_a_complete_episode():
+    found = datasets.statistics(make_raw([0] * 5, [0] * 5), TASK)
+    assert found["episodes"] == 0 and found["unfinished_rows"] == 5
+    assert found["return"] == dict.fromkeys(("mean", "std", "min", "max"))
+
+
+# ---------------------------------------------------------------- where data comes from
+
+
+def test_order_of_sources(home, capsys, monkeypatch):
+    task, name = "hopper-random-v2", "hopper_random-v2.hdf5"
+    last = datasets.resolve(task)
+    assert last.provenance["source"] == "self-collected"
+    printed = capsys.readouterr().out
+    assert f"there is no {home / 'd4rl' / name}" in printed
+    assert "d4rl: the package is not installed" in printed
+    assert last.provenance["message"] in printed
+
+    folder = write(home / "d4rl" / name, v2_raw())
+    found = datasets.resolve(task)
+    assert (found.provenance["source"], found.provenance["rows"]) == ("d4rl_dir", 10)
+    assert found.provenance["path"] == str(folder)
+
+    explicit = write(home / "mine.hdf5", make_raw([0] * 5, [0] * 5))
+    found = datasets.resolve(task, path=explicit)
+    assert (found.provenance["source"], found.provenance["rows"]) == ("file", 4)
+
+    found = datasets.resolve(task, source="self-collected", rows=30)
+    assert (found.provenance["source"], found.provenance["rows_raw"]) == (
+        "self-collected",
+        30,
+    )
+    assert datasets.resolve(task, source="d4rl_dir").provenance["rows"] == 10
+
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    with pytest.raises(RuntimeError, match="home/.d4rl/datasets/hopper_random"):
+        datasets.resolve(task, source="d4rl_dir")
+
+
+def test_arrays_and_provenance_of_a_file(home):
+    raw = v2_raw()
+    path = write(home / "x.hdf5", raw)
+    found = datasets.resolve(TASK, source="file", path=path)
+    assert_same(found.arrays, d4rl_loop(raw))
+    facts = found.provenance
+    assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (facts["rows"], facts["rows_raw"]) == (10, 12)
+    assert not facts["recognised"] and facts["label"].startswith("unknown file")
+    assert found.task == TASK
+    json.dumps([facts, found.statistics])
+
+
+def test_d4rls_own_bytes_are_recognised_for_their_task_only(home, monkeypatch):
+    path = write(home / "x.hdf5", v2_raw())
+    digest = collect.sha256(path)
+    monkeypatch.setattr(datasets, "CHECKSUMS", f"hopper\nmedium 99 {digest}\n")
+    own = datasets.resolve(TASK, path=path).provenance
+    assert own["recognised"] and own["label"].startswith(
+        "D4RL's own file of hopper-medium"
+    )
+    other = datasets.resolve("hopper-expert-v2", path=path).provenance
+    assert not other["recognised"] and "hopper-medium-v2" in other["label"]
+
+
+def test_file_in_d4rls_folder_that_is_too_short_is_marked(home):
+    write(home / "d4rl" / FILE, v2_raw())
+    assert "shorter than D4RL's 152756557" in datasets.resolve(TASK).provenance["label"]
+
+
+def test_stand_in_is_labelled_kept_and_collected_once(home, monkeypatch):
+    task = "hopper-random-v2"
+    first = datasets.resolve(task)
+    facts = first.provenance
+    assert facts["label"] == "self-collected stand-in (not D4RL data)"
+    assert facts["rows_raw"] == 60 and not facts["recognised"]
+    assert facts["collected"]["seed"] == 0
+    assert facts["path"].startswith(str(home / "cache"))
+    json.dumps(facts)
+    copy = datasets.resolve(TASK, path=facts["path"]).provenance
+    assert copy["label"].startswith("self-collected stand-in (not D4RL data), made for")
+    monkeypatch.setattr(collect, "rollout", None)
+    again = datasets.resolve(task)
+    assert again.provenance == facts
+    np.testing.assert_array_equal(again.arrays["actions"], first.arrays["actions"])
+
+
+def test_cache_folder_argument_variable_and_default(home, monkeypatch):
+    def folder(**options):
+        found = datasets.resolve("hopper-random-v2", "self-collected", **options)
+        return os.path.relpath(os.path.dirname(found.provenance["path"]), home)
+
+    assert folder(cache_dir=home / "here") == "here/datasets"
+    assert folder() == "cache/datasets"
+    monkeypatch.delenv("CORL_DARE_CACHE")
+    assert folder() == "home/.cache/corl_dare/datasets"
+
+
+def test_new_policies_get_a_new_stand_in(home, monkeypatch):
+    asked = []
+    monkeypatch.setattr(collect, "collect", lambda task, rows, out: asked.append(out))
+    monkeypatch.setattr(datasets, "_from_file", lambda *args: None)
+    for digest in ("a" * 64, "b" * 64):
+        monkeypatch.setattr(collect, "fingerprint", lambda task, d=digest: {"medium": d})
+        datasets.resolve(TASK, "self-collected")
+    assert [p.name for p in asked] == [f"{TASK}-60-{c * 8}.hdf5" for c in "ab"]
+
+
+def test_nothing_found_tells_all_that_was_tried(home):
+    with pytest.raises(ValueError) as caught:
+        datasets.resolve("antmaze-large-play-v2")
+    message = str(caught.value)
+    for part in (
+        "Ant_maze_hardest",
+        "d4rl: the package",
+        "self-collected:",
+        "dataset_path",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (
+            {"source": "D4RL"},
+            ValueError,
+            "dataset_source 'D4RL' is not one of auto, file",
+        ),
+        ({"source": "file"}, ValueError, "'file' needs dataset_path"),
+        ({"source": "minari"}, ValueError, "'minari' needs dataset_path"),
+        ({"source": "d4rl", "path": "x"}, ValueError, "'d4rl' does not read it"),
+        ({"source": "file", "path": "minari:a/b-v0"}, ValueError, "is a Minari id"),
+        ({"path": "none.hdf5"}, ValueError, "none.hdf5 does not exist"),
+        ({"source": "d4rl"}, RuntimeError, "no dataset for hopper-medium-v2; d4rl: the"),
+        ({"source": "self-collected", "rows": 1}, ValueError, "rows is 1|not shipped"),
+    ],
+)
+def test_impossible_requests_are_refused(home, options, error, message):
+    with pytest.raises(error, match=message):
+        datasets.resolve(TASK, **options)
+
+
+def test_file_without_a_usable_row_is_refused(home):
+    path = write(home / "x.hdf5", make_raw([0] * 3, [1, 1, 0]))
+    with pytest.raises(ValueError, match="x.hdf5: no transition is left"):
+        datasets.resolve(TASK, path=path)
+
+
+# ---------------------------------------------------------------- the d4rl package
+
+
+@pytest.fixture
+def d4rl(home, monkeypatch):
+    """A package with d4rl's download interface, whose server is a folder."""
+    package, infos = types.ModuleType("d4rl"), types.ModuleType("d4rl.infos")
+    offline_env = types.ModuleType("d4rl.offline_env")
+    infos.DATASET_URLS = {TASK: f"http://nowhere/{FILE}"}
+    offline_env.DATASET_PATH = "before"
+    offline_env.served = write(home / "served.hdf5", v2_raw()).read_bytes()
+
+    def set_dataset_path(path):
+        offline_env.DATASET_PATH = path
+
+    def download_dataset_from_url(url):
+        target = os.path.join(offline_env.DATASET_PATH, url.split("/")[-1])
+        with open(target, "wb") as handle:
+            handle.write(offline_env.served[:500])
+            if offline_env.served is BROKEN:
+                raise OSError("connection\nlost")
+            handle.write(offline_env.served[500:])
+        return target
+
+    offline_env.set_dataset_path = set_dataset_path
+    offline_env.download_dataset_from_url = download_dataset_from_url
+    package.infos, package.offline_env = infos, offline_env
+    for module in (package, infos, offline_env):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(datasets.importlib.metadata, "version", lambda name: "1.1")
+    monkeypatch.setattr(datasets, "CHECKSUMS", "")
+    return package
+
+
+BROKEN = b"x" * 600
+
+
+def test_download_goes_to_d4rls_folder_once(home, d4rl, monkeypatch):
+    found = datasets.resolve(TASK).provenance
+    assert (found["source"], found["path"]) == ("d4rl", str(home / "d4rl" / FILE))
+    assert os.listdir(home / "d4rl") == [FILE]
+    assert d4rl.offline_env.DATASET_PATH == "before"
+    monkeypatch.setattr(d4rl.offline_env, "download_dataset_from_url", None)
+    assert datasets.resolve(TASK).provenance["source"] == "d4rl_dir"
+    assert datasets.resolve(TASK, "d4rl").provenance["source"] == "d4rl"
+
+
+def test_interrupted_download_leaves_nothing_and_the_next_source_is_taken(
+    home, d4rl, monkeypatch, capsys
+):
+    d4rl.offline_env.served = BROKEN
+    task = "hopper-random-v2"
+    d4rl.infos.DATASET_URLS[task] = "http://nowhere/hopper_random-v2.hdf5"
+    found = datasets.resolve(task).provenance
+    assert found["source"] == "self-collected"
+    assert "the download failed (OSError: connection lost)" in capsys.readouterr().out
+    assert os.listdir(home / "d4rl") == []
+    assert d4rl.offline_env.DATASET_PATH == "before"
+    with pytest.raises(RuntimeError, match="connection lost"):
+        datasets.resolve(task, "d4rl")
+
+
+def test_download_with_another_checksum_is_refused(home, d4rl, monkeypatch):
+    monkeypatch.setattr(datasets, "CHECKSUMS", f"hopper\nmedium 5 {'0' * 64}\n")
+    with pytest.raises(RuntimeError, match="not D4RL's checksum .* 5 bytes"):
+        datasets.resolve(TASK, "d4rl")
+    assert os.listdir(home / "d4rl") == []
+
+
+# ---------------------------------------------------------------- Minari
+
+
+def minari_episode(n, seed, terminated, truncated):
+    raw = make_raw([0] * (n + 1), seed=seed)
+    flags = np.zeros((2, n), bool)
+    flags[0, -1], flags[1, -1] = terminated, truncated
+    return types.SimpleNamespace(
+        observations=raw["observations"].astype(np.float64),
+        actions=raw["actions"][:n],
+        rewards=raw["rewards"][:n].astype(np.float64),
+        terminations=flags[0],
+        truncations=flags[1],
+    )
+
+
+def test_minari_episodes_keep_every_row_with_true_next_states(home, monkeypatch):
+    ends = [(True, False), (False, True), (False, False)]
+    episodes = [minari_episode(4 + i, i, *end) for i, end in enumerate(ends)]
+    module = types.ModuleType("minari")
+    module.__version__ = "0"
+    module.load_dataset = lambda name, download: types.SimpleNamespace(
+        iterate_episodes=lambda: iter(episodes)
+    )
+    monkeypatch.setitem(sys.modules, "minari", module)
+    found = datasets.resolve(TASK, path="minari:mujoco/hopper/medium-v0")
+    states = [e.observations for e in episodes]
+    expected = {
+        "observations": np.concatenate([s[:-1] for s in states]),
+        "next_observations": np.concatenate([s[1:] for s in states]),
+        "actions": np.concatenate([e.actions for e in episodes]),
+        "rewards": np.concatenate([e.rewards for e in episodes]),
+        "terminals": np.concatenate([e.terminations for e in episodes]),
+    }
+    assert_same(found.arrays, expected)
+    assert found.statistics["episodes"] == 3 and found.statistics["timeouts"] == 2
+    assert found.provenance["source"] == "minari"
+    assert "not D4RL data" in found.provenance["label"]
+    same = datasets.resolve(TASK, "minari", "mujoco/hopper/medium-v0")
+    assert same.provenance["sha256"] == found.provenance["sha256"]
+    episodes[0].rewards[0] += 1
+    other = datasets.resolve(TASK, "minari", "mujoco/hopper/medium-v0")
+    assert other.provenance["sha256"] != found.provenance["sha256"]
+
+
+def test_minari_missing_or_failing_is_one_line(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(RuntimeError, match='minari:a/b-v0 needs.*"minari\\[hdf5\\]"'):
+        datasets.resolve(TASK, path="minari:a/b-v0")
+
+    def missing(name, download):
+        raise FileNotFoundError(name)
+
+    module = types.ModuleType("minari")
+    module.load_dataset = missing
+    monkeypatch.setitem(sys.modules, "minari", module)
+    with pytest.raises(RuntimeError, match="cannot load 'a/b-v0' \\(FileNotFoundError"):
+        datasets.resolve(TASK, path="minari:a/b-v0")
+
+
+# ---------------------------------------------------------------- card
+
+
+def test_card_shows_the_data_beside_d4rls_published_numbers(home):
+    raw = v2_raw()
+    raw["rewards"][:] = 0.0
+    raw["rewards"][[3, 6, 7]] = 100.0, 200.0, 300.0
+    text = datasets.card(datasets.resolve(TASK, path=write(home / "x.hdf5", raw)))
+    lines = {
+        line[:9].strip(): line[10:] for line in text.splitlines() if line[:9].strip()
+    }
+    assert lines["data"] == "unknown file (not D4RL's checksum)"
+    assert lines["rows"] == "10 transitions from 12 rows"
+    assert lines["episodes"].startswith("3 complete; 2 terminals, 1 time-outs; last")
+    assert lines["return"] == "200.00 ± 81.65 (100.00 … 300.00) raw"
+    assert lines["score"] == "6.8 ± 2.5 (3.7 … 9.8) normalized"
+    assert lines["length"] == "3 ± 1 (1 … 4) steps"
+    assert lines["D4RL's"].startswith(
+        "1422.06 ± 378.95 (315.87 … 3222.36) raw, published"
+    )
+    assert "44.3 ± 11.6 (10.3 … 99.6) normalized" in text
+
+
+def test_card_without_published_numbers_or_complete_episodes(home):
+    path = write(home / "x.hdf5", make_raw([0] * 5, [0] * 5))
+    text = datasets.card(datasets.resolve("hopper-full-replay-v2", path=path))
+    assert "no complete episode" in text and "D4RL's  " not in text
+
+
+def test_command_prints_the_card_or_one_line(home, monkeypatch, capsys):
+    path = write(home / "x.hdf5", v2_raw())
+    monkeypatch.setattr(sys, "argv", ["datasets", TASK, "--path", str(path)])
+    datasets.main()
+    assert "10 transitions from 12 rows" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["datasets", TASK, "--source", "d4rl_dir"])
+    with pytest.raises(SystemExit, match="^error: no dataset for hopper-medium-v2"):
+        datasets.main()

@@ -1,0 +1,311 @@
+"""The hook: rows kept whole, private randomness, caches with a bounded age, exact resume."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corl.iql import ReplayBuffer
+from corl_dare.behavior import make_behavior_model
+from corl_dare.hook import DareConfig, DareHook, SlotCache, draw, energy_q_scale
+
+S, A = 3, 2
+
+
+def make_buffer(rows, capacity=64, shift=0.0, seed=0):
+    """Row i carries i in its reward, so that a batch says where its rows came from."""
+    rng = np.random.default_rng(seed)
+    buffer = ReplayBuffer(S, A, capacity)
+    buffer.load_d4rl_dataset(
+        {
+            "observations": rng.normal(size=(rows, S)).astype(np.float32),
+            "actions": np.clip(rng.normal(shift, 0.3, (rows, A)), -1, 1).astype("f4"),
+            "rewards": np.arange(rows, dtype=np.float32) + 1000 * (shift != 0),
+            "next_observations": rng.normal(size=(rows, S)).astype(np.float32),
+            "terminals": np.zeros(rows, bool),
+        }
+    )
+    return buffer
+
+
+def make_hook(kind="mixture", offline=None, online=None, **fields):
+    guided = fields.get("guidance_scale", 0.0) > 0
+    config = DareConfig(
+        behavior=kind,
+        **{
+            "guidance_scale": 0.0,
+            "support_actions": 4,
+            "behavior_width": 0.05,
+            **fields,
+        },
+    )
+    options = config.behavior_options
+    model = make_behavior_model(kind, S, A, seed=0, **options).requires_grad_(False)
+    return DareHook(
+        offline or make_buffer(40),
+        online or make_buffer(30, shift=0.8, seed=1),
+        config,
+        model,
+        policy_log_prob=lambda s, a: -((a - 0.8) ** 2).sum(1),
+        q_function=(lambda s, a: a.sum(1)) if guided else None,
+        state_mean=np.full(S, 0.5, np.float32),
+        state_std=np.full(S, 2.0, np.float32),
+        seed=7,
+    )
+
+
+def test_off_returns_the_buffers_rows_untouched():
+    offline, online = make_buffer(40), make_buffer(30, shift=0.8)
+    hook = DareHook(offline, online, DareConfig(enabled=False))
+    np.random.seed(3)
+    batch, weight, log = hook.sample(16)
+    np.random.seed(3)
+    expected = [
+        torch.cat(x) for x in zip(offline.sample(8), online.sample(8), strict=True)
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(batch, expected, strict=True))
+    assert torch.equal(weight, torch.ones(16)) and log == {}
+
+
+@pytest.mark.parametrize("score", ["reference", "likelihood", "policy_ratio"])
+def test_exchange_permutes_whole_rows(score):
+    hook = make_hook(score=score)
+    np.random.seed(0)
+    batch, weight, log = hook.sample(32)
+    np.random.seed(0)
+    stacked = [
+        torch.cat(x)
+        for x in zip(hook.offline.sample(16), hook.online.sample(16), strict=True)
+    ]
+    # the reward names the row: match rows by it, then every field must have moved along
+    order = [stacked[2][:, 0].tolist().index(r) for r in batch[2][:, 0].tolist()]
+    for moved, field in zip(batch, stacked, strict=True):
+        assert torch.equal(moved, field[order])
+    assert sorted(batch[2][:, 0].tolist()) == sorted(stacked[2][:, 0].tolist())
+    assert torch.equal(weight, torch.tensor([1.0] * 16 + [0.0] * 16))
+    swapped = (torch.tensor(order[:16]) >= 16).sum()
+    assert log["exchanged"] == swapped
+
+
+def test_policy_ratio_is_log_policy_minus_log_behavior_on_raw_states():
+    hook = make_hook(score="policy_ratio")
+    states, actions = torch.randn(5, S), torch.rand(5, A)
+    scores, _ = hook.score(states, actions, [None, None])
+    log_nu = hook.behavior.log_prob(states * 2.0 + 0.5, actions)
+    expected = -((actions - 0.8) ** 2).sum(1) - log_nu
+    torch.testing.assert_close(scores, expected)
+
+
+def test_the_policy_ratio_sends_policy_rows_online():
+    """Behavior near 0, policy near 0.8, a third of each half misplaced: halves get purer."""
+    rng = np.random.default_rng(0)
+    origin = rng.random((2, 600)) < np.array([[0.3], [0.7]])  # True: drawn by the policy
+    buffers = []
+    for half in origin:
+        buffer = make_buffer(600, capacity=600)
+        center = np.where(half[:, None], 0.8, 0.0)
+        buffer._actions[:] = torch.tensor(center + 0.3 * rng.normal(size=(600, A)))
+        buffer._rewards[:, 0] = torch.tensor(half, dtype=torch.float32)
+        buffers.append(buffer)
+    hook = make_hook(score="policy_ratio", offline=buffers[0], online=buffers[1])
+    hook.behavior.log_prob = lambda s, a: -(a**2).sum(1) / 0.18
+    hook.policy_log_prob = lambda s, a: -((a - 0.8) ** 2).sum(1) / 0.18
+    np.random.seed(0)
+    impurity = [hook.sample(256)[0][2][:128].mean().item() for _ in range(20)]
+    assert np.mean(impurity) < 0.10  # 0.30 before the exchange
+
+
+def test_hook_leaves_the_global_torch_stream_alone():
+    hook = make_hook("diffusion", guidance_scale=2.0, energy_updates=3)
+    before = torch.get_rng_state()
+    hook.pretrain(progress=False)
+    for _ in range(3):
+        hook.sample(8)
+        hook.follow()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("max_age", [1, 3])
+def test_reference_age_bound_is_honoured(max_age):
+    hook = make_hook("diffusion", reference_max_age=max_age)
+    rows = np.array([0, 1, 2, 2])
+    states = hook.offline.gather(rows)[0]
+    made = []
+    for now in range(1, 9):
+        hook.calls = now
+        made.append(hook.references(states, [rows, rows[:0]]))
+    for i in range(1, len(made)):
+        renewed = i % max_age == 0
+        assert torch.equal(made[i][:2], made[i - 1][:2]) != renewed
+
+
+def test_age_zero_draws_fresh_references_each_time():
+    hook = make_hook("diffusion", reference_max_age=0)
+    states = hook.offline.gather(np.array([0, 1]))[0]
+    first, second = (hook.references(states, [None, None]) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_cache_forgets_a_slot_the_ring_has_overwritten():
+    buffer = make_buffer(4, capacity=6)
+    cache = SlotCache(buffer, None)
+    count = [0]
+
+    def make(missing):
+        count[0] += len(missing)
+        return torch.full((len(missing), 1), float(count[0]))
+
+    rows = np.array([0, 1, 3])
+    first = cache.get(rows, 1, make)
+    assert torch.equal(cache.get(rows, 2, make), first)
+    for _ in range(3):  # writes slots 4, 5, 0
+        buffer.add_transition(np.zeros(S), np.zeros(A), 0.0, np.zeros(S), False)
+    second = cache.get(rows, 3, make)
+    assert second[0] != first[0] and torch.equal(second[1:], first[1:])
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=40), st.integers(1, 4))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_cache_against_a_dictionary(events, max_age):
+    """Event 7 writes a transition, any other asks for that slot."""
+    buffer = make_buffer(7, capacity=7)
+    cache, oracle, serial = SlotCache(buffer, max_age), {}, [0]
+
+    def make(missing):
+        serial[0] += 1
+        return torch.full((len(missing),), float(serial[0]))
+
+    for now, event in enumerate(events):
+        if event == 7:
+            oracle.pop(buffer._pointer, None)
+            buffer.add_transition(np.zeros(S), np.zeros(A), 0.0, np.zeros(S), False)
+            continue
+        value = cache.get(np.array([event]), now, make).item()
+        if event not in oracle or now - oracle[event][0] >= max_age:
+            oracle[event] = (now, float(serial[0]))
+        assert value == oracle[event][1]
+
+
+def test_energy_learns_where_q_is_high():
+    """Q = sum of actions: the energy's gradient must point up, and guidance must raise Q."""
+    hook = make_hook("diffusion", guidance_scale=3.0, energy_updates=150, energy_lr=3e-3)
+    hook.pretrain(progress=False)
+    states = hook.offline.gather(np.arange(40))[0]
+    plain = hook.sample_behavior(states, 4, guided=False).sum(-1).mean()
+    guided = hook.sample_behavior(states, 4, guided=True).sum(-1).mean()
+    assert guided > plain + 0.1
+
+
+def test_energy_schedule_and_stop():
+    hook = make_hook(
+        "diffusion", guidance_scale=2.0, energy_update_freq=3, energy_updates=5
+    )
+    hook.pretrain(should_stop=lambda: hook.energy_steps == 2, progress=False)
+    assert hook.energy_steps == 2
+    hook.pretrain(progress=False)
+    assert hook.energy_steps == 5
+    done = []
+    for _ in range(7):
+        hook.sample(8)
+        done.append(bool(hook.follow()))
+    assert done == [False, False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "diffusion", "guidance_scale": 2.0, "reference_max_age": 4},
+        {"kind": "diffusion", "rule": "random"},
+        {"kind": "mixture", "score": "reference", "reference_max_age": 2},
+    ],
+)
+def test_resume_is_exact(fields):
+    def run(hook, steps):
+        logs = []
+        for _ in range(steps):
+            batch, weight, log = hook.sample(16)
+            logs += [batch[2].clone(), weight, log["separation_point"]]
+            logs += list(hook.follow().values())
+        return logs
+
+    np.random.seed(5)
+    hook = make_hook(**fields)
+    run(hook, 4)
+    saved, stream = copy.deepcopy(hook.state_dict()), np.random.get_state()
+    expected = run(hook, 6)
+    np.random.set_state(stream)
+    resumed = make_hook(**fields)
+    resumed.load_state_dict(saved)
+    assert all(torch.equal(x, y) for x, y in zip(expected, run(resumed, 6), strict=True))
+
+
+def test_a_foreign_buffer_needs_only_sample():
+    class Foreign:
+        def sample(self, n):
+            return [torch.randn(n, S), torch.rand(n, A), torch.zeros(n, 1)]
+
+    hook = make_hook(score="likelihood", offline=Foreign(), online=Foreign())
+    batch, weight, _ = hook.sample(10)
+    assert len(batch[0]) == len(weight) == 10
+    with pytest.raises(ValueError, match="Foreign has no CORL storage"):
+        make_hook(reference_max_age=5, offline=Foreign(), online=Foreign())
+
+
+def test_rows_are_drawn_as_the_buffer_draws_them():
+    class Upstream:  # CORL's private storage, no draw and gather
+        _buffer_size = 40
+
+    ours = make_buffer(40, capacity=40)
+    upstream = Upstream()
+    for field in ("_states", "_actions", "_rewards", "_next_states", "_dones", "_size"):
+        setattr(upstream, field, getattr(ours, field))
+    np.random.seed(2)
+    rows, batch = draw(upstream, 9)
+    np.random.seed(2)
+    expected = ours.sample(9)
+    assert all(torch.equal(x, y) for x, y in zip(batch, expected, strict=True))
+    assert torch.equal(ours._rewards[rows], batch[2])
+
+
+def test_q_scale_brings_returns_to_a_span_of_1000():
+    assert energy_q_scale("hopper-medium-v2", 2500.0) == pytest.approx(0.4)
+    assert energy_q_scale("antmaze-umaze-v2", 1.0, reward_scale=10.0) == 0.1
+    with pytest.raises(ValueError, match="span 0.0"):
+        energy_q_scale("hopper-medium-v2", 0.0)
+    literal = make_hook("diffusion", guidance_scale=1.0, q_scale="literal")
+    assert literal.q_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"cap": -1}, "dare.cap"),
+        ({"score": "kl"}, "dare.score must be one of reference"),
+        ({"rule": "best"}, "dare.rule"),
+        ({"weights": "smooth"}, "dare.weights"),
+        ({"behavior": "vae"}, "dare.behavior must be"),
+        ({"references": 0}, "dare.references"),
+        ({"reference_max_age": -1}, "dare.reference_max_age"),
+        ({"score": "likelihood"}, "needs the behavior's density"),
+        ({"behavior": "mixture"}, "cannot be guided"),
+    ],
+)
+def test_bad_settings_name_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DareConfig(**fields)
+
+
+def test_missing_parts_are_named():
+    buffers = make_buffer(4), make_buffer(4)
+    with pytest.raises(ValueError, match="needs a behavior model"):
+        DareHook(*buffers, DareConfig())
+    model = make_behavior_model("mixture", S, A, seed=0)
+    ratio = DareConfig(score="policy_ratio", behavior="mixture", guidance_scale=0.0)
+    with pytest.raises(ValueError, match="policy_log_prob"):
+        DareHook(*buffers, ratio, model)
+    diffusion = make_behavior_model("diffusion", S, A, seed=0, width=0.05)
+    with pytest.raises(ValueError, match="q_function"):
+        DareHook(*buffers, DareConfig(), diffusion)

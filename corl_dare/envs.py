@@ -222,25 +222,29 @@ class OldGymEnv(gym.Env):
 def get_state(env: gym.Env) -> dict[str, Any]:
     """Everything that decides the environment's future, as plain arrays and numbers.
 
-    MuJoCo's full physics state (with the solver's warm start, which the next step reads), the
-    elapsed steps of the time limit and the reset generator.
+    The physics (MuJoCo's full state with the solver's warm start, which the next step reads; an
+    environment of another kind answers with its own `get_state`), the elapsed steps of the time
+    limit and the reset generators.
 
     Raises:
-        TypeError: the environment is not a gymnasium MuJoCo environment.
+        TypeError: the environment offers neither.
     """
-    import mujoco
-
     base = env.unwrapped
-    if not hasattr(base, "model") or not hasattr(base, "data"):
+    if hasattr(base, "get_state"):
+        physics = base.get_state()
+    elif hasattr(base, "model") and hasattr(base, "data"):
+        import mujoco
+
+        spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.empty(mujoco.mj_stateSize(base.model, spec))
+        mujoco.mj_getState(base.model, base.data, physics, spec)
+    else:
         raise TypeError(
-            f"{type(base).__name__} has no MuJoCo state to save; exact resume needs the "
+            f"{type(base).__name__} has no state to save; exact resume needs the "
             "gymnasium backend"
         )
-    spec = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(base.model, spec))
-    mujoco.mj_getState(base.model, base.data, state, spec)
     return {
-        "physics": state,
+        "physics": physics,
         "elapsed_steps": env.get_wrapper_attr("_elapsed_steps"),
         "generator": base.np_random.bit_generator.state,
         "action_space": env.action_space.np_random.bit_generator.state,
@@ -249,16 +253,19 @@ def get_state(env: gym.Env) -> dict[str, Any]:
 
 def set_state(env: gym.Env, state: dict[str, Any]) -> None:
     """Put an environment into a state of `get_state`; the next steps are bit-identical."""
-    import mujoco
-
     env.reset()
     base = env.unwrapped
-    spec = mujoco.mjtState.mjSTATE_INTEGRATION
-    mujoco.mj_setState(base.model, base.data, state["physics"], spec)
-    # Derived quantities (xpos, sensor data) are functions of the state. In some MuJoCo
-    # versions forward also writes a fresh warm start, so the saved one is put back.
-    mujoco.mj_forward(base.model, base.data)
-    mujoco.mj_setState(base.model, base.data, state["physics"], spec)
+    if hasattr(base, "set_state") and hasattr(base, "get_state"):
+        base.set_state(state["physics"])
+    else:
+        import mujoco
+
+        spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_setState(base.model, base.data, state["physics"], spec)
+        # Derived quantities (xpos, sensor data) are functions of the state. Some MuJoCo
+        # versions write a fresh warm start in forward, so the saved one is put back.
+        mujoco.mj_forward(base.model, base.data)
+        mujoco.mj_setState(base.model, base.data, state["physics"], spec)
     wrapper = env
     while not isinstance(wrapper, gym.wrappers.TimeLimit):
         wrapper = wrapper.env

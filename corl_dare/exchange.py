@@ -162,19 +162,18 @@ def separation_point(
         tau, in units of the score; 0-d for numbers and 0-d tensors.
     """
     mean_off, std_off, mean_on, std_on = _tensors(mean_off, std_off, mean_on, std_on)
-    # In units of the mean gap, where the root is a fraction of the way from offline to
-    # online. Written so that nothing cancels when the deviations are almost equal.
-    gap = (mean_on - mean_off).abs()
-    u, v, wider = std_off / gap, std_on / gap, std_on - std_off
+    # In units of the mean gap the root is a fraction of the way from offline to online.
+    # log1p of the difference keeps the digits when the deviations are almost equal.
+    gap, wider = (mean_on - mean_off).abs(), std_on - std_off
     log_ratio = wider.sign() * (wider.abs() / torch.minimum(std_off, std_on)).log1p()
-    root = (1.0 + 2.0 * log_ratio * (wider / gap) * (u + v)).sqrt()
-    fraction = u * (1.0 + 2.0 * log_ratio * v.square()) / (u + v * root)
-    # Each degenerate case makes a term NaN or infinite, so that a comparison fails.
-    between = (2.0 * log_ratio * v.square() > -1.0) & (
-        2.0 * log_ratio * u.square() < 1.0
-    )
+    u, v = std_off / gap, std_on / gap
+    a, b = 2.0 * log_ratio * u.square(), 2.0 * log_ratio * v.square()
+    fraction = u * (1.0 + b) / (u + v * (1.0 + b - a).sqrt())
+    # At the border of having a root, rounding may put it an ulp outside.
     tau = torch.lerp(mean_off, mean_on, fraction.clamp(0.0, 1.0))
-    return torch.where(between & tau.isfinite(), tau, 0.5 * mean_off + 0.5 * mean_on)
+    # Both comparisons are false for NaN, which a width or gap of 0 makes of a or b.
+    between = (a < 1.0) & (b > -1.0) & tau.isfinite()
+    return torch.where(between, tau, 0.5 * mean_off + 0.5 * mean_on)
 
 
 def posterior_offline(

@@ -310,6 +310,13 @@ def test_bisection_has_cases_with_and_without_a_root():
     assert bisection(0, 1, 2, 2) == pytest.approx(1.23758391 / 2, abs=1e-8)
 
 
+def test_separation_point_stays_inside_where_the_root_meets_a_mean():
+    """Rounding puts the closed form an ulp above the upper mean here."""
+    mean_on = 1.6008724094554923
+    tau = separation_point(0.0, 0.8271738112279405, mean_on, 5.381962359189542)
+    assert mean_on * (1 - 1e-12) < tau.item() <= mean_on
+
+
 @properties
 @given(st.floats(-5, 5, width=32), st.floats(0.0625, 4, width=32), ratios)
 def test_separation_point_in_float32_loses_only_rounding(gap, std, ratio):
@@ -336,6 +343,7 @@ def test_separation_point_in_float32_loses_only_rounding(gap, std, ratio):
         ((1.0, 1.0, 4.0, math.inf), 2.5),
         ((1.0, math.inf, 4.0, math.inf), 2.5),
         ((0.0, 1.0, 1e-200, 1.0), 5e-201),
+        ((0.0, 1e-200, 1e200, 1e-200), 5e199),
     ],
 )
 def test_degenerate_gaussians_separate_at_the_midpoint(moments, tau):
@@ -763,12 +771,14 @@ def test_inverted_batch_swaps_nearly_everything_without_the_guard():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("row", [0, 5, 8])
-def test_a_score_that_is_not_finite_stops_the_exchange(rule, bad, row):
+@pytest.mark.parametrize("skip_inverted", [False, True])
+def test_a_score_that_is_not_finite_stops_the_exchange(rule, bad, row, skip_inverted):
     pool = torch.tensor([9.0, 1.0, 8.0, 2.0, 7.0, 2.0, 2.5, 1.5, 2.0, 2.2, 6.0])
     off, on = pool[:5], pool[5:]
     assert run(off, on, rule=rule).stats["exchanged"] > 0
     pool[row] = bad
-    order, weight, stats = run(off, on, rule=rule, weights="soft")
+    options = {"weights": "soft", "skip_inverted": skip_inverted}
+    order, weight, stats = run(off, on, rule=rule, **options)
     assert order.tolist() == list(range(11)) and stats["exchanged"] == 0
     assert weight.tolist() == [1.0] * 5 + [0.0] * 6
 

@@ -1,0 +1,138 @@
+"""An update never waits for the device: no host read, no data-dependent shape.
+
+FakeTensorMode knows shapes and no values: it raises on `.item()`, on `if tensor`, on boolean
+mask indexing. It lets `.cpu()` pass, so a second guard counts copies to the host.
+"""
+
+import pytest
+import torch
+from test_hook import make_hook
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from algorithms import dare_iql
+from corl import iql
+
+S, A, B = 11, 3, 32
+TASK = "hopper-medium-v2"
+
+
+class HostReads(TorchFunctionMode):
+    """Counts calls that copy a tensor to the host; optimizers' step counters live there."""
+
+    NAMES = (
+        "cpu",
+        "item",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "nonzero",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.NAMES:
+            self.calls.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def batch():
+    return [
+        torch.randn(B, S),
+        torch.rand(B, A),
+        torch.randn(B, 1),
+        torch.randn(B, S),
+    ] + [torch.zeros(B, 1)]
+
+
+def make_trainer(module, **fields):
+    config = module.TrainConfig(env=TASK, **fields)
+    return module.make_trainer(config, S, A, 1.0, "cpu")
+
+
+def updates(monkeypatch):
+    """Name -> a callable that makes one update."""
+
+    def plain(deterministic):
+        trainer = make_trainer(iql, iql_deterministic=deterministic)
+        return lambda: trainer.train(batch())
+
+    def dare(value):
+        block = dare_iql.DareIQLConfig(value=value)
+        trainer = make_trainer(dare_iql, dare=block)
+        # FakeTensorMode takes no generator: the global stream will do for shapes.
+        trainer.dare_generator = None
+        return lambda: trainer.train(batch(), torch.rand(B))
+
+    return {
+        "iql": plain(False),
+        "iql deterministic": plain(True),
+        **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
+    }
+
+
+NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_update_reads_nothing_on_the_host(name, monkeypatch):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        work = updates(monkeypatch)[name]
+        work()
+        work()
+    work = updates(monkeypatch)[name]
+    with HostReads() as reads:
+        logs = work()
+    assert reads.calls == []
+    assert all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in logs.values())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "mixture", "score": "policy_ratio"},
+        {"kind": "mixture", "score": "likelihood", "weights": "soft", "cap": 2},
+        {"kind": "diffusion", "guidance_scale": 2.0},
+        {"kind": "diffusion", "rule": "posterior", "skip_inverted": True},
+        {"kind": "diffusion", "rule": "random"},
+        {"kind": "diffusion", "rule": "direct", "reference_max_age": 5},
+    ],
+)
+def test_hook_reads_nothing_on_the_host(fields):
+    """Row numbers are drawn on the host, as CORL does; scores, weights and logs stay put."""
+    hook = make_hook(**fields)
+    hook.sample(16)
+    hook.follow()
+    with HostReads() as reads:
+        _, weight, log = hook.sample(16)
+        log.update(hook.follow())
+    reads.calls = [c for c in reads.calls if c != "numpy"]  # of the row numbers
+    assert reads.calls == []
+    assert all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in log.values())
+
+
+def test_the_guard_sees_a_host_read():
+    with HostReads() as reads:
+        torch.ones(3).sum().item()
+        torch.ones(3).cpu()
+    assert reads.calls == ["item", "cpu"]
+    with (
+        FakeTensorMode(),
+        pytest.raises(Exception, match="data-dependent|DataDependent"),
+    ):
+        torch.ones(3).sum().item()
+
+
+def test_scores_have_no_data_dependent_shape():
+    from corl_dare.exchange import exchange
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for rule in ("threshold", "posterior", "direct"):
+            result = exchange(torch.randn(16), torch.randn(16), 4, rule, weights="soft")
+            assert result.order.shape == (32,)

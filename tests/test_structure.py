@@ -1,0 +1,163 @@
+"""What the guides ask, checked: import walls, twins, configs, Makefile, README commands."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from algorithms import dare_iql
+from corl import iql
+from corl_dare import envs, runs
+
+ROOT = Path(__file__).parent.parent
+# module -> modules of ours that it may import (design: who may import whom)
+WALLS = {
+    "corl_dare/exchange.py": set(),
+    "corl_dare/behavior.py": set(),
+    "corl_dare/guidance.py": set(),
+    "corl_dare/runs.py": set(),
+    "corl_dare/envs.py": set(),
+    "corl_dare/hook.py": {"behavior", "guidance", "exchange"},
+    "corl_dare/sac.py": {"envs"},
+    "corl_dare/collect.py": {"envs", "sac", "datasets"},  # datasets: only for the card
+    "corl_dare/datasets.py": {"envs", "collect"},
+    "corl_dare/d4rl_shim.py": {"envs", "datasets"},
+    "corl/*.py": {"datasets", "envs", "runs"},
+    "algorithms/*.py": {"hook", "datasets", "envs", "runs"},
+}
+ALONE = {"torch", "numpy", "safetensors", "tqdm"}  # third parties of the files to copy
+TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
+CONFIGS = sorted(ROOT.glob("configs/iql/*.yaml"))
+TABLE_1 = [
+    *(
+        f"{r}-{k}-v2"
+        for r in ("halfcheetah", "hopper", "walker2d")
+        for k in envs.KINDS[1:4]
+    ),
+    *(f"antmaze-{k}-v2" for k in envs.ANTMAZES[:4]),
+]
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("pattern", WALLS)
+def test_imports_stay_inside_the_walls(pattern):
+    for path in ROOT.glob(pattern):
+        for name in imports(path):
+            assert not name.startswith(("algorithms", "corl.", "tests")), (path, name)
+            if name.startswith("corl_dare."):
+                room = name.split(".")[1]
+                assert room in WALLS[pattern], f"{path.name} must not import {room}"
+
+
+def test_the_files_to_copy_need_only_well_kept_libraries():
+    for name in ("exchange", "behavior", "guidance"):
+        found = {n.split(".")[0] for n in imports(ROOT / "corl_dare" / f"{name}.py")}
+        allowed = {"torch"} if name != "behavior" else ALONE
+        assert found - set(sys.stdlib_module_names) <= allowed
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_dare_file_is_its_baseline_plus_lines(name):
+    import difflib
+
+    baseline = (ROOT / "corl" / name).read_text().splitlines()
+    variant = (ROOT / "algorithms" / f"dare_{name}").read_text().splitlines()
+    lines = list(difflib.ndiff(baseline, variant))
+    matcher = difflib.SequenceMatcher(None, baseline, variant, autojunk=False)
+    removed = sum(
+        i2 - i1 for tag, i1, i2, _, _ in matcher.get_opcodes() if tag != "equal"
+    )
+    assert removed == 0, [line for line in lines if line.startswith("- ")][:5]
+    assert len(variant) - len(baseline) < 250
+
+
+def test_a_baseline_runs_with_the_hook_deleted():
+    program = (
+        "import sys; sys.modules['corl_dare.hook'] = None; import corl.iql; "
+        "assert not {'corl_dare.exchange', 'corl_dare.behavior'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_every_dataset_of_the_papers_table_has_a_config():
+    tasks = {yaml.safe_load(p.read_text())["env"] for p in CONFIGS}
+    assert set(TABLE_1) <= tasks and len(TABLE_1) == 13
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_is_read_by_both_twins_and_sorted(path, capsys):
+    values = yaml.safe_load(path.read_text())
+    assert list(values) == sorted(values)
+    assert list(values.get("dare", {})) == sorted(values.get("dare", {}))
+    ours = runs.parse_config(dare_iql.TrainConfig, ["--config", str(path)])
+    base = runs.parse_config(
+        iql.TrainConfig, ["--config", str(path)], ignore=iql.OTHER_BLOCKS
+    )
+    assert ours.env == base.env == values["env"]
+    assert ours.mixing_ratio == 0.5 and base.mixing_ratio is None
+    if path.stem != "quick_start":
+        assert path.stem.replace("_", "-") in {
+            values["env"].removesuffix("-v2"),
+        }
+
+
+def test_the_papers_values_stand_in_the_configs():
+    scale = {
+        p.stem: yaml.safe_load(p.read_text())["dare"].get("guidance_scale")
+        for p in CONFIGS
+    }
+    assert scale["hopper_medium"] == 8 and scale["walker2d_medium"] == 10
+    assert scale["hopper_medium_expert"] == 2 and scale["antmaze_umaze_diverse"] == 1
+    maze = runs.parse_config(
+        dare_iql.TrainConfig, ["--config", str(ROOT / "configs/iql/antmaze_umaze.yaml")]
+    )
+    assert (maze.iql_tau, maze.beta, maze.dare.entropy_alpha) == (0.9, 10.0, 0.01)
+    assert (maze.offline_iterations, maze.online_iterations) == (1_000_000, 200_000)
+    assert maze.normalize_reward and maze.dare.cap is None
+
+
+def test_makefile_targets_have_help_and_are_phony():
+    text = (ROOT / "Makefile").read_text()
+    helped = set(re.findall(r"^([a-z]+):.*##", text, re.MULTILINE))
+    phony = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE).group(1).split())
+    wanted = {"setup", "run", "test", "lint", "format", "diff", "bench", "clean"}
+    assert wanted <= helped and helped <= phony | {"help"} and phony == helped
+
+
+def test_readme_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    targets = set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    )
+    for target in re.findall(r"^\s*make ([a-z]+)", text, re.MULTILINE):
+        assert target in targets
+    assert "make run" in text and "make test" in text
+    for file in re.findall(
+        r"\b(?:algorithms|corl|configs|benchmarks|docs)/[\w/.]+\w", text
+    ):
+        assert (ROOT / file).exists(), f"README names {file}"
+
+
+def test_no_pickle_is_ever_executed():
+    for path in [
+        *ROOT.glob("corl_dare/*.py"),
+        *ROOT.glob("corl/*.py"),
+        *ROOT.glob("algorithms/*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                flags = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert flags.get("weights_only") == "True", path

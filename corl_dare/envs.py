@@ -25,6 +25,7 @@ ANTMAZES = (
     "large-play",
     "large-diverse",
 )
+ADROIT = ("human", "cloned", "expert")
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,23 @@ class Robot:
     ref_min: float  # return of the score 0, from D4RL
     ref_max: float  # return of the score 100, from D4RL
     horizon: int = 1000  # time limit in environment steps
+    kinds: tuple[str, ...] = KINDS  # of data that D4RL has for it
+    versions: tuple[str, ...] = ("v0", "v1", "v2")
 
 
 ROBOTS = {
     "hopper": Robot("Hopper-v4", 11, 3, -20.272305, 3234.3),
     "halfcheetah": Robot("HalfCheetah-v4", 17, 6, -280.178953, 12135.0),
     "walker2d": Robot("Walker2d-v4", 17, 6, 1.629008, 4592.3),
-    "antmaze": Robot("", 29, 8, 0.0, 1.0),
+    "antmaze": Robot("", 29, 8, 0.0, 1.0, kinds=ANTMAZES),
+    "pen": Robot("", 45, 24, 96.262799, 3076.8331017826877, 100, ADROIT, ("v0", "v1")),
+    "door": Robot("", 39, 28, -56.512833, 2880.5693087298737, 200, ADROIT, ("v0", "v1")),
+    "hammer": Robot(
+        "", 46, 26, -274.856578, 12794.134825156867, 200, ADROIT, ("v0", "v1")
+    ),
+    "relocate": Robot(
+        "", 39, 30, -6.425911, 4233.877797728884, 200, ADROIT, ("v0", "v1")
+    ),
 }
 
 
@@ -64,9 +75,10 @@ class Task:
 
 
 def task_names() -> list[str]:
-    """Every task name that `task` knows, -v2."""
-    names = [f"{r}-{k}-v2" for r in ROBOTS if r != "antmaze" for k in KINDS]
-    return names + [f"antmaze-{k}-v2" for k in ANTMAZES]
+    """Every -v2 task name that `task` knows; Adroit's tasks end with -v1."""
+    return [
+        f"{r}-{k}-v2" for r, f in ROBOTS.items() if "v2" in f.versions for k in f.kinds
+    ]
 
 
 def task(name: str) -> Task:
@@ -77,12 +89,12 @@ def task(name: str) -> Task:
     """
     robot, _, rest = name.partition("-")
     kind, _, version = rest.rpartition("-")
-    kinds = ANTMAZES if robot == "antmaze" else KINDS
-    if robot not in ROBOTS or kind not in kinds or version not in ("v0", "v1", "v2"):
+    facts = ROBOTS.get(robot)
+    if facts is None or kind not in facts.kinds or version not in facts.versions:
         raise ValueError(
-            f"unknown task {name!r}; known tasks: {', '.join(task_names())}"
+            f"unknown task {name!r}; known tasks: {', '.join(task_names())}, "
+            "{pen,door,hammer,relocate}-{human,cloned,expert}-v1"
         )
-    facts = ROBOTS[robot]
     horizon = 700 if kind.startswith("umaze") else facts.horizon
     return Task(
         name,
@@ -144,7 +156,7 @@ def make(name: str, backend: str = "gymnasium") -> gym.Env:
         raise ValueError(f"env_backend {backend!r} is not one of 'gymnasium', 'd4rl'")
     if not facts.env_id:
         raise ValueError(
-            f"{name}: gymnasium has no environment with D4RL's AntMaze physics; "
+            f"{name}: gymnasium has no environment with D4RL's {facts.robot} physics; "
             "install requirements-d4rl.txt with mujoco_py and pass --env_backend d4rl"
         )
     return make_robot(facts.robot)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class DareConfig:
     reference_max_age: int = 0  # updates a cached reference may serve; 0: always fresh
     # Exchange
     rule: str = "threshold"  # threshold (paper), posterior, direct, random
-    cap: int | None = None  # n, most pairs exchanged per batch; none: no cap
+    cap: Optional[int] = None  # n, most pairs exchanged per batch; none: no cap
     weights: str = "hard"  # hard: 1 and 0; soft: posterior P(offline-like | d)
     skip_inverted: bool = (
         False  # exchange nothing when online rows score below offline ones

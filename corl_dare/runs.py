@@ -109,7 +109,7 @@ def _parse(config_class: type, argv: list[str], ignore: Sequence[str]) -> Any:
         for block in blocks:
             target = target.setdefault(block, {})
         target[last] = value
-    return pyrallis.decode(config_class, _check(config_class, values, "command line"))
+    return _build(config_class(), _check(config_class, values, "command line"))
 
 
 def _read_flags(argv: list[str]) -> dict[str, Any]:
@@ -180,6 +180,15 @@ def _as_type(value: Any, kind: Any, name: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}")
+
+
+def _build(default: Any, values: dict) -> Any:
+    """The default config with the values in place; checks of __post_init__ run again."""
+    nested = {
+        name: _build(getattr(default, name), value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return dataclasses.replace(default, **nested)
 
 
 def dump_config(config: Any) -> str:

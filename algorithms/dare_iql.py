@@ -83,7 +83,7 @@ COLUMNS = [
     "regret",
 ]
 COLUMNS += LOGS
-CHECKPOINT_KEYS = (
+CHECKPOINT_PARTS = (  # attributes of the trainer and keys of CORL's checkpoints
     "qf",
     "q_optimizer",
     "vf",
@@ -91,7 +91,6 @@ CHECKPOINT_KEYS = (
     "actor",
     "actor_optimizer",
     "actor_lr_schedule",
-    "total_it",
 )
 
 
@@ -100,7 +99,9 @@ class DareIQLConfig(DareConfig):
     # The released losses of DARE-IQL
     entropy_alpha: float = 0.2  # weight of log pi (paper: 0.2 locomotion, 0.01 antmaze)
     backup_actions: int = 10  # policy actions under the maximum of Eq. 15
+    policy: str = "sac"  # released rows' policy loss: sac (Eq. 16), awr (as the others)
     value: str = "all"  # V learns on: all rows; offline: weight 1 only; iv: Eq. 35
+    # DARE-IV (the paper's appendix G) is policy awr with value iv.
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,6 +109,8 @@ class DareIQLConfig(DareConfig):
             raise ValueError(
                 f"dare.value must be all, offline or iv, not {self.value!r}"
             )
+        if self.policy not in ("sac", "awr"):
+            raise ValueError(f"dare.policy must be sac or awr, not {self.policy!r}")
         if self.backup_actions < 1:
             raise ValueError("dare.backup_actions must be at least 1")
 
@@ -146,6 +149,7 @@ class TrainConfig:
         None  # offline share of an online batch; none: one buffer
     )
     utd: int = 1  # updates per environment step online
+    online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
     compat: bool = False  # reproduce upstream's known faults (see the file header)
     dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
     dataset_path: Optional[str] = None  # dataset file (or minari id) to use
@@ -179,7 +183,7 @@ class TrainConfig:
                 raise ValueError(
                     f"{field} must be at least 1, not {getattr(self, field)}"
                 )
-        for field in ("offline_iterations", "online_iterations"):
+        for field in ("offline_iterations", "online_iterations", "online_warmup"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative")
         if not 0.0 < self.iql_tau < 1.0:
@@ -353,11 +357,10 @@ def set_seed(
 ) -> None:
     if env is not None:
         set_env_seed(env, seed)
+    for seed_stream in (random.seed, np.random.seed, torch.manual_seed):
+        seed_stream(seed)
     os.environ["PYTHONHASHSEED"] = str(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic_torch)
+    torch.use_deterministic_algorithms(mode=deterministic_torch)
 
 
 def is_goal_reached(reward: float, info: Dict) -> bool:
@@ -412,31 +415,31 @@ def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, f
 
 def modify_reward(dataset: Dict, env_name: str, max_episode_steps: int = 1000) -> Dict:
     """Scale or shift `dataset["rewards"]` in place; returns what online rewards need."""
-    if any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d")):
-        min_ret, max_ret = return_reward_range(dataset, max_episode_steps)
-        dataset["rewards"] /= max_ret - min_ret
-        dataset["rewards"] *= max_episode_steps
-        return {
-            "max_ret": max_ret,
-            "min_ret": min_ret,
-            "max_episode_steps": max_episode_steps,
-        }
-    if "antmaze" in env_name:
-        dataset["rewards"] -= 1.0
-    return {}
+    rewards, args = dataset["rewards"], {}
+    if is_locomotion(env_name):
+        low, high = return_reward_range(dataset, max_episode_steps)
+        args = {"min_ret": low, "max_ret": high, "max_episode_steps": max_episode_steps}
+        rewards /= high - low  # two roundings, as upstream
+        rewards *= max_episode_steps
+    elif "antmaze" in env_name:
+        rewards -= 1.0
+    return args
 
 
 def modify_reward_online(reward: float, env_name: str, **kwargs) -> float:
-    if any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d")):
-        reward /= kwargs["max_ret"] - kwargs["min_ret"]
-        reward *= kwargs["max_episode_steps"]
-    elif "antmaze" in env_name:
-        reward -= 1.0
-    return reward
+    if is_locomotion(env_name):
+        span = kwargs["max_ret"] - kwargs["min_ret"]
+        return reward / span * kwargs["max_episode_steps"]
+    return reward - 1.0 if "antmaze" in env_name else reward
+
+
+def is_locomotion(env_name: str) -> bool:
+    return any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d"))
 
 
 def asymmetric_l2_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
-    return torch.mean(torch.abs(tau - (u < 0).float()) * u**2)
+    below = (u < 0).to(u.dtype)
+    return ((tau - below).abs() * u.square()).mean()
 
 
 class Squeeze(nn.Module):
@@ -445,7 +448,7 @@ class Squeeze(nn.Module):
         self.dim = dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.squeeze(dim=self.dim)
+        return x.squeeze(self.dim)
 
 
 class MLP(nn.Module):
@@ -465,23 +468,24 @@ class MLP(nn.Module):
                 f"only an output of width 1 can be squeezed, not {dims[-1]}"
             )
         layers: List[nn.Module] = []
-        for n_in, n_out in zip(dims[:-2], dims[1:-1], strict=True):
+        *hidden, last = zip(dims[:-1], dims[1:], strict=True)
+        for n_in, n_out in hidden:
             layers += [nn.Linear(n_in, n_out), activation_fn()]
             if dropout > 0.0:
                 layers.append(nn.Dropout(dropout))
-        layers.append(nn.Linear(dims[-2], dims[-1]))
+        layers.append(nn.Linear(*last))
         if output_activation_fn is not None:
             layers.append(output_activation_fn())
         if squeeze_output:
-            layers.append(Squeeze(-1))
+            layers.append(Squeeze())
         self.net = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
-class GaussianPolicy(nn.Module):
-    """Normal(tanh(mean(s)), std), std independent of the state; samples are not squashed."""
+class Policy(nn.Module):
+    """What both policies share: tanh(MLP(s)) and acting in an environment."""
 
     def __init__(
         self,
@@ -493,57 +497,43 @@ class GaussianPolicy(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.net = MLP(
-            [state_dim, *([hidden_dim] * n_hidden), act_dim],
-            output_activation_fn=nn.Tanh,
-            dropout=dropout,
-        )
-        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        widths = [state_dim] + n_hidden * [hidden_dim] + [act_dim]
+        self.net = MLP(widths, output_activation_fn=nn.Tanh, dropout=dropout)
         self.max_action = max_action
 
-    def forward(self, obs: torch.Tensor) -> Normal:
-        mean = self.net(obs)
-        std = torch.exp(self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))
-        # Argument checks read tensors on the host; they change no number.
-        return Normal(mean, std, validate_args=False)
+    def choose(self, obs: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
     @torch.no_grad()
-    def act(self, state: np.ndarray, device: str = "cpu"):
-        obs = torch.tensor(state.reshape(1, -1), device=device, dtype=torch.float32)
-        dist = self(obs)
-        action = dist.sample() if self.training else dist.mean
-        action = torch.clamp(self.max_action * action, -self.max_action, self.max_action)
-        return action.cpu().numpy().flatten()
+    def act(self, state: np.ndarray, device: str = "cpu") -> np.ndarray:
+        """Executable action (A,) for a state (S,); training mode explores."""
+        obs = torch.as_tensor(state, dtype=torch.float32, device=device)
+        action = self.max_action * self.choose(obs.unsqueeze(0))
+        return action.clamp(-self.max_action, self.max_action)[0].cpu().numpy()
 
 
-class DeterministicPolicy(nn.Module):
-    def __init__(
-        self,
-        state_dim: int,
-        act_dim: int,
-        max_action: float,
-        hidden_dim: int = 256,
-        n_hidden: int = 2,
-        dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.net = MLP(
-            [state_dim, *([hidden_dim] * n_hidden), act_dim],
-            output_activation_fn=nn.Tanh,
-            dropout=dropout,
-        )
-        self.max_action = max_action
+class GaussianPolicy(Policy):
+    """Normal(tanh(mean(s)), std), std independent of the state; samples are not squashed."""
 
+    def __init__(self, state_dim: int, act_dim: int, *args, **kwargs):
+        super().__init__(state_dim, act_dim, *args, **kwargs)
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+
+    def forward(self, obs: torch.Tensor) -> Normal:
+        std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+        # Argument checks read tensors on the host; they change no number.
+        return Normal(self.net(obs), std, validate_args=False)
+
+    def choose(self, obs: torch.Tensor) -> torch.Tensor:
+        policy_out = self(obs)
+        return policy_out.sample() if self.training else policy_out.mean
+
+
+class DeterministicPolicy(Policy):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.net(obs)
 
-    @torch.no_grad()
-    def act(self, state: np.ndarray, device: str = "cpu"):
-        obs = torch.tensor(state.reshape(1, -1), device=device, dtype=torch.float32)
-        action = torch.clamp(
-            self.max_action * self(obs), -self.max_action, self.max_action
-        )
-        return action.cpu().numpy().flatten()
+    choose = forward
 
 
 class TwinQ(nn.Module):
@@ -551,27 +541,34 @@ class TwinQ(nn.Module):
         self, state_dim: int, action_dim: int, hidden_dim: int = 256, n_hidden: int = 2
     ):
         super().__init__()
-        dims = [state_dim + action_dim, *([hidden_dim] * n_hidden), 1]
-        self.q1 = MLP(dims, squeeze_output=True)
-        self.q2 = MLP(dims, squeeze_output=True)
+        widths = [state_dim + action_dim] + n_hidden * [hidden_dim] + [1]
+        self.q1, self.q2 = (MLP(widths, squeeze_output=True) for _ in range(2))
 
     def both(
         self, state: torch.Tensor, action: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        sa = torch.cat([state, action], -1)
-        return self.q1(sa), self.q2(sa)
+        x = torch.cat((state, action), dim=-1)
+        return self.q1(x), self.q2(x)
 
     def forward(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return torch.min(*self.both(state, action))
+        q1, q2 = self.both(state, action)
+        return torch.minimum(q1, q2)
 
 
 class ValueFunction(nn.Module):
     def __init__(self, state_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
         super().__init__()
-        self.v = MLP([state_dim, *([hidden_dim] * n_hidden), 1], squeeze_output=True)
+        widths = [state_dim] + n_hidden * [hidden_dim] + [1]
+        self.v = MLP(widths, squeeze_output=True)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         return self.v(state)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 class ImplicitQLearning:
@@ -593,21 +590,15 @@ class ImplicitQLearning:
         dare: Optional[DareIQLConfig] = None,
         dare_generator: Optional[torch.Generator] = None,
     ):
-        self.max_action = max_action
-        self.qf = q_network
-        self.q_target = copy.deepcopy(self.qf).requires_grad_(False).to(device)
-        self.vf = v_network
-        self.actor = actor
-        self.v_optimizer = v_optimizer
-        self.q_optimizer = q_optimizer
+        self.actor, self.qf, self.vf = actor, q_network, v_network
+        self.q_target = copy.deepcopy(q_network).to(device).requires_grad_(False)
         self.actor_optimizer = actor_optimizer
+        self.q_optimizer, self.v_optimizer = q_optimizer, v_optimizer
         self.actor_lr_schedule = CosineAnnealingLR(actor_optimizer, max(1, max_steps))
-        self.iql_tau = iql_tau
-        self.beta = beta
-        self.discount = discount
-        self.tau = tau
+        self.max_action, self.device = max_action, device
+        self.beta, self.iql_tau = beta, iql_tau
+        self.discount, self.tau = discount, tau
         self.total_it = 0
-        self.device = device
         self.anneal = True  # step the actor's schedule; see `start_online`
         self.dare = dare
         self.dare_generator = (
@@ -663,8 +654,7 @@ class ImplicitQLearning:
     ) -> torch.Tensor:
         with torch.no_grad():
             target_q = self.q_target(observations, actions)
-        v = self.vf(observations)
-        adv = target_q - v
+        adv = target_q - self.vf(observations)
         residual, expectile = adv, self.iql_tau
         if weight is not None and self.dare.value == "iv":
             expectile = weight * self.iql_tau + (1.0 - weight) * EXPECTILE_RELEASED
@@ -672,9 +662,7 @@ class ImplicitQLearning:
             residual = weight.sqrt() * adv  # the loss is quadratic in the residual
         v_loss = asymmetric_l2_loss(residual, expectile)
         log_dict["value_loss"] = v_loss.detach()
-        self.v_optimizer.zero_grad()
-        v_loss.backward()
-        self.v_optimizer.step()
+        descend(self.v_optimizer, v_loss)
         return adv
 
     def _update_q(
@@ -686,13 +674,11 @@ class ImplicitQLearning:
         terminals: torch.Tensor,
         log_dict: Dict,
     ) -> None:
-        targets = rewards + (1.0 - terminals) * self.discount * next_v.detach()
-        qs = self.qf.both(observations, actions)
-        q_loss = sum(F.mse_loss(q, targets) for q in qs) / len(qs)
+        y = rewards + (1.0 - terminals) * self.discount * next_v
+        q1, q2 = self.qf.both(observations, actions)
+        q_loss = (F.mse_loss(q1, y) + F.mse_loss(q2, y)) / 2
         log_dict["q_loss"] = q_loss.detach()
-        self.q_optimizer.zero_grad()
-        q_loss.backward()
-        self.q_optimizer.step()
+        descend(self.q_optimizer, q_loss)
         soft_update(self.q_target, self.qf, self.tau)
 
     def _update_policy(
@@ -703,21 +689,19 @@ class ImplicitQLearning:
         log_dict: Dict,
         weight: Optional[torch.Tensor] = None,
     ) -> None:
-        exp_adv = torch.exp(self.beta * adv.detach()).clamp(max=EXP_ADV_MAX)
         policy_out = self.actor(observations)
         if isinstance(policy_out, Normal):
-            bc_losses = -policy_out.log_prob(actions).sum(-1, keepdim=False)  # (B,)
+            bc_losses = -policy_out.log_prob(actions).sum(-1)  # (B,)
         else:
-            bc_losses = torch.sum((policy_out - actions) ** 2, dim=1)  # (B,)
+            bc_losses = (policy_out - actions).square().sum(-1)  # (B,)
+        exp_adv = (self.beta * adv.detach()).exp().clamp(max=EXP_ADV_MAX)  # (B,)
         policy_losses = exp_adv * bc_losses  # (B,)
-        if weight is not None:
+        if weight is not None and self.dare.policy == "sac":
             released = self._released_losses(observations, policy_out)
             policy_losses = weight * policy_losses + (1.0 - weight) * released
-        policy_loss = torch.mean(policy_losses)
+        policy_loss = policy_losses.mean()
         log_dict["actor_loss"] = policy_loss.detach()
-        self.actor_optimizer.zero_grad()
-        policy_loss.backward()
-        self.actor_optimizer.step()
+        descend(self.actor_optimizer, policy_loss)
         if self.anneal:
             self.actor_lr_schedule.step()
 
@@ -753,28 +737,17 @@ class ImplicitQLearning:
 
     def state_dict(self) -> Dict[str, Any]:
         return {
-            "qf": self.qf.state_dict(),
-            "q_optimizer": self.q_optimizer.state_dict(),
-            "vf": self.vf.state_dict(),
-            "v_optimizer": self.v_optimizer.state_dict(),
-            "actor": self.actor.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "actor_lr_schedule": self.actor_lr_schedule.state_dict(),
+            **{part: getattr(self, part).state_dict() for part in CHECKPOINT_PARTS},
             "total_it": self.total_it,
             "q_target": self.q_target.state_dict(),
             "dare_generator": self.dare_generator.get_state(),
         }
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        self.qf.load_state_dict(state_dict["qf"])
-        self.q_optimizer.load_state_dict(state_dict["q_optimizer"])
+        for part in CHECKPOINT_PARTS:
+            getattr(self, part).load_state_dict(state_dict[part])
         # Upstream's checkpoints have no target network; it restarts as a copy.
         self.q_target.load_state_dict(state_dict.get("q_target", state_dict["qf"]))
-        self.vf.load_state_dict(state_dict["vf"])
-        self.v_optimizer.load_state_dict(state_dict["v_optimizer"])
-        self.actor.load_state_dict(state_dict["actor"])
-        self.actor_optimizer.load_state_dict(state_dict["actor_optimizer"])
-        self.actor_lr_schedule.load_state_dict(state_dict["actor_lr_schedule"])
         self.total_it = state_dict["total_it"]
         if "dare_generator" in state_dict:
             self.dare_generator.set_state(state_dict["dare_generator"].cpu())
@@ -1044,7 +1017,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *dims, max_action, device)
         if config.load_model:
             trainer.load_state_dict(
-                runs.load_corl_checkpoint(config.load_model, CHECKPOINT_KEYS)
+                runs.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
             )
         collector = OnlineCollector(env, online_buffer, config, reward_args, device)
         evaluator = Evaluator(eval_env, config, device, collector)
@@ -1086,6 +1059,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         if run.checkpoint is not None:
             run.restore(parts)
 
+        losses: Dict[str, torch.Tensor] = {}
         for t in run.progress():
             online = t >= config.offline_iterations
             if online and trainer.anneal and not config.compat:
@@ -1099,6 +1073,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             if online:
                 collector.step(trainer.actor)
             count = config.utd if online else 1
+            if online and t < config.offline_iterations + config.online_warmup:
+                count = 0
             with run.measured_updates(count):
                 for _ in range(count):
                     losses = update(trainer, online_source if online else buffer, config)

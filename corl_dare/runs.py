@@ -4,10 +4,15 @@
 `evaluations.csv` (one row per evaluation episode: raw return), `checkpoint.pt` (exact resume),
 `curves.png` and `summary.json`. `--resume runs/NAME` goes on from the last checkpoint.
 
-Nothing here pickles or unpickles code: checkpoints hold tensors, numbers, strings, lists and
-dicts, and are read with `torch.load(weights_only=True)`.
+Nothing here unpickles code: checkpoints hold tensors, numbers, strings, lists and dicts, and are
+read with `torch.load(weights_only=True)`; of CORL's pickled `Scalar` modules only the data is read.
+
+    python -m corl_dare.runs export runs/NAME --to corl
+
+writes a run's weights as CORL's `checkpoint_N.pt`.
 """
 
+import argparse
 import csv
 import dataclasses
 import difflib
@@ -363,8 +368,30 @@ def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
     return state
 
 
+class _PickledScalar:
+    """What stands in a pickle for CORL's module `Scalar`: its data, none of its code.
+
+    CQL's checkpoints hold two such modules, and a pickle names the class as `__main__.Scalar`.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None):
+        self.state = state
+
+    def __getstate__(self):
+        return self.state
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+_PickledScalar.__module__, _PickledScalar.__qualname__ = "__main__", "Scalar"
+
+
 def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict:
     """Weights and optimizers of a CORL `checkpoint_N.pt`, or of a run's `checkpoint.pt`.
+
+    The `Scalar` modules in checkpoints of CQL and Cal-QL come as `{"constant": tensor}`.
+    Nothing in the file is executed; any other class in it is refused.
 
     Args:
         path: the file.
@@ -373,15 +400,77 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
     Raises:
         ValueError: missing, truncated, holding foreign classes, or of another algorithm.
     """
-    state = _load(Path(path))
+    with torch.serialization.safe_globals([_PickledScalar]):
+        state = _load(Path(path))
     if isinstance(state, dict) and "parts" in state:
         state = state["parts"]["trainer"]
+    if isinstance(state, dict):
+        state = {name: _scalar_state(v, f"{path}: {name}") for name, v in state.items()}
     missing = [k for k in required if not isinstance(state, dict) or k not in state]
     if missing:
         raise ValueError(
             f"{path} has no {missing[0]!r}: it is not a checkpoint of this algorithm"
         )
     return state
+
+
+def _scalar_state(value: Any, name: str) -> Any:
+    """The state_dict of a pickled `Scalar`; other values as they are."""
+    if not isinstance(value, _PickledScalar):
+        return value
+    try:
+        constant = value.state["_parameters"]["constant"].detach()
+        return {"constant": constant.reshape(())}
+    except (TypeError, KeyError, AttributeError, RuntimeError):
+        raise ValueError(f"{name} is no module with one number 'constant'") from None
+
+
+def save_corl_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a trainer's state as CORL's `load_state_dict` reads it, atomically.
+
+    CQL and Cal-QL expect module objects where our state has `{"constant": tensor}`. The file
+    then names the class `__main__.Scalar`, which CORL's scripts define.
+    """
+
+    def corl(value: Any) -> Any:
+        if not isinstance(value, dict) or set(value) != {"constant"}:
+            return value
+        module = torch.nn.Module()
+        module.constant = torch.nn.Parameter(value["constant"].detach().cpu())
+        return _PickledScalar(vars(module))
+
+    # Pickle writes a class only under a name where it finds that very class.
+    main_module, absent = sys.modules["__main__"], object()
+    before = getattr(main_module, "Scalar", absent)
+    main_module.Scalar = _PickledScalar
+    try:
+        save_checkpoint(path, {name: corl(value) for name, value in state.items()})
+    finally:
+        if before is absent:
+            del main_module.Scalar
+        else:
+            main_module.Scalar = before
+
+
+def export_corl(run: Path | str, out: Path | str | None = None) -> Path:
+    """Write the last checkpoint of a run folder as CORL's `checkpoint_N.pt`.
+
+    Args:
+        run: run folder.
+        out: file to write; default: `checkpoint_N.pt` in the run folder, N as CORL counts, from 0.
+
+    Raises:
+        ValueError: no readable checkpoint in the folder, or a place that cannot be written.
+    """
+    path = Path(run) / "checkpoint.pt"
+    state = _load(path)
+    if not isinstance(state, dict) or "trainer" not in state.get("parts", {}):
+        raise ValueError(f"{path} is not a checkpoint of a corl-dare run")
+    out = Path(out or Path(run) / f"checkpoint_{state['step'] - 1}.pt")
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: {out.parent} is not a folder")
+    save_corl_checkpoint(out, state["parts"]["trainer"])
+    return out
 
 
 def _load(path: Path) -> Any:
@@ -391,7 +480,9 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if "Unsupported" in str(error) or "weights_only" in str(error):
-            why = "it holds Python objects, which are never unpickled"
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            name = f" ({found.group(1)})" if found else ""
+            why = f"it holds Python objects{name}, which are never unpickled"
         else:
             why = f"it is damaged or not a checkpoint ({type(error).__name__})"
         raise ValueError(f"cannot read {path}: {why}") from None
@@ -830,3 +921,22 @@ def main(
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def command_line(argv: Sequence[str] | None = None) -> None:
+    """`python -m corl_dare.runs export RUN --to corl [--out FILE]`."""
+    parser = argparse.ArgumentParser(prog="python -m corl_dare.runs")
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write a run's weights for other code")
+    export.add_argument("run", help="run folder")
+    export.add_argument("--to", choices=("corl",), required=True)
+    export.add_argument("--out", help="file to write; default: checkpoint_N.pt in RUN")
+    args = parser.parse_args(argv)
+    try:
+        print(tidy_path(export_corl(args.run, args.out)))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    command_line()

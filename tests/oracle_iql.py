@@ -73,7 +73,7 @@ class OracleIQL:
         return mean, params["log_std"].clamp(-20, 2).exp()
 
     def train(self, batch, weight=None, dare=None):
-        """`dare`: noise (B, A), backup_noise (n, B, A), entropy_alpha, value (all/offline/iv)."""
+        """`dare`: noise (B, A), backup_noise (n, B, A), entropy_alpha, value, policy."""
         s, a, r, s2, d = (x.double() for x in batch)
         r, d = r[:, 0], d[:, 0]
         w = None if weight is None else weight.double()
@@ -115,7 +115,7 @@ class OracleIQL:
                 z = (a - mean) / std
                 bc = (0.5 * z**2 + std.log() + 0.5 * math.log(2 * math.pi)).sum(1)
             rows = (self.beta * adv).exp().clamp(max=100.0) * bc
-            if w is not None:
+            if w is not None and dare["policy"] == "sac":
                 noise = dare["noise"].double()
                 new = mean + std * noise
                 log_prob = (

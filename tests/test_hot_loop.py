@@ -44,7 +44,6 @@ class HostReads(TorchFunctionMode):
             self.calls.append(name)
         return function(*args, **(kwargs or {}))
 
-
     @staticmethod
     def inside_optimizer():
         frame = sys._getframe()

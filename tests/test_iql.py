@@ -73,11 +73,14 @@ def test_twenty_updates_equal_the_float64_oracle(module, deterministic, beta, ex
     assert_same_weights(trainer, oracle)
 
 
-@pytest.mark.parametrize("value", ["all", "offline", "iv"])
+@pytest.mark.parametrize(
+    "value, policy",
+    [("all", "sac"), ("offline", "sac"), ("iv", "sac"), ("iv", "awr"), ("all", "awr")],
+)
 @pytest.mark.parametrize("soft", [False, True])
-def test_dare_updates_equal_the_float64_oracle(value, soft):
+def test_dare_updates_equal_the_float64_oracle(value, policy, soft):
     """Eq. 15, 16 and 35 with the same draws, hard and soft weights."""
-    dare = {"value": value, "entropy_alpha": 0.2, "backup_actions": 4}
+    dare = {"value": value, "policy": policy, "entropy_alpha": 0.2, "backup_actions": 4}
     block = dare_iql.DareIQLConfig(**dare)
     trainer, oracle = make_pair(dare_iql, dare=block)
     rng = np.random.default_rng(1)

@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 ALGO ?= iql
+CORL ?= upstream/CORL
+CORL_COMMIT := 6afec90484bbf47dee05fdf525e26a3ebe028e9b
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format diff bench clean
+.PHONY: help setup run test lint format diff patches corl bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -40,6 +42,18 @@ format: $(DEV_READY)  ## ruff: mend what it can
 diff:  ## the method as a diff: make diff ALGO=iql
 	@git --no-pager diff --no-index --stat corl/$(ALGO).py algorithms/dare_$(ALGO).py || true
 	@git --no-pager diff --no-index corl/$(ALGO).py algorithms/dare_$(ALGO).py || true
+	@if [ -d $(CORL) ]; then git --no-pager diff --no-index --stat \
+	    $(CORL)/algorithms/finetune/$(ALGO).py corl/$(ALGO).py; fi || true
+
+patches: $(READY)  ## write patches/*.patch for upstream CORL: make patches CORL=path
+	$(BIN)/python scripts/make_patches.py --write --corl $(CORL)
+
+corl: $(READY) $(CORL)  ## patch an upstream CORL checkout (cloned, or CORL=path)
+	$(BIN)/python scripts/make_patches.py --apply --corl $(CORL)
+
+$(CORL):
+	git clone --quiet https://github.com/tinkoff-ai/CORL $(CORL)
+	git -C $(CORL) checkout --quiet $(CORL_COMMIT)
 
 bench: $(READY)  ## updates per second: baseline against DARE, ratios of one run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update_speed.py $(ARGS)

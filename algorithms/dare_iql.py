@@ -631,9 +631,10 @@ class ImplicitQLearning:
     def _max_backup(self, next_observations: torch.Tensor) -> torch.Tensor:
         """max over policy actions of min(Q1, Q2) of the target network, (B,); Eq. 15."""
         policy_out = self.actor(next_observations)
-        actions, _ = self._propose(policy_out, self.dare.backup_actions)
-        repeated = next_observations.expand(len(actions), -1, -1)
-        return self.q_target(repeated, actions).amax(0)
+        actions, _ = self._propose(policy_out, self.dare.backup_actions)  # (n, B, A)
+        repeated = next_observations.repeat(len(actions), 1)  # (n B, S)
+        q = self.q_target(repeated, actions.flatten(0, 1))
+        return q.view(len(actions), -1).amax(0)
 
     def _released_losses(
         self, observations: torch.Tensor, policy_out: Union[Normal, torch.Tensor]

@@ -18,6 +18,8 @@ buffers draw as they always do. So a run with the hook off equals the baseline b
 one with the hook on sees the baseline's rows.
 """
 
+import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -622,6 +624,10 @@ class DareHook:
                 if should_stop():
                     return
 
+    def as_buffer(self, trainer: Any) -> "ExchangedBuffer":
+        """CORL's buffer interface around this hook, for `patches/`."""
+        return ExchangedBuffer(self, trainer)
+
     # -- checkpoint -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -658,6 +664,80 @@ class DareHook:
         if self.energy is not None:
             self.energy.load_state_dict(state["energy"])
             self.energy_optimizer.load_state_dict(state["energy_optimizer"])
+
+
+class ExchangedBuffer:
+    """A hook in the place of CORL's online replay buffer.
+
+    `sample(n)` returns the batch alone and leaves the weights at `trainer.dare_weight`, so that
+    CORL's training loop need not change.
+    """
+
+    def __init__(self, hook: DareHook, trainer: Any):
+        self.hook, self.trainer = hook, trainer
+        self.add_transition = hook.online.add_transition
+
+    def sample(self, batch_size: int) -> list[torch.Tensor]:
+        if self.trainer.dare_weight is not None:
+            self.hook.follow()  # after the update on the batch before this one
+        batch, self.trainer.dare_weight, _ = self.hook.sample(batch_size)
+        return batch
+
+
+def dare_for_corl(
+    config: Any,
+    trainer: Any,
+    offline: Any,
+    online: Any,
+    *,
+    dataset: dict[str, np.ndarray],
+    return_range: tuple[float, float],
+    state_mean: np.ndarray | float,
+    state_std: np.ndarray | float,
+    policy_log_prob: Callable[..., torch.Tensor],
+    q_function: Callable[..., torch.Tensor],
+    reward_scale: float = 1.0,
+) -> DareHook | None:
+    """The hook of a patched CORL script (`patches/`), or None when `dare.enabled` is false.
+
+    Gives the trainer what its inserted lines read, `dare` and `dare_generator`, and trains the
+    behavior model on the normalized q-learning arrays `dataset`. `return_range` is the smallest
+    and the largest return of its rewards.
+    """
+    device, dare = str(config.device), config.dare
+    trainer.dare = dare
+    trainer.dare_generator = torch.Generator(device).manual_seed(config.seed)
+    if not dare.enabled:
+        return None
+    digest = hashlib.sha256()
+    for key in ("observations", "actions"):
+        digest.update(np.ascontiguousarray(dataset[key]).tobytes())
+    cache = os.environ.get("CORL_DARE_CACHE") or "~/.cache/corl_dare"
+    states = torch.as_tensor(dataset["observations"] * state_std + state_mean)
+    behavior = fit_behavior(
+        dare,
+        states.float(),
+        torch.as_tensor(dataset["actions"]).float(),
+        dataset_hash=digest.hexdigest(),
+        cache_dir=Path(cache).expanduser() / "behavior",
+        seed=config.seed,
+        device=device,
+    )
+    low, high = return_range
+    return DareHook(
+        offline,
+        online,
+        dare,
+        behavior,
+        policy_log_prob=policy_log_prob,
+        q_function=q_function,
+        q_scale=energy_q_scale(config.env, high - low, reward_scale),
+        state_mean=state_mean,
+        state_std=state_std,
+        max_action=trainer.max_action if hasattr(trainer, "max_action") else 1.0,
+        device=device,
+        seed=config.seed,
+    )
 
 
 def storage(buffer: Any) -> list[torch.Tensor]:

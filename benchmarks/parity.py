@@ -1,0 +1,198 @@
+"""Our files against a CORL checkout: the largest difference of every parameter.
+
+    python benchmarks/parity.py --corl PATH [--out results/parity/FILE.txt]
+
+Both sides get the same weights, batches and random draws and make 20 updates on the CPU in
+float32. `patched` applies `patches/` to a copy in memory and compares whole online DARE updates
+(hook, losses, energy) with our DARE file. 0 means: the same bits.
+"""
+
+import argparse
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from algorithms import dare_iql
+from corl import iql
+from corl_dare import d4rl_shim, hook, runs
+from scripts import make_patches
+
+S, A, B, ROWS, UPDATES, TASK = 11, 3, 256, 2000, 20, "hopper-medium-v2"
+
+
+def load(path: Path) -> SimpleNamespace:
+    """The names that an upstream file defines; nothing is run."""
+    with d4rl_shim.installed():
+        return SimpleNamespace(**runpy.run_path(str(path), run_name="upstream"))
+
+
+def data(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "observations": rng.normal(size=(ROWS, S)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (ROWS, A)).astype(np.float32),
+        "rewards": rng.normal(size=ROWS).astype(np.float32),
+        "next_observations": rng.normal(size=(ROWS, S)).astype(np.float32),
+        "terminals": rng.random(ROWS) < 0.05,
+    }
+
+
+def buffer_of(module, seed: int):
+    buffer = module.ReplayBuffer(S, A, ROWS + 10, "cpu")
+    buffer.load_d4rl_dataset(data(seed))
+    return buffer
+
+
+def iql_trainer(module, config):
+    """Upstream's script builds its networks in this order; so does `make_trainer`."""
+    torch.manual_seed(0)
+    if hasattr(module, "make_trainer"):
+        return module.make_trainer(config, S, A, 1.0, "cpu")
+    q, v = module.TwinQ(S, A), module.ValueFunction(S)
+    kind = (
+        module.DeterministicPolicy if config.iql_deterministic else module.GaussianPolicy
+    )
+    actor = kind(S, A, 1.0, dropout=config.actor_dropout)
+    adam = torch.optim.Adam
+    return module.ImplicitQLearning(
+        max_action=1.0,
+        actor=actor,
+        actor_optimizer=adam(actor.parameters(), lr=config.actor_lr),
+        q_network=q,
+        q_optimizer=adam(q.parameters(), lr=config.qf_lr),
+        v_network=v,
+        v_optimizer=adam(v.parameters(), lr=config.vf_lr),
+        iql_tau=config.iql_tau,
+        beta=config.beta,
+        max_steps=config.offline_iterations,
+        discount=config.discount,
+        tau=config.tau,
+        device="cpu",
+    )
+
+
+def differences(a, b, parts: list[str]) -> dict[str, float]:
+    """Largest absolute difference per parameter of two trainers."""
+    found = {}
+    for part in parts:
+        ours, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
+        assert list(ours) == list(theirs), f"{part}: other parameter names"
+        for name in ours:
+            found[f"{part}.{name}"] = (ours[name] - theirs[name]).abs().max().item()
+    return found
+
+
+def iql_cases(upstream) -> dict[str, dict[str, float]]:
+    settings = {
+        "iql, locomotion": {},
+        "iql, antmaze": {"beta": 10.0, "iql_tau": 0.9},
+        "iql, deterministic": {"iql_deterministic": True, "tau": 0.001},
+        "iql, dropout": {"actor_dropout": 0.1, "iql_tau": 0.8},
+    }
+    results = {}
+    for name, fields in settings.items():
+        config = iql.TrainConfig(env=TASK, offline_iterations=15, compat=True, **fields)
+        trainers = []
+        for module in (iql, upstream):
+            trainer, buffer = iql_trainer(module, config), buffer_of(module, 0)
+            np.random.seed(1)
+            torch.manual_seed(1)
+            for _ in range(UPDATES):
+                trainer.train(buffer.sample(B))
+            trainers.append(trainer)
+        results[name] = differences(*trainers, ["qf", "q_target", "vf", "actor"])
+    return results
+
+
+def dare_hook_of(module, trainer, config, offline, online, behavior):
+    return hook.DareHook(
+        offline,
+        online,
+        config.dare,
+        behavior,
+        policy_log_prob=lambda s, a: trainer.actor(s).log_prob(a).sum(-1),
+        q_function=lambda s, a: trainer.q_target(s, a),
+        seed=0,
+    )
+
+
+def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
+    density = {"behavior": "mixture", "guidance_scale": 0.0}
+    small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
+    settings = {
+        "dare_iql patched, policy ratio": {**density, "score": "policy_ratio"},
+        "dare_iql patched, guided references": {**small, "reference_max_age": 3},
+        "dare_iql patched, DARE-IV, soft": {
+            **density,
+            "score": "likelihood",
+            "weights": "soft",
+            "policy": "awr",
+            "value": "iv",
+        },
+    }
+    results = {}
+    for name, fields in settings.items():
+        trainers = []
+        for module in (dare_iql, patched):
+            block = module.DareIQLConfig(**fields)
+            config = dare_iql.TrainConfig(env=TASK, offline_iterations=15, dare=block)
+            trainer = iql_trainer(module, config)
+            trainer.dare = block
+            trainer.dare_generator = torch.Generator().manual_seed(0)
+            behavior = hook.new_behavior(block, S, A, 0, "cpu").requires_grad_(False)
+            buffers = buffer_of(module, 0), buffer_of(module, 1)
+            source = dare_hook_of(module, trainer, config, *buffers, behavior)
+            np.random.seed(1)
+            replay = source if module is dare_iql else source.as_buffer(trainer)
+            for _ in range(UPDATES):
+                if module is dare_iql:
+                    dare_iql.update(trainer, replay, config)
+                else:
+                    trainer.train(replay.sample(B))
+            trainers.append(trainer)
+        results[name] = differences(*trainers, ["qf", "q_target", "vf", "actor"])
+    return results
+
+
+def patched_module(corl: Path, name: str) -> SimpleNamespace:
+    patch = make_patches.patches()[name]
+    text = make_patches.patched_text(patch, make_patches.check_target(patch, corl))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.py"
+        path.write_text(text)
+        return load(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corl", type=Path, required=True, help="a CORL checkout")
+    parser.add_argument("--out", type=Path, help="also write the report here")
+    args = parser.parse_args()
+    runs.configure_threads(1)
+    results = iql_cases(load(args.corl / "algorithms/finetune/iql.py"))
+    results.update(dare_iql_cases(patched_module(args.corl, "iql")))
+    lines = [
+        f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "
+        f"{runs.machine()['processor']}, torch {torch.__version__}, ours {runs.git_commit()}",
+    ]
+    for name, found in results.items():
+        lines.append(f"\n{name}: largest difference {max(found.values()):.3g}")
+        lines += [
+            f"    {value:10.3g}  {parameter}" for parameter, value in found.items()
+        ]
+    report = "\n".join(lines)
+    print(report)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(report + "\n")
+
+
+if __name__ == "__main__":
+    main()

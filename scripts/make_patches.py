@@ -1,0 +1,209 @@
+"""Writes patches/*.patch, which add DARE to upstream CORL's own files, and applies them.
+
+    python scripts/make_patches.py --write --corl PATH      # make patches
+    python scripts/make_patches.py --apply --corl PATH      # make corl
+
+A patch only inserts lines and has no context lines, so it holds none of upstream's text. That
+makes it depend on line numbers: it fits exactly one version of its target, which is checked by
+sha256 before anything is touched.
+"""
+
+import argparse
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import indent
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "6afec90484bbf47dee05fdf525e26a3ebe028e9b"  # of tinkoff-ai/CORL
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Lines to insert into one upstream file."""
+
+    target: str  # path in CORL
+    sha256: str  # of the target at COMMIT
+    insertions: dict[int, str]  # after upstream's line N -> text
+
+
+def method_of(name: str, algorithm: str) -> str:
+    """A method of our DARE file, word for word: the patch and the file cannot drift apart."""
+    lines = (ROOT / "algorithms" / f"dare_{algorithm}.py").read_text().splitlines()
+    start = next(
+        i for i, line in enumerate(lines) if line.startswith(f"    def {name}(")
+    )
+    first = start - 1 if lines[start - 1].startswith("    @") else start
+    end = start + 1
+    while not lines[end] or lines[end].startswith(("     ", "    )")):
+        end += 1
+    return "\n".join(lines[first:end]).rstrip() + "\n"
+
+
+def class_of(name: str, algorithm: str) -> str:
+    """A dataclass of our DARE file, word for word."""
+    lines = (ROOT / "algorithms" / f"dare_{algorithm}.py").read_text().splitlines()
+    start = lines.index(
+        next(line for line in lines if line.startswith(f"class {name}("))
+    )
+    end = start + 1
+    while not lines[end] or lines[end].startswith(" "):
+        end += 1
+    return "\n".join(lines[start - 1 : end]).rstrip() + "\n"
+
+
+def code(text: str, depth: int) -> str:
+    return indent(text.strip("\n") + "\n", "    " * depth)
+
+
+def iql_patch() -> Patch:
+    methods = "\n".join(
+        method_of(name, "iql")
+        for name in ("_propose", "_max_backup", "_released_losses")
+    )
+    setup = """
+dare_online_buffer = ReplayBuffer(
+    state_dim, action_dim, config.buffer_size, config.device
+)
+dare_hook = dare_for_corl(
+    config,
+    trainer,
+    replay_buffer,
+    dare_online_buffer,
+    dataset=dataset,
+    return_range=return_reward_range(dataset, max_steps),
+    state_mean=state_mean,
+    state_std=state_std,
+    policy_log_prob=lambda s, a: trainer.actor(s).log_prob(a).sum(-1),
+    q_function=lambda s, a: trainer.q_target(s, a),
+)
+"""
+    return Patch(
+        "algorithms/finetune/iql.py",
+        "e13a91b99a4a2982b0747198c240ba1b8494d79163d6a5b288ccf58426a570cb",
+        {
+            20: "import dataclasses\n\n"
+            "from corl_dare.hook import DareConfig, dare_for_corl\n",
+            22: "EXPECTILE_RELEASED = 0.99  # of V on released rows in DARE-IV, Eq. 35\n",
+            29: "\n" + class_of("DareIQLConfig", "iql"),
+            63: code(
+                "dare: DareIQLConfig = dataclasses.field(default_factory=DareIQLConfig)",
+                1,
+            ),
+            455: code(
+                "self.dare, self.dare_weight = None, None\nself.dare_generator = None", 2
+            ),
+            456: methods + "\n",
+            464: code(
+                """
+weight = self.dare_weight
+if weight is not None and self.dare.value == "iv":
+    expectile = weight * self.iql_tau + (1.0 - weight) * EXPECTILE_RELEASED
+    v_loss = asymmetric_l2_loss(adv, expectile)
+if weight is not None and self.dare.value == "offline":
+    v_loss = asymmetric_l2_loss(weight.sqrt() * adv, self.iql_tau)
+""",
+                2,
+            ),
+            508: code(
+                """
+weight = self.dare_weight
+if weight is not None and self.dare.policy == "sac":
+    released = self._released_losses(observations, policy_out)
+    policy_loss = torch.mean(
+        weight * (exp_adv * bc_losses) + (1.0 - weight) * released
+    )
+""",
+                2,
+            ),
+            527: code(
+                """
+if self.dare_weight is not None:
+    weight, next_q = self.dare_weight, self._max_backup(next_observations)
+    next_v = weight * next_v + (1.0 - weight) * next_q
+""",
+                2,
+            ),
+            660: "\n" + code(setup, 1),
+            677: code(
+                """
+if dare_hook is not None:
+    dare_hook.pretrain()
+    replay_buffer = dare_hook.as_buffer(trainer)
+""",
+                3,
+            ),
+        },
+    )
+
+
+def patches() -> dict[str, Patch]:
+    return {"iql": iql_patch()}
+
+
+def render(patch: Patch) -> str:
+    """A unified diff with insertions only and no context."""
+    out = [f"--- a/{patch.target}\n", f"+++ b/{patch.target}\n"]
+    shift = 0
+    for line in sorted(patch.insertions):
+        text = patch.insertions[line].splitlines()
+        out.append(f"@@ -{line},0 +{line + shift + 1},{len(text)} @@\n")
+        out += [f"+{row}".rstrip() + "\n" for row in text]
+        shift += len(text)
+    return "".join(out)
+
+
+def patched_text(patch: Patch, source: str) -> str:
+    """The target with the lines inserted."""
+    lines = source.splitlines(keepends=True)
+    out = []
+    for number, line in enumerate(lines, start=1):
+        out.append(line)
+        if number in patch.insertions:
+            out += [f"{row}\n" for row in patch.insertions[number].splitlines()]
+    return "".join(out)
+
+
+def check_target(patch: Patch, corl: Path) -> str:
+    """Text of the target.
+
+    Raises:
+        SystemExit: it is missing or another version than the patch was made for.
+    """
+    path = corl / patch.target
+    if not path.is_file():
+        raise SystemExit(f"error: {path} does not exist; --corl must be a CORL checkout")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != patch.sha256:
+        raise SystemExit(
+            f"error: {path} is not the file this patch was made for; check out CORL at "
+            f"{COMMIT} without changes (or is it patched already?)"
+        )
+    return data.decode()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corl", type=Path, required=True, help="a CORL checkout")
+    parser.add_argument("--write", action="store_true", help="write patches/*.patch")
+    parser.add_argument("--apply", action="store_true", help="patch the checkout")
+    args = parser.parse_args()
+    if not (args.write or args.apply):
+        parser.error("nothing to do: --write or --apply")
+    texts = {name: check_target(p, args.corl) for name, p in patches().items()}
+    for name, patch in patches().items():
+        result = patched_text(patch, texts[name])
+        compile(result, patch.target, "exec")
+        if args.write:
+            (ROOT / "patches" / f"{name}.patch").write_text(render(patch))
+            print(
+                f"patches/{name}.patch: {sum(map(len, patch.insertions.values()))} bytes"
+            )
+        if args.apply:
+            (args.corl / patch.target).write_text(result)
+            print(f"patched {patch.target}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

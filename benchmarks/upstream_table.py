@@ -5,7 +5,7 @@
 Each script makes 2000 offline and 1000 online updates (TD3+BC, an offline script, 3000 in all;
 SPOT 1000 of its VAE first) with its own default hyperparameters on hopper-medium-v2 and evaluates
 5 episodes every 1000 updates: enough to see that it runs and learns from the data, far from
-trained. Prints the table of docs/corl.md.
+trained. Prints the table of docs/corl.md and writes one CSV row per script.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pathlib import Path
 from corl_dare import datasets, runs
 
 ROOT = Path(__file__).parent.parent
-TASK, COMMIT = "hopper-medium-v2", "6afec90"
+TASK, COMMIT, EPISODES = "hopper-medium-v2", "6afec90", 5
 COMMON = "--device cpu --buffer_size 300000".split()
-OFFLINE = f"--env {TASK} --eval_freq 1000 --n_episodes 5".split()
+OFFLINE = f"--env {TASK} --eval_freq 1000 --n_episodes {EPISODES}".split()
 PHASES = "--offline_iterations 2000 --online_iterations 1000".split()
-AWAC = f"--env_name {TASK} --eval_frequency 1000 --n_test_episodes 5".split()
+AWAC = f"--env_name {TASK} --eval_frequency 1000 --n_test_episodes {EPISODES}".split()
 # script -> (SHA-256 of the file at COMMIT, its flags)
 SCRIPTS = {
     "finetune/iql.py": (
@@ -92,6 +92,25 @@ def run(corl: Path, name: str, seed: int) -> dict:
     }
 
 
+def markdown(rows: list[dict]) -> str:
+    """The table and, below it, what all rows share."""
+    lines = [
+        "| script | score after 2000 offline | score after 1000 online | seconds |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        online = "–" if row["score_online"] == "" else row["score_online"]
+        name, offline, seconds = row["script"], row["score_offline"], row["seconds"]
+        lines.append(f"| `{name}` | {offline} | {online} | {seconds} |")
+    first = rows[0]
+    packages = ", ".join(f"{n} {first[n]}" for n in ("torch", "gymnasium", "mujoco"))
+    return "\n".join(lines) + (
+        f"\n\n{first['task']}, {first['dataset']}, seed {first['seed']}, D4RL-normalized "
+        f"scores of {EPISODES} episodes; CORL {first['corl_commit']}, corl-dare "
+        f"{first['commit'][:7] + first['commit'][40:]}; {first['machine']}; {packages}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corl", type=Path, help=f"folder of CORL at commit {COMMIT}")
@@ -117,11 +136,7 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    print("| script | score after 2000 offline | score after 1000 online | seconds |")
-    print("|---|---:|---:|---:|")
-    for row in rows:
-        offline, online = row["score_offline"], row["score_online"] or "–"
-        print(f"| `{row['script']}` | {offline} | {online} | {row['seconds']} |")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

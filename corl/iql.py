@@ -308,9 +308,7 @@ def set_seed(
 
 
 def is_goal_reached(reward: float, info: Dict) -> bool:
-    if "goal_achieved" in info:
-        return bool(info["goal_achieved"])
-    return reward > 0
+    return bool(info["goal_achieved"] if "goal_achieved" in info else reward > 0)
 
 
 @torch.no_grad()
@@ -725,16 +723,16 @@ class OnlineCollector:
 
     def state_dict(self) -> Dict[str, Any]:
         return {
-            "env": runs.pack(envs.get_state(self.env)),
-            "state": runs.pack(self.state),
+            "env": envs.get_state(self.env),
+            "state": self.state,
             "unfinished": [self.episode_step, self.episode_return, self.success],
             "successes": self.successes,
             "episode": self.episode,
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        envs.set_state(self.env, runs.unpack(state["env"]))
-        self.state = runs.unpack(state["state"])
+        envs.set_state(self.env, state["env"])
+        self.state = state["state"]
         self.episode_step, self.episode_return, self.success = state["unfinished"]
         self.successes, self.episode = list(state["successes"]), dict(state["episode"])
 

@@ -28,10 +28,10 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyrallis
@@ -108,16 +108,24 @@ def _parse(config_class: type, argv: list[str], ignore: Sequence[str]) -> Any:
             print(f"{origin}: block '{name}' is not for this algorithm and left out")
             del values[name]
     _check(config_class, values, origin)
+    if values.get("resume") and "resume" not in flags:
+        raise ConfigError(f"{origin}: resume is a flag, --resume RUN; take it out here")
     for name, value in flags.items():
         target = values
         *blocks, last = name.split(".")
         for block in blocks:
-            target = target.setdefault(block, {})
+            if not isinstance(target.get(block), dict):
+                target[block] = {}
+            target = target[block]
         target[last] = value
     return _build(config_class(), _check(config_class, values, "command line"))
 
 
-def _read_flags(argv: list[str]) -> dict[str, Any]:
+class _Text(str):
+    """What a flag was given: the field's type decides how it is read."""
+
+
+def _read_flags(argv: list[str]) -> dict[str, _Text]:
     flags, i = {}, 0
     while i < len(argv):
         match = re.fullmatch(r"--([\w.]+)(?:=(.*))?", argv[i], re.DOTALL)
@@ -126,10 +134,10 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
         name, value = match.groups()
         if value is None:
             i += 1
-            if i == len(argv):
+            if i == len(argv) or argv[i].startswith("--"):
                 raise ConfigError(f"--{name} needs a value")
             value = argv[i]
-        flags[name] = value if name in ("config", "resume") else yaml.safe_load(value)
+        flags[name] = _Text(value)
         i += 1
     return flags
 
@@ -170,17 +178,27 @@ def _as_type(value: Any, kind: Any, name: str) -> Any:
     optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
     if optional:
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        if value is None or (value == "" and str not in kinds):
-            return None
         kind = kinds[0]
+        none = isinstance(value, _Text) and value.lower() in ("", "~", "null", "none")
+        if value is None or none or (value == "" and kind is not str):
+            return None
+    if isinstance(value, _Text) and kind is bool:
+        value = yaml.SafeLoader.bool_values.get(value.lower(), value)
     try:
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is int and not isinstance(value, bool) and float(value) == int(value):
-            return int(value)
-        if kind is float and not isinstance(value, bool):
-            return float(value)  # YAML 1.1 reads 3e-4 as a string
-        if kind is str and isinstance(value, str | int | float):
+        if isinstance(value, bool):
+            if kind is bool:
+                return value
+        elif kind is int:
+            whole = re.fullmatch(r"[+-]?\d+", str(value))
+            number = int(value) if whole else float(value)
+            if number == int(number):
+                return int(number)
+        elif kind is float:
+            # YAML 1.1 reads 3e-4 as a string
+            number = float(str(value).replace(".inf", "inf"))
+            if number == number:  # nan would pass the checks of __post_init__
+                return number
+        elif kind is str and isinstance(value, str | int | float):
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
@@ -289,7 +307,7 @@ def tidy_path(path: Path | str) -> str:
 def pack(value: Any) -> Any:
     """Nested numpy arrays as tensors, which a checkpoint may hold; `unpack` reverses it."""
     if isinstance(value, np.ndarray):
-        return {"__array__": torch.from_numpy(np.ascontiguousarray(value)).clone()}
+        return {"__array__": torch.from_numpy(np.array(value, order="C"))}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -331,20 +349,31 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write atomically: a crash at any moment leaves the old file or the new one, whole."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well."""
     part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # a full disk must not stay full
+        raise
     if os.name == "posix":  # the new name itself must reach the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write atomically: a crash at any moment leaves the old file or the new one, whole."""
+    with _replacing(path) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
@@ -361,9 +390,10 @@ def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
             f"{path} belongs to {state['algorithm']}, not to {algorithm}; run that "
             "algorithm's file"
         )
-    if state["format"] != FORMAT:
+    if state.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}"
+            f"{path} has checkpoint format {state.get('format')}, this version reads "
+            f"{FORMAT}"
         )
     return state
 
@@ -479,7 +509,8 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error):
+        refused = "Unsupported" in str(error) or "weights_only" in str(error)
+        if refused and "Unsupported operand" not in str(error):  # that one is no pickle
             found = re.search(r"GLOBAL (\S+)", str(error))
             name = f" ({found.group(1)})" if found else ""
             why = f"it holds Python objects{name}, which are never unpickled"
@@ -508,10 +539,16 @@ class Run:
     """
 
     def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
+        if config.wandb_mode not in ("disabled", "offline", "online"):
+            raise ConfigError(
+                f"wandb_mode {config.wandb_mode!r} is not one of disabled, offline, online"
+            )
         self.config, self.algorithm = config, algorithm
         self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
         self.total = config.offline_iterations + config.online_iterations
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
+        # Now: by the end of a long run the files may be others than those that run.
+        self.code = {"versions": versions(), "commit": git_commit()}
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
@@ -558,10 +595,9 @@ class Run:
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
-        part = path.with_suffix(".part")
         try:
-            part.write_text(text)
-            os.replace(part, path)
+            with _replacing(path) as file:
+                file.write(text.encode())
         except OSError as error:
             raise ConfigError(f"cannot write {path} ({error.strerror})") from None
 
@@ -585,7 +621,9 @@ class Run:
             self._write(name, "\n".join(lines) + "\n")
             if name == "metrics.csv":
                 self.columns = rows[0]
-        self._write("config.yaml", dump_config(self.config))
+        # Without `resume`, so that the file still describes a run of its own.
+        config = dataclasses.replace(self.config, resume=None)
+        self._write("config.yaml", dump_config(config))
 
     # -- stopping -------------------------------------------------------------------------
 
@@ -594,7 +632,9 @@ class Run:
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
-            self.print("stopping after this step; once more to stop at once")
+            # Not print: the signal may have come in the middle of one, which raises.
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
         self._handlers = {
             number: signal.signal(number, ask_to_stop)
@@ -608,7 +648,12 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as failure:
+                self.print(
+                    f"wandb did not finish ({failure}); metrics.csv has everything"
+                )
 
     # -- progress -------------------------------------------------------------------------
 
@@ -655,7 +700,8 @@ class Run:
         tensors = {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}
         values = dict(metrics)
         if tensors:
-            stacked = torch.stack([v.detach().float() for v in tensors.values()])
+            scalars = [v.detach().double().reshape(()) for v in tensors.values()]
+            stacked = torch.stack(scalars)
             values.update(zip(tensors, stacked.tolist(), strict=True))
         row = {"step": step, "phase": phase, **values}
         with open(self.folder / "metrics.csv", "a", newline="") as file:
@@ -693,10 +739,6 @@ class Run:
 
     def _start_wandb(self) -> None:
         config = self.config
-        if config.wandb_mode not in ("disabled", "offline", "online"):
-            raise ConfigError(
-                f"wandb_mode {config.wandb_mode!r} is not one of disabled, offline, online"
-            )
         if config.wandb_mode == "disabled":
             return
         try:
@@ -735,8 +777,11 @@ class Run:
                 "updates": self.updates,
                 "exchanges": list(self.exchanges),
             },
-            "parts": {name: part.state_dict() for name, part in parts.items()},
+            "parts": {name: pack(part.state_dict()) for name, part in parts.items()},
         }
+        for name in ("metrics.csv", "evaluations.csv"):  # rows that will not come again
+            with open(self.folder / name, "ab") as file:
+                os.fsync(file.fileno())
         save_checkpoint(self.folder / "checkpoint.pt", state)
 
     def restore(self, parts: dict[str, Any]) -> None:
@@ -752,7 +797,7 @@ class Run:
                 "(its sha256 differs); put that file back or start a new run"
             )
         for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+            part.load_state_dict(unpack(state["parts"][name]))
         set_rng_state(state["rng"])
         self.checkpoint = None
 
@@ -766,7 +811,9 @@ class Run:
 
         `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last
         four online evaluations (DARE's protocol). `score_last`, `score_best`: last and best
-        online evaluation. All are means over episodes, D4RL-normalized.
+        online evaluation; in a run without any, the last three are of the offline phase. All
+        are means over episodes, D4RL-normalized. Versions and commit are those at the start
+        of this process.
         """
         offline = [s for _, phase, s in self.scores if phase == "offline"]
         online = [s for _, phase, s in self.scores if phase == "online"]
@@ -793,8 +840,7 @@ class Run:
                 "sha256": data.get("sha256"),
                 "rows": data.get("rows"),
             },
-            "versions": versions(),
-            "commit": git_commit(),
+            **self.code,
             "machine": machine(),
         }
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")

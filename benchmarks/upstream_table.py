@@ -95,13 +95,13 @@ def run(corl: Path, name: str, seed: int) -> dict:
 def markdown(rows: list[dict]) -> str:
     """The table and, below it, what all rows share."""
     lines = [
-        "| script | score after 2000 offline | score after 1000 online | seconds |",
-        "|---|---:|---:|---:|",
+        "| script | score after 2000 offline updates | after 1000 more online |",
+        "|---|---:|---:|",
     ]
     for row in rows:
         online = "–" if row["score_online"] == "" else row["score_online"]
-        name, offline, seconds = row["script"], row["score_offline"], row["seconds"]
-        lines.append(f"| `{name}` | {offline} | {online} | {seconds} |")
+        offline = f"{row['score_offline']}" + (" (3000)" if online == "–" else "")
+        lines.append(f"| `{row['script']}` | {offline} | {online} |")
     first = rows[0]
     packages = ", ".join(f"{n} {first[n]}" for n in ("torch", "gymnasium", "mujoco"))
     return "\n".join(lines) + (

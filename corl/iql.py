@@ -292,8 +292,7 @@ class MixedBuffer:
 
 
 def set_env_seed(env: Optional[gym.Env], seed: int) -> None:
-    env.reset(seed=seed)
-    env.action_space.seed(seed)
+    envs.seed(env, seed)
 
 
 def set_seed(

@@ -231,6 +231,15 @@ class OldGymEnv(gym.Env):
         self.old.close()
 
 
+def seed(env: gym.Env, value: int) -> None:
+    """Seed the resets and the action space without a reset, as old gym's `env.seed` did."""
+    base = env.unwrapped
+    if isinstance(base, OldGymEnv):
+        base.old.seed(value)
+    base.np_random, _ = gym.utils.seeding.np_random(value)
+    env.action_space.seed(value)
+
+
 def get_state(env: gym.Env) -> dict[str, Any]:
     """Everything that decides the environment's future, as plain arrays and numbers.
 

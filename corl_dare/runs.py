@@ -851,8 +851,9 @@ class Run:
 
         if self.bar is not None:
             self.bar.close()
+        kind = "online" if online else "final"  # a run may be offline only
         self.print(
-            f"\noffline score {show(summary['score_offline'])} -> online score "
+            f"\noffline score {show(summary['score_offline'])} -> {kind} score "
             f"{show(summary['score_final'])} (D4RL-normalized, mean of the last "
             f"{min(4, len(seen))} evaluations; last {show(summary['score_last'])}, best "
             f"{show(summary['score_best'])})\n"
@@ -910,7 +911,7 @@ def plot_curves(folder: Path, config: Any, label: str) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         if 0 < switch < total:
             axis.axvline(switch, color="#666666", linewidth=1, linestyle=":")
-    axes[0].set_xlim(-0.02 * total, 1.02 * total)
+    axes[0].set_xlim(-0.02 * total, 1.02 * total or 1.0)
     for start, end, phase in ((0, switch, "offline"), (switch, total, "online")):
         if end - start > 0.1 * total:  # else no room for the word
             options = {"ha": "center", "va": "bottom", "color": "#666666", "fontsize": 9}
@@ -924,14 +925,14 @@ def plot_curves(folder: Path, config: Any, label: str) -> Path:
     )
     _draw_scores(axes[0], read_csv(folder / "evaluations.csv"))
     if panels == 3:
-        steps = steps[rows]
-        _draw_line(axes[1], steps, exchanged[rows], PURPLE)
+        x = steps[rows]
+        _draw_line(axes[1], x, exchanged[rows], PURPLE)
         axes[1].set_ylim(bottom=0)
         axes[1].set_ylabel("exchanged pairs")
         names = (
             "score_off_mean score_off_std score_on_mean score_on_std separation_point"
         )
-        _draw_distributions(axes[2], steps, *(column(n)[rows] for n in names.split()))
+        _draw_distributions(axes[2], x, *(column(n)[rows] for n in names.split()))
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[-1].set_xlabel("step (offline: updates, online: environment steps)")
     figure.align_ylabels()
@@ -991,6 +992,8 @@ def _draw_distributions(
         low, high = np.min(ends), np.max(ends)
         room = (high - low) or max(abs(high), 1.0)
         bottom, top = axis.get_ylim()
+        if bottom < low - room or top > high + room:
+            axis.set_ylabel("alignment score\n(spread cut off)")
         axis.set_ylim(max(bottom, low - room), min(top, high + room))
     # Above the panel, where no data is.
     axis.legend(

@@ -526,9 +526,9 @@ def leaves(value, name=""):
 
 @pytest.mark.skipif(not CORL_DIR, reason="CORL_DIR is not set to CORL's folder")
 @pytest.mark.parametrize("algorithm", YAML)
-def test_an_offline_phase_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
+def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
     ours = pytest.importorskip(f"corl.{algorithm}")
-    flags = "--offline_iterations 12 --online_iterations 0 --eval_freq 6 --n_episodes 1 "
+    flags = "--offline_iterations 12 --online_iterations 40 --eval_freq 26 --n_episodes 1 "
     flags += "--normalize_reward true --buffer_size 1000 --batch_size 32 --device cpu"
     flags = [*flags.split(), "--env", TASK, "--seed", "3", "--checkpoints_path"]
     script = Path(CORL_DIR) / "algorithms" / "finetune" / f"{algorithm}.py"
@@ -536,7 +536,7 @@ def test_an_offline_phase_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
     own = ["--compat", "true", "--dataset_path", str(data[0]), "--runs_dir"]
     argv = [*flags, str(tmp_path / "ours"), *own, str(tmp_path / "runs")]
     ours.train(runs.parse_config(ours.TrainConfig, argv))
-    for name in ("checkpoint_5.pt", "checkpoint_11.pt"):
+    for name in ("checkpoint_25.pt", "checkpoint_51.pt"):
         one, two = (
             leaves(runs.load_corl_checkpoint(*tmp_path.glob(f"{who}/**/{name}")))
             for who in ("theirs", "ours")

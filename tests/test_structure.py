@@ -149,7 +149,8 @@ def test_readme_commands_exist():
     for file in re.findall(
         r"\b(?:algorithms|corl|configs|benchmarks|docs)/[\w/.]+\w", text
     ):
-        assert (ROOT / file).exists(), f"README names {file}"
+        if "ALGO" not in file:
+            assert (ROOT / file).exists(), f"README names {file}"
 
 
 def test_no_pickle_is_ever_executed():

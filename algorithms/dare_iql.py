@@ -148,6 +148,7 @@ class TrainConfig:
     mixing_ratio: Optional[float] = (
         None  # offline share of an online batch; none: one buffer
     )
+    actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
     utd: int = 1  # updates per environment step online
     online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
     compat: bool = False  # reproduce upstream's known faults (see the file header)
@@ -602,11 +603,11 @@ class ImplicitQLearning:
             dare_generator  # private: the baseline's draws stay the same
         )
 
-    def start_online(self) -> None:
-        """End the cosine schedule: online the actor learns at its initial rate."""
+    def start_online(self, actor_lr: Optional[float] = None) -> None:
+        """End the cosine schedule: online the actor's rate is constant, by default the first."""
         self.anneal = False
         for group in self.actor_optimizer.param_groups:
-            group["lr"] = group["initial_lr"]
+            group["lr"] = actor_lr or group["initial_lr"]
 
     def _propose(
         self, policy_out: Union[Normal, torch.Tensor], count: int
@@ -1061,7 +1062,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         for t in run.progress():
             online = t >= config.offline_iterations
             if online and trainer.anneal and not config.compat:
-                trainer.start_online()
+                trainer.start_online(config.actor_lr_online)
             if online and isinstance(online_source, DareHook):
                 online_source.pretrain(
                     lambda: run.stop_requested, lambda: run.save(parts)

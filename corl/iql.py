@@ -99,6 +99,7 @@ class TrainConfig:
     mixing_ratio: Optional[float] = (
         None  # offline share of an online batch; none: one buffer
     )
+    actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
     utd: int = 1  # updates per environment step online
     online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
     compat: bool = False  # reproduce upstream's known faults (see the file header)
@@ -540,11 +541,11 @@ class ImplicitQLearning:
         self.total_it = 0
         self.anneal = True  # step the actor's schedule; see `start_online`
 
-    def start_online(self) -> None:
-        """End the cosine schedule: online the actor learns at its initial rate."""
+    def start_online(self, actor_lr: Optional[float] = None) -> None:
+        """End the cosine schedule: online the actor's rate is constant, by default the first."""
         self.anneal = False
         for group in self.actor_optimizer.param_groups:
-            group["lr"] = group["initial_lr"]
+            group["lr"] = actor_lr or group["initial_lr"]
 
     def _update_v(
         self,
@@ -889,7 +890,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         for t in run.progress():
             online = t >= config.offline_iterations
             if online and trainer.anneal and not config.compat:
-                trainer.start_online()
+                trainer.start_online(config.actor_lr_online)
             if online:
                 collector.step(trainer.actor)
             count = config.utd if online else 1

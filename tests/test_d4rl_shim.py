@@ -528,7 +528,9 @@ def leaves(value, name=""):
 @pytest.mark.parametrize("algorithm", YAML)
 def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
     ours = pytest.importorskip(f"corl.{algorithm}")
-    flags = "--offline_iterations 12 --online_iterations 40 --eval_freq 26 --n_episodes 1 "
+    flags = (
+        "--offline_iterations 12 --online_iterations 40 --eval_freq 26 --n_episodes 1 "
+    )
     flags += "--normalize_reward true --buffer_size 1000 --batch_size 32 --device cpu"
     flags = [*flags.split(), "--env", TASK, "--seed", "3", "--checkpoints_path"]
     script = Path(CORL_DIR) / "algorithms" / "finetune" / f"{algorithm}.py"

@@ -165,20 +165,20 @@ def test_dropout_shifts_the_keys_as_upstream():
     ]
 
 
-@pytest.mark.parametrize("compat", [False, True])
-def test_actor_learning_rate_online(compat):
+@pytest.mark.parametrize("compat, online", [(False, None), (False, 1e-4), (True, None)])
+def test_actor_learning_rate_online(compat, online):
     """Corrected: constant online. Upstream: restarts at zero and climbs."""
     trainer, _ = make_pair(iql)
     rng = np.random.default_rng(0)
     rates = []
     for t in range(60):
         if t == 50 and not compat:
-            trainer.start_online()
+            trainer.start_online(online)
         rates.append(trainer.actor_optimizer.param_groups[0]["lr"])
         trainer.train(random_batch(rng))
     expected = [0.5 * 3e-4 * (1 + np.cos(np.pi * j / 50)) for j in range(60)]
     np.testing.assert_allclose(rates[:50], expected[:50], rtol=1e-6, atol=1e-12)
-    tail = expected[50:] if compat else [3e-4] * 10
+    tail = expected[50:] if compat else [online or 3e-4] * 10
     np.testing.assert_allclose(rates[50:], tail, rtol=1e-6, atol=1e-12)
 
 

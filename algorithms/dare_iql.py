@@ -1088,8 +1088,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                 run.step = t + 1
                 run.save(parts)
                 save_corl_checkpoint(config, trainer, t)
+        run.save(parts)  # the last weights, wherever eval_freq left off
         if run.stop_requested:
-            run.save(parts)
             run.interrupted()
             return {}
         return run.finish()

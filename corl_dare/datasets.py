@@ -403,8 +403,8 @@ def resolve(
         path: HDF5 file, or `minari:` and a Minari id.
         cache_dir: where stand-ins are kept; default `CORL_DARE_CACHE` or
             ~/.cache/corl_dare.
-        rows: size of a stand-in that has to be collected (default 200 000); other
-            sources ignore it.
+        rows: size of a stand-in that has to be collected (default 200 000, and D4RL's
+            own size for medium-replay); other sources ignore it.
 
     Raises:
         ValueError: unknown task or source, no source has the data, or bad data.
@@ -522,7 +522,7 @@ def cache_folder(cache_dir: Path | str | None = None) -> Path:
 
 def _stand_in(task: str, cache_dir: Path | str | None, rows: int | None) -> Path:
     folder = cache_folder(cache_dir) / "datasets"
-    rows = collect.STAND_IN_ROWS if rows is None else rows
+    rows = collect.default_rows(task) if rows is None else rows
     # A new release may ship other policies: their files must not be taken for these.
     digests = "".join(f"-{digest[:8]}" for digest in collect.fingerprint(task).values())
     return collect.collect(task, rows, folder / f"{task}-{rows}{digests}.hdf5")
@@ -539,6 +539,8 @@ def _from_file(task: str, source: str, path: Path) -> Dataset:
         label = f"D4RL's own file of {names[digest]} (checksum matches)"
     elif collected:
         label = "self-collected stand-in (not D4RL data)"
+        if "mix" in made:
+            label += f", {made['share']:.0%} of its rows by the {made['mix']} policy"
         if made.get("task") != task:
             label += f", made for {made.get('task')}"
     else:

@@ -447,7 +447,8 @@ def _row_type(env: gymnasium.Env, judges: tuple[Behavior, ...]) -> np.dtype:
 # ---------------------------------------------------------------- chunks
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that decide a file's bytes, as the file's attributes name them."""
     return {
         "corl_dare_version": __version__,
         "gymnasium_version": gymnasium.__version__,
@@ -459,7 +460,7 @@ def _versions() -> dict[str, str]:
 
 def _chunk_folder(out: Path, plan: Plan) -> Path:
     """Its name holds all that the rows depend on: old chunks never get into a new file."""
-    facts = json.dumps([plan.settings, _versions(), CHUNK, ENVS], sort_keys=True)
+    facts = json.dumps([plan.settings, versions(), CHUNK, ENVS], sort_keys=True)
     digest = hashlib.sha256(facts.encode()).hexdigest()
     return out.with_name(f"{out.name}.{digest[:8]}.chunks")
 
@@ -727,7 +728,7 @@ def _write(out: Path, plan: Plan, data: dict[str, np.ndarray]) -> None:
     behaviors = [behavior for behavior, _ in plan.parts]
     try:
         with h5py.File(part, "w") as file:
-            file.attrs.update({**plan.settings, **_versions()})
+            file.attrs.update({**plan.settings, **versions()})
             for name, values in data.items():
                 file.create_dataset(name, data=values, compression="gzip", shuffle=True)
             if len(behaviors) > 1:

@@ -147,7 +147,7 @@ def to_minari(
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=root))
     try:
         with _minari_root(part), warnings.catch_warnings():
-            # It misses the environment of the collection, which D4RL's v2 never was here.
+            # Minari asks for the environment of the collection; D4RL's rows carry none.
             warnings.simplefilter("ignore", UserWarning)
             stored = minari.create_dataset_from_buffers(
                 name,

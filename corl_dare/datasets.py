@@ -189,18 +189,23 @@ def load_hdf5(path: Path | str, task: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not an HDF5 file: {_what_instead(path)}")
     try:
         with h5py.File(path) as file:
-            raw = {k: _read(file, k, path) for k in REQUIRED + OPTIONAL if k in file}
-            found = ", ".join(sorted(file))
+            if missing := [key for key in REQUIRED if key not in file]:
+                raise ValueError(
+                    f"{path} lacks {', '.join(missing)}; it holds "
+                    f"{', '.join(sorted(file)) or 'nothing'}; D4RL's schema needs "
+                    f"{', '.join(REQUIRED)}"
+                )
+            columns = {key: file[key] for key in REQUIRED + OPTIONAL if key in file}
+            for key, column in columns.items():
+                if not isinstance(column, h5py.Dataset):
+                    raise ValueError(
+                        f"{path}: {key} is a group; D4RL stores one array there"
+                    )
+            return _clean(columns, task, path)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{path} is a damaged or incomplete HDF5 file ({error}); get it again"
         ) from error
-    if missing := [key for key in REQUIRED if key not in raw]:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}; it holds {found or 'nothing'}; D4RL's "
-            f"schema needs {', '.join(REQUIRED)}"
-        )
-    return _consume(raw, task, path)
 
 
 def _what_instead(path: Path) -> str:
@@ -213,12 +218,6 @@ def _what_instead(path: Path) -> str:
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, so the download failed; check its address"
     return "its first bytes are not HDF5's; download it again"
-
-
-def _read(file: h5py.File, key: str, path: Path) -> np.ndarray:
-    if not isinstance(file[key], h5py.Dataset):
-        raise ValueError(f"{path}: {key} is a group; D4RL stores one array there")
-    return file[key][()]
 
 
 def validate(
@@ -237,26 +236,28 @@ def validate(
         ValueError: wrong shape, type or length, a value that is not finite in float32,
             an action outside [-1, 1], a flag that is not 0 or 1. Names file, key, row.
     """
-    known = {key: np.asarray(raw[key]) for key in REQUIRED + OPTIONAL if key in raw}
-    return _consume(known, task, path)
+    columns = {k: np.asarray(raw[k]) for k in REQUIRED + OPTIONAL if k in raw}
+    return _clean(columns, task, path)
 
 
-def _consume(
-    raw: dict[str, np.ndarray], task: str, path: Path | str
+def _clean(
+    columns: dict[str, np.ndarray | h5py.Dataset], task: str, path: Path | str
 ) -> dict[str, np.ndarray]:
-    """`validate`, which empties `raw`: a float64 file is not in memory twice."""
-    facts = envs.task(task)
-    for key, values in raw.items():
-        if values.dtype.kind not in "fiub":
+    """`validate`; columns of a file are read one by one, so a float64 file is not in
+    memory beside its float32 copy."""
+    shapes = {}
+    for key, column in columns.items():
+        if column.dtype.kind not in "fiub":
             raise ValueError(
-                f"{path}: {key} has type {values.dtype}; numbers are needed"
+                f"{path}: {key} has type {column.dtype}; numbers are needed"
             )
-        if key in ("rewards", *FLAGS) and values.ndim == 2 and values.shape[1] == 1:
-            raw[key] = values[:, 0]
-    _check_shapes(raw, facts, path)
+        shapes[key] = column.shape
+        if key in ("rewards", *FLAGS) and column.shape[1:] == (1,):
+            shapes[key] = column.shape[:1]
+    _check_shapes(shapes, envs.task(task), path)
     clean = {}
-    for key in list(raw):
-        values = raw.pop(key)
+    for key, column in columns.items():
+        values = column[()].reshape(shapes[key])
         if key in FLAGS:
             _reject(~np.isin(values, (0, 1)), values, key, path, "flags are 0 or 1")
             clean[key] = values.astype(bool)
@@ -287,17 +288,17 @@ def _reject(
 
 
 def _check_shapes(
-    raw: dict[str, np.ndarray], facts: envs.Task, path: Path | str
+    shapes: dict[str, tuple[int, ...]], facts: envs.Task, path: Path | str
 ) -> None:
     widths = {"observations": facts.state_dim, "actions": facts.action_dim}
     widths["next_observations"] = facts.state_dim
-    for key, values in raw.items():
+    for key, shape in shapes.items():
         wanted = 2 if key in widths else 1
-        if values.ndim != wanted:
+        if len(shape) != wanted:
             raise ValueError(
-                f"{path}: {key} has shape {values.shape}; expected {wanted} dimension(s)"
+                f"{path}: {key} has shape {shape}; expected {wanted} dimension(s)"
             )
-    dims = raw["observations"].shape[1], raw["actions"].shape[1]
+    dims = shapes["observations"][1], shapes["actions"][1]
     if dims != (facts.state_dim, facts.action_dim):
         fits = [
             name
@@ -309,15 +310,15 @@ def _check_shapes(
             f"{' or '.join(fits) or 'no robot known here'}; {facts.name} needs "
             f"{facts.state_dim} and {facts.action_dim}"
         )
-    rows = len(raw["observations"])
-    for key, values in raw.items():
-        if len(values) != rows:
+    rows = shapes["observations"][0]
+    for key, shape in shapes.items():
+        if shape[0] != rows:
             raise ValueError(
-                f"{path}: {key} has {len(values)} rows, observations has {rows}"
+                f"{path}: {key} has {shape[0]} rows, observations has {rows}"
             )
-        if key in widths and values.shape[1] != widths[key]:
+        if key in widths and shape[1] != widths[key]:
             raise ValueError(
-                f"{path}: {key} has width {values.shape[1]}; expected {widths[key]}"
+                f"{path}: {key} has width {shape[1]}; expected {widths[key]}"
             )
     if rows < 2:
         raise ValueError(f"{path}: {rows} row(s); a dataset needs at least 2")
@@ -735,18 +736,14 @@ def plot_returns(dataset: Dataset, out: Path) -> None:
     label = f"{len(dataset.returns)} episodes, {dataset.provenance['label']}"
     axes.hist(dataset.returns, bins=50, color="tab:blue", label=label)
     mean = dataset.returns.mean()
-    axes.axvline(mean, color="black", label=f"their mean, {mean:.0f}")
+    axes.axvline(mean, color="black", label=f"their mean, {mean:.4g}")
     published = D4RL_RETURNS.get(dataset.task.removesuffix("-v2"))
     if published is not None:
         center, width = published[:2]
-        axes.axvline(center, color="tab:orange", label=f"D4RL's mean, {center:.0f}")
-        axes.axvspan(
-            center - width,
-            center + width,
-            color="tab:orange",
-            alpha=0.2,
-            label="± 1 std",
-        )
+        axes.axvline(center, color="tab:orange", label=f"D4RL's mean, {center:.4g}")
+        low, high = center - width, center + width
+        style = {"color": "tab:orange", "alpha": 0.2, "zorder": 0}
+        axes.axvspan(low, high, **style, label="D4RL's mean ± 1 std")
     axes.set_xlabel("return of an episode (raw)")
     axes.set_ylabel("episodes")
     axes.set_title(dataset.task)
@@ -766,7 +763,8 @@ def plot_returns(dataset: Dataset, out: Path) -> None:
 def overview(cache_dir: Path | str | None = None) -> str:
     """A table of every task: where its data would come from, rows, D4RL's return.
 
-    Looks at names and folders only; nothing is loaded, downloaded or collected.
+    Looks at names and folders only; nothing is loaded, downloaded or collected, so it
+    cannot know whether D4RL's server would answer before a stand-in is taken.
     """
     lines = [("task", "source", "rows", "D4RL's return")]
     for task in envs.task_names():
@@ -774,13 +772,16 @@ def overview(cache_dir: Path | str | None = None) -> str:
         figures = "{:.2f} ± {:.2f}".format(*published) if published else "not known"
         lines.append((task, *_would_come_from(task, cache_dir), figures))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(
+    rows = [
         "  ".join(
             (text.rjust if i == 2 else text.ljust)(widths[i])
             for i, text in enumerate(line)
         ).rstrip()
         for line in lines
-    )
+    ]
+    if _server():
+        rows.append(f"Before a stand-in is taken, {_server()} is asked for D4RL's file.")
+    return "\n".join(rows)
 
 
 def _would_come_from(task: str, cache_dir: Path | str | None) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import tracemalloc
 import types
 
 import gymnasium
@@ -383,6 +384,24 @@ def test_damaged_chunk_is_refused(tmp_path):
         handle.write(b"\xff" * 64)
     with pytest.raises(ValueError, match="x.hdf5 is a damaged or incomplete HDF5 file"):
         datasets.load_hdf5(path, TASK)
+
+
+@pytest.mark.parametrize("dtype, allowed", [(np.float32, 2.1), (np.float64, 2.5)])
+def test_memory_while_loading_stays_near_the_arrays(home, dtype, allowed):
+    rng = np.random.default_rng(0)
+    raw = make_raw(*(rng.random((2, 50_000)) < 0.01))
+    for key in ("observations", "actions", "rewards", "next_observations"):
+        raw[key] = raw[key].astype(dtype)
+    path = write(home / "x.hdf5", raw)
+    datasets.resolve(TASK, path=path)  # what is imported or cached on the way
+    del raw
+    tracemalloc.start()
+    try:
+        found = datasets.resolve(TASK, path=path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < allowed * sum(v.nbytes for v in found.arrays.values())
 
 
 # ---------------------------------------------------------------- names and statistics

@@ -28,9 +28,9 @@ import mujoco
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from corl_dare import __version__, envs, sac
+from corl_dare.progress import progress_bar
 
 POLICY_DIR = Path(__file__).parent / "policies"
 STAND_IN_ROWS = 200_000  # half a minute of hopper on one core
@@ -221,7 +221,7 @@ def rollout(
     started, over = len(robots), {}  # finished episodes by their number
     first = written = 0  # the first episode that still runs, and all rows before it
     title = f"{robot} {behavior.level}, self-collected"
-    with tqdm(total=rows, desc=title, unit=" rows", disable=not progress) as bar:
+    with progress_bar(total=rows, desc=title, unit=" rows", disable=not progress) as bar:
         while written + lengths[running.index(first)] < rows:
             actions, log_probs = _act(behavior, states, facts.action_dim, generator)
             for i, env in enumerate(robots):

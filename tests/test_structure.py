@@ -19,11 +19,13 @@ WALLS = {
     "corl_dare/exchange.py": set(),
     "corl_dare/behavior.py": set(),
     "corl_dare/guidance.py": set(),
-    "corl_dare/runs.py": set(),
+    "corl_dare/progress.py": set(),
+    "corl_dare/runs.py": {"progress"},
     "corl_dare/envs.py": set(),
-    "corl_dare/hook.py": {"behavior", "guidance", "exchange"},
-    "corl_dare/sac.py": {"envs"},
-    "corl_dare/collect.py": {"envs", "sac", "datasets"},  # datasets: only for the card
+    "corl_dare/hook.py": {"behavior", "guidance", "exchange", "progress"},
+    "corl_dare/sac.py": {"envs", "progress"},
+    # datasets: only for the card
+    "corl_dare/collect.py": {"envs", "sac", "datasets", "progress"},
     "corl_dare/datasets.py": {"envs", "collect"},
     "corl_dare/d4rl_shim.py": {"envs", "datasets"},
     "corl/*.py": {"datasets", "envs", "runs"},

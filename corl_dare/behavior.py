@@ -19,13 +19,16 @@ dimension, A action dimension.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +40,7 @@ from tqdm import tqdm
 
 BETA_0, BETA_1 = 0.1, 20.0  # linear noise rate of the variance-preserving process
 T_MIN = 1e-3  # smallest diffusion time, in training and at the end of sampling
+SAVE_SECONDS = 60.0  # of training that a killed process may lose
 FORMAT = 1  # of the cache; raise it when a file of old weights would mean something else
 
 DataPrediction = Callable[[torch.Tensor, float], torch.Tensor]
@@ -515,7 +519,10 @@ def fit(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    bar: Callable[..., Any] = tqdm,
     should_stop: Callable[[], bool] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
+    resume: dict[str, Any] | None = None,
 ) -> np.ndarray:
     """Train a behavior model with Adam at a constant rate; moves it to `device`.
 
@@ -526,7 +533,12 @@ def fit(
         states: (N, S), raw.
         actions: (N, A), raw.
         generator: on `device`; the only source of randomness.
+        bar: makes the progress bar, called as `tqdm` is.
         should_stop: asked every 50 updates.
+        save: given the state of the training once a minute and before a stop, for
+            `torch.save`; the tensors in it change with the next update.
+        resume: such a state. A call that is otherwise the same goes on from there and
+            ends with the bits of a training that was never interrupted.
 
     Returns:
         The mean loss of each 200 updates (the last mean may cover fewer).
@@ -552,32 +564,63 @@ def fit(
     model.normalize_to(states)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    batches = _shuffled_batches(states, actions, batch_size, generator)
-    window, total, means = 0, torch.zeros((), device=device, dtype=dtype), []
-    with tqdm(
-        total=updates, desc=f"behavior {model.kind}", unit="update", disable=not progress
-    ) as bar:
-        for update in range(1, updates + 1):
+    batches = _ShuffledBatches(states, actions, batch_size, generator)
+    first, total, means = 0, torch.zeros((), device=device, dtype=dtype), []
+    if resume is not None:
+        first, means = resume["updates"], list(resume["means"])
+        total.copy_(resume["total"])
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        batches.order = resume["order"].to(device)
+        batches.start = resume["start"]
+        generator.set_state(resume["generator"])
+    saved = time.perf_counter()
+    with bar(
+        desc=f"behavior {model.kind}",
+        total=updates,
+        initial=first,
+        unit="update",
+        disable=not progress,
+    ) as shown:
+        for update in range(first + 1, updates + 1):
             loss = model.loss(*next(batches), generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach()
-            window += 1
-            bar.update()
-            if window == 200 or update == updates:
-                means.append(total.item() / window)  # a bad update spoils the whole sum
+            shown.update()
+            if update % 200 == 0 or update == updates:
+                # One bad update spoils the whole sum.
+                means.append(total.item() / (update - 200 * len(means)))
                 if not math.isfinite(means[-1]):
                     raise RuntimeError(
                         f"behavior loss is {means[-1]} after {update} updates; "
                         f"lower its lr ({lr}) or check the scale of the data"
                     )
-                bar.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
-                window = 0
+                shown.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
                 total.zero_()
-            if should_stop is not None and update % 50 == 0 and should_stop():
+            if update % 50:
+                continue
+            stop = should_stop is not None and should_stop()
+            late = time.perf_counter() - saved >= SAVE_SECONDS
+            if save is not None and (stop or late):
+                save(
+                    {
+                        "updates": update,
+                        "means": means,
+                        "total": total,
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "order": batches.order,
+                        "start": batches.start,
+                        "generator": generator.get_state(),
+                    }
+                )
+                saved = time.perf_counter()
+            if stop:
+                how = "" if save is None else "; the same call goes on from there"
                 raise KeyboardInterrupt(
-                    f"behavior training stopped after {update} of {updates} updates"
+                    f"behavior training stopped after {update} of {updates} updates{how}"
                 )
     model.eval()
     return np.array(means)
@@ -603,18 +646,28 @@ def _check_rows(
         raise ValueError(f"{len(states)} states but {len(actions)} actions")
 
 
-def _shuffled_batches(
-    states: torch.Tensor,
-    actions: torch.Tensor,
-    batch_size: int,
-    generator: torch.Generator,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    size = min(batch_size, len(states))
-    while True:
-        order = torch.randperm(len(states), generator=generator, device=states.device)
-        for start in range(0, len(states) - size + 1, size):
-            rows = order[start : start + size]
-            yield states[rows], actions[rows]
+class _ShuffledBatches:
+    """Endless batches; `order`, `start` and the generator decide what comes next."""
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        actions: torch.Tensor,
+        batch_size: int,
+        generator: torch.Generator,
+    ):
+        self.states, self.actions, self.generator = states, actions, generator
+        self.size = min(batch_size, len(states))
+        self.order = torch.empty(0, dtype=torch.long, device=states.device)
+        self.start = 0
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.start + self.size > len(self.order):
+            options = {"generator": self.generator, "device": self.states.device}
+            self.order, self.start = torch.randperm(len(self.states), **options), 0
+        rows = self.order[self.start : self.start + self.size]
+        self.start += self.size
+        return self.states[rows], self.actions[rows]
 
 
 # ---------------------------------------------------------------- train once
@@ -634,13 +687,16 @@ def fit_cached(
     device: torch.device | str = "cpu",
     options: dict | None = None,
     progress: bool = True,
+    bar: Callable[..., Any] = tqdm,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[BehaviorModel, Path, bool]:
     """The trained, frozen model of these settings, from the cache or trained into it.
 
     The file name holds a hash of the kind, options, training settings, seed, dimensions,
-    `dataset_hash` and format; an interrupted training leaves no file. Weights and noise
-    come from `seed`.
+    `dataset_hash` and format. Weights and noise come from `seed`. An interrupted training
+    leaves `*.DEVICE.unfinished`, written once a minute and before a stop: the next call
+    goes on from it, to the bits of an unbroken training. A damaged one is reported, and
+    the training starts afresh.
 
     Returns:
         The model on `device` (eval, no gradients), its file, and whether it was loaded.
@@ -648,6 +704,7 @@ def fit_cached(
     Raises:
         ValueError: see `make_behavior_model` and `fit`; an empty dataset hash.
         RuntimeError: the cached file is damaged or belongs to other settings.
+        OSError: the cache cannot be written.
         KeyboardInterrupt: see `fit`.
     """
     if not dataset_hash:
@@ -681,6 +738,8 @@ def fit_cached(
     if loaded:
         _load(model, path, text)
     else:
+        # The states of generators differ between kinds of device.
+        unfinished = path.with_suffix(f".{torch.device(device).type}.unfinished")
         fit(
             model,
             states,
@@ -691,9 +750,13 @@ def fit_cached(
             generator=torch.Generator(device).manual_seed(seed),
             device=device,
             progress=progress,
+            bar=bar,
             should_stop=should_stop,
+            save=lambda state: _save_unfinished(state, unfinished, text),
+            resume=_load_unfinished(unfinished, text),
         )
         _save(model, path, text)
+        unfinished.unlink(missing_ok=True)
     return model.to(device).eval().requires_grad_(False), path, loaded
 
 
@@ -707,9 +770,13 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
 
 def _save(model: BehaviorModel, path: Path, settings: str) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    data = save(tensors, {"settings": settings, "sha256": _checksum(tensors)})
+    _write(path, save(tensors, {"settings": settings, "sha256": _checksum(tensors)}))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Atomically: a crash at any moment leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -740,3 +807,27 @@ def _load(model: BehaviorModel, path: Path, settings: str) -> None:
             f"{path} is damaged (checksum differs); delete it to train the model again"
         )
     model.load_state_dict(tensors)
+
+
+def _save_unfinished(state: dict[str, Any], path: Path, settings: str) -> None:
+    buffer = io.BytesIO()
+    torch.save({"settings": settings, **state}, buffer)
+    data = buffer.getvalue()
+    # torch.load does not notice flipped bits in tensors, so the checksum comes first.
+    _write(path, hashlib.sha256(data).digest() + data)
+
+
+def _load_unfinished(path: Path, settings: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    digest, data = content[:size], content[size:]
+    why = "is damaged"
+    if hashlib.sha256(data).digest() == digest:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if state["settings"] == settings:
+            return state
+        why = "belongs to other settings"
+    print(f"{path} {why}; the behavior model is trained from the start")
+    return None

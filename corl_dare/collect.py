@@ -37,9 +37,9 @@ import mujoco
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from corl_dare import __version__, envs, sac
+from corl_dare.progress import progress_bar
 
 POLICY_DIR = Path(__file__).parent / "policies"
 STAND_IN_ROWS = 200_000  # half a minute of hopper on one core
@@ -692,7 +692,7 @@ def _make_chunks(
     workers = min(workers, len(chunks))
     done = sum(c.rows for c in chunks if _chunk_file(folder, c).exists())
     title = f"{plan.settings['task']}, self-collected"
-    with tqdm(
+    with progress_bar(
         total=rows, initial=done, desc=title, unit=" rows", disable=not progress
     ) as bar:
         if workers == 1 or done == rows:

@@ -16,7 +16,8 @@ import urllib.request
 from pathlib import Path
 
 import filelock
-from tqdm import tqdm
+
+from corl_dare.progress import progress_bar
 
 TIMEOUT = 5.0  # seconds without an answer
 BLOCK = 1 << 20
@@ -139,7 +140,7 @@ def _copy(
 ) -> int:
     with (
         open(part, "ab" if have else "wb") as handle,
-        tqdm(
+        progress_bar(
             total=total,
             initial=have,
             desc=f"download of {part.stem}",

@@ -28,7 +28,6 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from corl_dare.behavior import (
     BehaviorModel,
@@ -39,6 +38,7 @@ from corl_dare.behavior import (
 )
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
+from corl_dare.progress import progress_bar
 
 SCORES = ("reference", "likelihood", "policy_ratio")
 RULES = ("threshold", "posterior", "direct", "random")
@@ -225,6 +225,7 @@ def fit_behavior(
         cache_dir=cache_dir,
         device=device,
         options=config.behavior_options,
+        bar=progress_bar,
         should_stop=should_stop,
     )
     how = "loaded" if loaded else f"trained in {time.perf_counter() - start:.0f} s"
@@ -602,12 +603,8 @@ class DareHook:
         if self.energy is None or self.energy_steps >= self.config.energy_updates:
             return
         first, last = self.energy_steps, self.config.energy_updates
-        with tqdm(
-            desc="energy",
-            initial=first,
-            total=last,
-            disable=not progress,
-            mininterval=1.0,
+        with progress_bar(
+            desc="energy", initial=first, total=last, disable=not progress
         ) as bar:
             for step in range(first + 1, last + 1):
                 rows = torch.randint(

@@ -39,6 +39,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from corl_dare.progress import progress_bar
+
 FORMAT = 1  # of checkpoint.pt
 RESUME_MAY_CHANGE = ("resume", "online_iterations", "wandb_mode", "device")
 COMMON_COLUMNS = (
@@ -664,15 +666,7 @@ class Run:
 
     def progress(self) -> Iterable[int]:
         """The iterations that are left, 0-based, behind a progress bar."""
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=self.total,
-            initial=self.step,
-            unit="it",
-            mininterval=0.5 if terminal else 30.0,  # a log file gets a line now and then
-            maxinterval=1.0 if terminal else 30.0,
-            dynamic_ncols=terminal,
-        )
+        self.bar = progress_bar(total=self.total, initial=self.step, unit="it")
         for t in range(self.step, self.total):
             online = t >= self.config.offline_iterations
             self.bar.set_description_str("online" if online else "offline", False)
@@ -1019,8 +1013,8 @@ def main(
     config = parse_config(config_class, ignore=ignore)
     try:
         train(config)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         if os.environ.get("CORL_DARE_TRACEBACK"):

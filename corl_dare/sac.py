@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from corl_dare import envs
+from corl_dare.progress import progress_bar
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 WARMUP = 5_000  # first steps of a training, which act uniformly
@@ -286,9 +287,7 @@ def train(
     env.action_space.seed(seed + start)
     state, _ = env.reset(seed=seed + start)
     clock = time.time()
-    for t in tqdm(
-        range(start, steps), initial=start, total=steps, desc=robot, mininterval=5
-    ):
+    for t in progress_bar(range(start, steps), initial=start, total=steps, desc=robot):
         action = env.action_space.sample() if t < warmup else agent.act(state)
         next_state, reward, terminated, truncated, _ = env.step(action)
         row = np.concatenate([state, action, [reward], next_state, [terminated]])

@@ -1,7 +1,9 @@
 """Behavior models against oracles: tables, plain float64 loops, closed forms."""
 
+import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from corl_dare import behavior
 from corl_dare.behavior import (
@@ -861,10 +864,145 @@ def test_a_file_of_other_settings_under_this_name_is_refused(tmp_path):
         cached(tmp_path)
 
 
-def test_an_interrupted_training_leaves_nothing(tmp_path):
+LONG = {"updates": 230, "batch_size": 10}  # 50 updates end in the middle of a pass
+
+
+class Bars:
+    """In the place of `tqdm`: remembers where each bar started."""
+
+    def __init__(self):
+        self.starts = []
+
+    def __call__(self, *, initial, **options):
+        self.starts.append(initial)
+        return behavior.tqdm(initial=initial, **options)
+
+
+def stop_at(*answers):
+    answers = iter(answers)
+    return lambda: next(answers)
+
+
+def same_bits(file, other):
+    """The weights of two files; their headers have no fixed order."""
+    one, two = load_file(file), load_file(other)
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_training_goes_on_to_the_same_bits(kind, tmp_path):
+    _, path, _ = cached(tmp_path / "whole", kind, **LONG)
+    folder, bars = tmp_path / "parts", Bars()
+    options = {**LONG, "bar": bars}
+    unfinished = f"{path.stem}.cpu.unfinished"
+    for done, answers in ((50, [True]), (200, [False, False, True])):
+        expected = f"after {done} of 230 updates; the same call goes on from there"
+        with pytest.raises(KeyboardInterrupt, match=expected):
+            cached(folder, kind, should_stop=stop_at(*answers), **options)
+        assert files(folder) == [unfinished]
+    _, same_path, loaded = cached(folder, kind, **options)
+    assert bars.starts == [0, 50, 200] and not loaded
+    assert files(folder) == [path.name] == [same_path.name]
+    assert same_bits(same_path, path)
+
+
+def test_the_losses_of_a_resumed_training_are_those_of_the_whole():
+    states, actions = toy(64)
+
+    def run(**options):
+        model = make_behavior_model("gaussian", 1, 2, **SMALL["gaussian"])
+        options = {"generator": generator(), "progress": False, **options}
+        return fit(
+            model, states, actions, updates=430, batch_size=10, lr=1e-3, **options
+        )
+
+    file = io.BytesIO()
+    with pytest.raises(KeyboardInterrupt, match="after 250"):
+        run(
+            should_stop=stop_at(*[False] * 4, True),
+            save=lambda state: torch.save(state, file),
+        )
+    file.seek(0)
+    resumed = run(resume=torch.load(file, weights_only=True), generator=generator(9))
+    whole = run()
+    assert len(whole) == 3 and resumed.tolist() == whole.tolist()
+
+
+def test_a_killed_training_goes_on_from_the_last_saved_state(tmp_path, monkeypatch):
+    _, path, _ = cached(tmp_path / "whole", **LONG)
+
+    class Killed(BaseException):
+        pass
+
+    losses, loss = [], behavior.GaussianBehavior.loss
+
+    def fatal(*arguments):
+        losses.append(1)
+        if len(losses) == 120:
+            raise Killed
+        return loss(*arguments)
+
+    folder, bars = tmp_path / "parts", Bars()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(behavior, "SAVE_SECONDS", 0.0)
+        patch.setattr(behavior.GaussianBehavior, "loss", fatal)
+        cached(folder, **LONG)
+    _, same_path, _ = cached(folder, bar=bars, **LONG)
+    assert bars.starts == [100]
+    assert same_bits(same_path, path)
+
+
+def test_the_training_is_saved_once_a_minute(monkeypatch):
+    clock = iter(range(0, 10_000, 25))  # 25 s pass between two looks at the clock
+    monkeypatch.setattr(behavior, "time", SimpleNamespace(perf_counter=clock.__next__))
+    saved = []
+    fit_recorder(4, 2, 1000, save=lambda state: saved.append(state["updates"]))
+    # Looks at 25, 50, 75 s; the clock is read once more after saving.
+    assert saved == [150, 300, 450, 600, 750, 900]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+        lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],
+    ],
+    ids=["empty", "truncated", "a bit of the header", "a bit of a tensor"],
+)
+def test_a_damaged_unfinished_training_is_reported_and_started_afresh(
+    damage, tmp_path, capsys
+):
+    _, path, _ = cached(tmp_path / "whole", **LONG)
+    folder, bars = tmp_path / "parts", Bars()
     with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path, updates=100, should_stop=lambda: True)
-    assert list(tmp_path.iterdir()) == []
+        cached(folder, should_stop=lambda: True, **LONG)
+    unfinished = next(folder.iterdir())
+    unfinished.write_bytes(damage(unfinished.read_bytes()))
+    _, same_path, _ = cached(folder, bar=bars, **LONG)
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1 and f"{unfinished.name} is damaged" in shown
+    assert "trained from the start" in shown and bars.starts == [0]
+    assert same_bits(same_path, path)
+    assert files(folder) == [path.name]
+
+
+def test_an_unfinished_training_of_other_settings_is_not_used(tmp_path, capsys):
+    for lr in (1e-3, 2e-3):
+        with pytest.raises(KeyboardInterrupt):
+            cached(tmp_path / str(lr), should_stop=lambda: True, lr=lr, **LONG)
+    mine, other = (next((tmp_path / str(lr)).iterdir()) for lr in (1e-3, 2e-3))
+    assert mine.name != other.name
+    other.replace(mine)
+    bars = Bars()
+    cached(mine.parent, bar=bars, **LONG)
+    assert "belongs to other settings" in capsys.readouterr().out
+    assert bars.starts == [0]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

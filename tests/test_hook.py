@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from corl.iql import ReplayBuffer
 from corl_dare.behavior import make_behavior_model
-from corl_dare.hook import DareConfig, DareHook, SlotCache, draw, energy_q_scale
+from corl_dare.hook import (
+    DareConfig,
+    DareHook,
+    SlotCache,
+    draw,
+    energy_q_scale,
+    fit_behavior,
+)
 
 S, A = 3, 2
 
@@ -309,3 +316,27 @@ def test_missing_parts_are_named():
     diffusion = make_behavior_model("diffusion", S, A, seed=0, width=0.05)
     with pytest.raises(ValueError, match="q_function"):
         DareHook(*buffers, DareConfig(), diffusion)
+
+
+def test_a_stopped_behavior_training_goes_on_and_keeps_log_files_short(tmp_path, capsys):
+    config = DareConfig(
+        behavior="gaussian",
+        guidance_scale=0.0,
+        behavior_updates=120,
+        behavior_batch_size=16,
+    )
+    states, actions = torch.randn(2, 40, S, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def fit(**options):
+        settings_ = {"cache_dir": tmp_path, "seed": 0, "device": "cpu", **options}
+        rows = states, actions[:, :A]
+        return fit_behavior(config, *rows, dataset_hash="rows", **settings_)
+
+    with pytest.raises(KeyboardInterrupt, match="after 100 of 120.*goes on from there"):
+        fit(should_stop=lambda: asked.append(1) or len(asked) == 2)
+    fit(should_stop=lambda: asked.append(1))
+    assert len(asked) == 2  # only 20 updates were left
+    shown = capsys.readouterr()
+    assert shown.out.startswith("behavior model gaussian: trained in")
+    assert shown.err == ""  # over before the first line of a bar

@@ -828,6 +828,7 @@ def test_a_signal_saves_exits_with_0_and_says_how_to_go_on(here, number):
         (RuntimeError("broken"), 1, "error: broken\n"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("after 50"), 130, "interrupted: after 50\n"),
     ],
 )
 def test_main_shows_errors_as_one_line(monkeypatch, capsys, error, status, line):

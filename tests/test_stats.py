@@ -114,9 +114,45 @@ def test_pairing_by_seed_takes_the_common_part_out():
     gain = np.array([1.0, 2.0, 1.0, 2.0])
     paired = stats.mean_difference([luck + gain], [luck])
     assert paired.value == pytest.approx(1.5)
-    assert 1.0 <= paired.low and paired.high <= 2.0
+    half = 3.182446 * gain.std(ddof=1) / 2  # t of 3 degrees of freedom, 4 runs
+    assert paired.low == pytest.approx(1.5 - half) and paired.high > 0
+    assert paired.high == pytest.approx(1.5 + half)
     with pytest.raises(ValueError, match="task 0 has 4 and 3 runs; pair them by seed"):
         stats.mean_difference([luck], [luck[:3]])
+
+
+def test_student_quantile_is_the_table_s():
+    table = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 10: 2.22814, 120: 1.97993}
+    for freedom, t in table.items():
+        assert stats.student_quantile(freedom) == pytest.approx(t, abs=1e-4)
+
+
+def test_difference_over_tasks_has_welch_and_satterthwaite_s_freedom():
+    gaps = [np.array([1.0, 3.0, 5.0]), np.array([0.0, 1.0])]
+    estimate = stats.mean_difference(gaps, [np.zeros(3), np.zeros(2)])
+    a, b = 4.0 / 3 / 4, 0.5 / 2 / 4  # variances of the tasks' share of the mean
+    freedom = (a + b) ** 2 / (a**2 / 2 + b**2 / 1)
+    half = stats.student_quantile(freedom) * math.sqrt(a + b)
+    assert estimate.value == 1.75
+    assert [estimate.low, estimate.high] == pytest.approx([1.75 - half, 1.75 + half])
+
+
+def test_difference_interval_covers_the_truth_as_often_as_it_says():
+    """Three runs on each of three tasks with unequal spread; the bootstrap covers 83 %."""
+    generator = np.random.default_rng(0)
+    spread, covered = np.array([1.0, 3.0, 0.3]), 0
+    for _ in range(600):
+        x = [s * generator.normal(size=3) for s in spread]
+        estimate = stats.mean_difference(x, [np.zeros(3)] * 3)
+        covered += estimate.low <= 0.0 <= estimate.high
+    assert 0.93 < covered / 600 <= 1.0
+
+
+def test_no_spread_no_width_and_one_run_no_interval():
+    same = stats.mean_difference([np.array([2.0, 2.0])], [np.array([1.0, 1.0])])
+    assert same == stats.Estimate(1.0, 1.0, 1.0)
+    one = stats.mean_difference([np.ones(1), np.ones(2)], [np.zeros(1), np.zeros(2)])
+    assert one.value == 1.0 and math.isnan(one.low) and math.isnan(one.high)
 
 
 def test_intervals_shrink_with_the_root_of_the_number_of_runs():

@@ -45,14 +45,15 @@ def curve_panels(
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     shown = [n for n in styles if any(n in curves for curves in panels.values())]
-    legend_columns = min(len(shown), max(2, 2 * columns))
-    extra = 0.3 * -(-len(shown) // legend_columns) + 0.45
+    legend_columns = min(len(shown), 2 * columns + 1)
+    extra = 0.25 * -(-len(shown) // legend_columns) + 0.5
 
     def draw(figure: Any) -> None:
         from matplotlib.ticker import EngFormatter
 
         axes = figure.subplots(lines, columns, squeeze=False).flat
-        for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        for i, (title, curves) in enumerate(panels.items()):
+            axis = axes[i]
             _tidy(axis)
             axis.set_title(title, fontsize=10)
             for name in shown:
@@ -61,9 +62,11 @@ def curve_panels(
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             if from_zero:
                 axis.set_ylim(bottom=0)
+            if i + columns >= len(panels):  # nothing below it
+                axis.set_xlabel(x_label, fontsize=9)
         for axis in list(axes)[len(panels) :]:
             axis.set_visible(False)
-        figure.supxlabel(x_label, fontsize=10)
+        _caption(figure, caption)
         figure.supylabel(y_label, fontsize=10)
         handles = {}
         for axis in figure.axes:
@@ -77,13 +80,13 @@ def curve_panels(
             frameon=False,
             fontsize=9,
         )
-        figure.text(0.995, 0.004, caption, ha="right", va="bottom", **_note)
 
-    width = 3.4 * columns + 0.6 if columns > 1 else 5.6
-    return _png((width, 2.7 * lines + extra), draw, bottom=0.22)
+    width = 3.4 * columns + 0.4 if columns > 1 else 5.6
+    return _png((width, 2.6 * lines + extra), draw)
 
 
-_note = {"color": GREY, "fontsize": 7.5}
+def _caption(figure: Any, text: str) -> None:
+    figure.supxlabel(text, x=0.995, ha="right", color=GREY, fontsize=7.5)
 
 
 def _draw_curve(axis: Any, curve: Curve, name: str, number: int) -> None:
@@ -115,10 +118,12 @@ def snapshot_panels(snapshot: Mapping[str, Any], title: str, caption: str) -> by
         axes = figure.subplots(1, count)
         for axis in axes:
             _tidy(axis)
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, x=0.005, ha="left", fontsize=10)
         error = snapshot["action_error"]
         _draw_histograms(axes[0], error)
-        axes[0].set_xlabel("squared difference of the policy's\naction and the row's")
+        axes[0].set_xlabel(
+            "squared difference, policy's action\nand row's (lower 97.5 % of rows)"
+        )
         axes[0].set_ylabel("rows")
         for half, color in (("offline", COLORS[0]), ("online", COLORS[1])):
             mean = error[f"{half}_mean"]
@@ -129,14 +134,14 @@ def snapshot_panels(snapshot: Mapping[str, Any], title: str, caption: str) -> by
             _draw_scores(axes[2], scores)
         figure.legend(
             *axes[0].get_legend_handles_labels(),
-            loc="outside lower left",
+            loc="outside upper right",
             ncols=2,
             frameon=False,
             fontsize=9,
         )
-        figure.text(0.995, 0.008, caption, ha="right", va="bottom", **_note)
+        _caption(figure, caption)
 
-    return _png((3.6 * count, 3.7), draw)
+    return _png((3.6 * count, 3.8), draw)
 
 
 def _draw_histograms(axis: Any, numbers: Mapping[str, Any]) -> None:
@@ -157,7 +162,7 @@ def _draw_scores(axis: Any, scores: Mapping[str, Any]) -> None:
     axis.axvline(
         scores["separation_point"], color="#000000", linestyle="--", linewidth=1.4
     )
-    axis.set_xlabel("alignment score\n(dashed: separation point τ)")
+    axis.set_xlabel("alignment score (central 95 % of rows)\ndashed: separation point τ")
 
 
 def _draw_projection(axis: Any, projection: Mapping[str, Any]) -> None:
@@ -178,9 +183,7 @@ def _tidy(axis: Any) -> None:
     axis.tick_params(labelsize=8)
 
 
-def _png(
-    size: tuple[float, float], draw: Callable[[Any], None], bottom: float = 0.0
-) -> bytes:
+def _png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
     """A figure as bytes; a user's matplotlibrc and matplotlib's version leave no trace."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -189,9 +192,6 @@ def _png(
     with matplotlib.rc_context(matplotlib.rcParamsDefault):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        if bottom:
-            space = bottom / size[1]
-            figure.get_layout_engine().set(rect=(0.0, space, 1.0, 1.0 - space))
         draw(figure)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})

@@ -47,7 +47,7 @@ PLACES = (  # config fields that say where and how a run was made, not what it d
     "threads",
     "wandb_mode",
 )
-BUDGET = "environment steps since the start of fine-tuning"
+BUDGET = "online environment steps"
 
 # ---------------------------------------------------------------- store
 
@@ -80,9 +80,10 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
                 "repeat it; run it again from a git checkout with the data at hand"
             )
     label = label or str(config["name"])
-    if not re.fullmatch(r"[\w.+=-]+", label):
+    if not re.fullmatch(r"\w[\w.+=-]*", label):
         raise ValueError(
-            f"label {label!r} must be letters, digits and . _ + = -; use --as LABEL"
+            f"label {label!r} must be letters, digits and . _ + = -, no sign first; give "
+            "another one with --as"
         )
     evaluations = _read_evaluations(folder / "evaluations.csv")
     online = [e for e in evaluations if e["phase"] == "online"]
@@ -481,7 +482,8 @@ def _std(values: np.ndarray) -> np.ndarray:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def _number(value: float, digits: int = 1) -> str:
@@ -819,7 +821,7 @@ def _group_figures(
         if curves and all(np.array_equal(c[0], curves[0][0]) for c in curves):
             estimate = stats.aggregate_iqm([values for _, values in curves])
             efficiency[""][name] = figures.Curve(curves[0][0], *estimate)
-    band = f"mean, band ± standard deviation over seeds; data: {data}"
+    band = f"mean, band ± standard deviation over seeds\ndata: {data}"
     yield (
         f"{slug}-learning",
         figures.curve_panels(
@@ -828,7 +830,7 @@ def _group_figures(
         f"learning curves, {group.title}",
     )
     if len(tasks) > 1 and efficiency[""]:
-        band = f"IQM over {len(tasks)} tasks, 95 % bootstrap band; data: {data}"
+        band = f"IQM over {len(tasks)} tasks, 95 % bootstrap band\ndata: {data}"
         yield (
             f"{slug}-efficiency",
             figures.curve_panels(
@@ -837,7 +839,7 @@ def _group_figures(
             f"sample efficiency, {group.title}",
         )
     if exchanged:
-        band = f"mean, band ± standard deviation over seeds; data: {data}"
+        band = f"mean, band ± standard deviation over seeds\ndata: {data}"
         yield (
             f"{slug}-exchanged",
             figures.curve_panels(
@@ -872,7 +874,7 @@ def _snapshot_picture(record: Mapping, name: str) -> bytes:
     online = snapshot["step"] - record["config"]["offline_iterations"]
     title = f"{name} on {record['env']}, seed {record['seed']}, online step {online:,}"
     caption = (
-        f"{snapshot['rows']:,} rows of each buffer; data: {record['dataset']['label']}"
+        f"{snapshot['rows']:,} rows of each buffer\ndata: {record['dataset']['label']}"
     )
     return figures.snapshot_panels(snapshot, title, caption)
 

@@ -25,7 +25,7 @@ from corl_dare.hook import DareHook, draw_rows, fit_behavior
 ROWS = 4096  # drawn from each buffer
 POINTS = 400  # of each buffer in the projection
 BINS = 60
-SHOWN = (0.5, 99.5)  # percentiles between which a histogram is drawn
+SHOWN = (2.5, 97.5)  # percentiles between which a histogram is drawn
 
 
 def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def error_numbers(actor: Any, off: list, on: list) -> dict[str, Any]:
         chosen = np.stack([actor.act(state) for state in states.numpy()])
         errors.append(((chosen - actions.numpy()) ** 2).mean(1).astype(np.float64))
     return {
-        **_histogram(*errors),
+        **_histogram(*errors, low=0.0),
         "offline_mean": float(errors[0].mean()),
         "online_mean": float(errors[1].mean()),
     }
@@ -185,13 +185,16 @@ def projection_numbers(off: list, on: list, points: int = POINTS) -> dict[str, A
     return {
         "offline": np.round(placed[:n][:points], 3).tolist(),
         "online": np.round(placed[n:][:points], 3).tolist(),
-        "variance": (strength[:2] ** 2 / (strength**2).sum()).tolist(),
+        "variance": (strength[:2] ** 2 / max((strength**2).sum(), 1e-12)).tolist(),
     }
 
 
-def _histogram(off: np.ndarray, on: np.ndarray) -> dict[str, Any]:
-    """Counts of both in common bins; the far tails, half a percent at each end, are left out."""
-    low, high = np.percentile(np.concatenate([off, on]), SHOWN)
+def _histogram(
+    off: np.ndarray, on: np.ndarray, low: float | None = None
+) -> dict[str, Any]:
+    """Counts of both in common bins; the tails, 2.5 % of all rows at each end, are left out."""
+    start, high = np.percentile(np.concatenate([off, on]), SHOWN)
+    low = start if low is None else low
     edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
     return {
         "edges": [float(f"{edge:.6g}") for edge in edges],

@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format diff patches corl bench clean
+.PHONY: help setup run test lint format diff patches corl bench report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -57,6 +57,9 @@ $(CORL):
 
 bench: $(READY)  ## updates per second: baseline against DARE, ratios of one run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update_speed.py $(ARGS)
+
+report: $(READY)  ## every table and figure of results/ from stored runs
+	$(BIN)/python -m corl_dare.report write $(ARGS)
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

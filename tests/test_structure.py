@@ -30,6 +30,10 @@ WALLS = {
     "corl_dare/convert.py": {"envs"},
     "corl_dare/download.py": {"progress"},
     "corl_dare/d4rl_shim.py": {"envs", "datasets"},
+    "corl_dare/stats.py": set(),
+    "corl_dare/figures.py": set(),
+    "corl_dare/snapshot.py": {"datasets", "envs", "runs", "exchange", "hook"},
+    "corl_dare/report.py": {"figures", "hook", "runs", "snapshot", "stats"},
     "corl/*.py": {"datasets", "envs", "runs"},
     "algorithms/*.py": {"hook", "datasets", "envs", "runs"},
 }

@@ -1,0 +1,203 @@
+"""What the samples of a run look like at its last checkpoint (paper Fig. 1), as a few numbers.
+
+    python -m corl_dare.report figures runs/NAME
+
+rebuilds the run's policy, buffers and DARE hook from its folder and its dataset, draws rows of both
+buffers as training does, and keeps histograms of their alignment scores with the separation point
+(Fig. 1c), of the squared difference between the policy's action and the row's (Fig. 1a), and two
+principal components of (state, action) (Fig. 1b, there with t-SNE: PCA has nothing to tune, and
+distances in it mean something).
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from corl_dare import datasets, envs, runs
+from corl_dare.exchange import exchange
+from corl_dare.hook import DareHook, draw_rows, fit_behavior
+
+ROWS = 4096  # drawn from each buffer
+POINTS = 400  # of each buffer in the projection
+BINS = 60
+SHOWN = (2.5, 97.5)  # percentiles between which a histogram is drawn
+
+
+def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
+    """Numbers for the paper's Fig. 1 from the last checkpoint of a run folder; on the CPU.
+
+    A behavior model that is not in the cache is trained again.
+
+    Returns:
+        step, rows: of the checkpoint; drawn from each buffer.
+        scores: edges, offline and online counts, moments of both halves, separation_point,
+            auc = P(an online row scores above an offline one), exchangeable = share of the rows
+            that the threshold rule would exchange; None for a run without DARE.
+        action_error: edges, offline and online counts, both means.
+        projection: points (POINTS, 2) of both buffers, shares of the variance.
+
+    Raises:
+        ValueError: no run, no checkpoint, another dataset, or no online rows in it.
+    """
+    folder = Path(folder)
+    module, config, state = _read(folder)
+    dataset, _, state_mean, state_std = module.load_data(config)
+    if dataset.provenance["sha256"] != state["dataset_sha256"]:
+        raise ValueError(
+            f"{folder}: the dataset found here is not the run's (its sha256 differs); set "
+            "CORL_DARE_CACHE or D4RL_DATASET_DIR to where that one is"
+        )
+    task = envs.task(config.env)
+    dims = task.state_dim, task.action_dim
+    offline = module.ReplayBuffer(*dims, config.buffer_size)
+    offline.load_d4rl_dataset(dataset.arrays)
+    online = _online_buffer(folder, module, config, state, dims)
+    max_action = float(envs.make(config.env, config.env_backend).action_space.high[0])
+    trainer = module.make_trainer(config, *dims, max_action, "cpu")
+    trainer.load_state_dict(runs.unpack(state["parts"]["trainer"]))
+    trainer.actor.eval()
+
+    generator = np.random.default_rng(0)
+    drawn = [generator.integers(0, buffer._size, rows) for buffer in (offline, online)]
+    off, on = draw_rows(offline, drawn[0]), draw_rows(online, drawn[1])
+    scores = None
+    if "hook" in state["parts"]:
+        raw = offline._states[: offline._size] * torch.as_tensor(state_std)
+        behavior = fit_behavior(
+            config.dare,
+            (raw + torch.as_tensor(state_mean)).float(),
+            offline._actions[: offline._size],
+            dataset_hash=dataset.provenance["sha256"],
+            cache_dir=datasets.cache_folder() / "behavior",
+            seed=config.seed,
+            device="cpu",
+        )
+        hook = module.make_hook(
+            config, trainer, offline, online, behavior, dataset, state_mean, state_std
+        )
+        hook.load_state_dict(runs.unpack(state["parts"]["hook"]))
+        scores = score_numbers(hook, off, on, drawn)
+    return {
+        "step": state["step"],
+        "rows": rows,
+        "scores": scores,
+        "action_error": error_numbers(trainer.actor, off, on),
+        "projection": projection_numbers(off, on),
+    }
+
+
+def _read(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
+    """The algorithm file, the config and the checkpoint of a run."""
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder} is no finished run (no summary.json)")
+    name = json.loads((folder / "summary.json").read_text())["algorithm"]
+    place = "algorithms" if name.startswith("dare_") else "corl"
+    file = Path(__file__).parent.parent / place / f"{name}.py"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} is a run of {name}, whose file {place}/{name}.py is not beside "
+            "corl_dare; use a checkout of the repository"
+        )
+    spec = importlib.util.spec_from_file_location(f"{place}.{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = ["--config", str(folder / "config.yaml")]
+    config = runs.parse_config(module.TrainConfig, arguments)
+    return module, config, runs.load_checkpoint(folder / "checkpoint.pt", name)
+
+
+def _online_buffer(folder, module, config, state, dims) -> Any:
+    """A buffer of the online rows alone."""
+    saved = state["parts"].get("online_buffer")
+    if saved is None or not len(saved["rows"][0]):
+        raise ValueError(f"{folder}: the checkpoint has no online rows")
+    shared = getattr(config, "mixing_ratio", None) is None
+    if shared and saved["first"] == 0:
+        raise ValueError(
+            f"{folder}: online rows have overwritten the dataset in the run's one buffer; "
+            "set mixing_ratio, or a larger buffer_size, to tell them apart"
+        )
+    pointer = len(saved["rows"][0]) % config.buffer_size if shared else saved["pointer"]
+    buffer = module.ReplayBuffer(*dims, config.buffer_size)
+    buffer.load_state_dict({"first": 0, "pointer": pointer, "rows": saved["rows"]})
+    return buffer
+
+
+def score_numbers(hook: DareHook, off: list, on: list, drawn: list) -> dict[str, Any]:
+    """Alignment scores of both halves as the hook sees them, and where they part."""
+    with torch.no_grad():
+        states, actions = (torch.cat(pair) for pair in zip(off[:2], on[:2], strict=True))
+        values, _ = hook.score(states, actions, drawn)
+    n = len(drawn[0])
+    result = exchange(values[:n], values[n:])
+    moments = ("score_off_mean", "score_off_std", "score_on_mean", "score_on_std")
+    d = values.double().numpy()
+    return {
+        "kind": hook.config.score,
+        **_histogram(d[:n], d[n:]),
+        **{name: float(result.stats[name]) for name in moments},
+        "separation_point": float(result.stats["separation_point"]),
+        "exchangeable": float(result.stats["exchanged"]) / n,
+        "auc": auc(d[:n], d[n:]),
+    }
+
+
+def auc(low: np.ndarray, high: np.ndarray) -> float:
+    """P(a value of `high` is above one of `low`), a tie counts one half."""
+    low = np.sort(low)
+    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
+    return float(below.mean() / (2.0 * len(low)))
+
+
+def error_numbers(actor: Any, off: list, on: list) -> dict[str, Any]:
+    """Squared difference, mean over action dimensions, of the policy's mode and the row."""
+    errors = []
+    for states, actions in (off[:2], on[:2]):
+        chosen = np.stack([actor.act(state) for state in states.numpy()])
+        errors.append(((chosen - actions.numpy()) ** 2).mean(1).astype(np.float64))
+    return {
+        **_histogram(*errors, low=0.0),
+        "offline_mean": float(errors[0].mean()),
+        "online_mean": float(errors[1].mean()),
+    }
+
+
+def projection_numbers(off: list, on: list, points: int = POINTS) -> dict[str, Any]:
+    """The first rows of both buffers on the two principal components of all rows.
+
+    (state, action) is standardized per coordinate over both buffers together. A component
+    points to where its largest coefficient is positive.
+    """
+    rows = torch.cat([torch.cat(off[:2], 1), torch.cat(on[:2], 1)]).double().numpy()
+    std = rows.std(0)
+    rows = (rows - rows.mean(0)) / np.where(std > 0, std, 1.0)
+    _, strength, components = np.linalg.svd(rows, full_matrices=False)
+    components = components[:2]  # (2, S + A)
+    largest = np.abs(components).argmax(1)
+    components *= np.sign(components[[0, 1], largest])[:, None]
+    placed = rows @ components.T  # (2 rows, 2)
+    n = len(off[0])
+    return {
+        "offline": np.round(placed[:n][:points], 3).tolist(),
+        "online": np.round(placed[n:][:points], 3).tolist(),
+        "variance": (strength[:2] ** 2 / max((strength**2).sum(), 1e-12)).tolist(),
+    }
+
+
+def _histogram(
+    off: np.ndarray, on: np.ndarray, low: float | None = None
+) -> dict[str, Any]:
+    """Counts of both in common bins; the tails, 2.5 % of all rows at each end, are left out."""
+    start, high = np.percentile(np.concatenate([off, on]), SHOWN)
+    low = start if low is None else low
+    edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+    return {
+        "edges": [float(f"{edge:.6g}") for edge in edges],
+        "offline": np.histogram(off, edges)[0].tolist(),
+        "online": np.histogram(on, edges)[0].tolist(),
+    }

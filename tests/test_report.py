@@ -1,0 +1,757 @@
+"""The results store and the report: what is kept, what is refused, what is written."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import toy
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from algorithms import dare_iql
+from corl import iql
+from corl_dare import figures, report, runs, snapshot
+
+STEPS = 50  # online steps of a made-up run; an evaluation every 10
+
+
+@dataclass
+class Dare:
+    cap: int | None = None
+    rule: str = "threshold"
+
+
+@dataclass
+class Config:
+    env: str = "hopper-medium-v2"
+    seed: int = 0
+    eval_seed: int = 0
+    lr: float = 3e-4
+    load_model: str = ""
+    offline_iterations: int = 20
+    online_iterations: int = STEPS
+    runs_dir: str = "runs"
+    resume: str | None = None
+    wandb_mode: str = "disabled"
+    project: str = "CORL"
+    group: str = "G"
+    name: str = "iql"
+    dare: Dare = field(default_factory=Dare)
+
+
+@pytest.fixture
+def make_run(tmp_path, monkeypatch):
+    """A run folder as `runs.Run` leaves it, with scores made up from the seed."""
+    monkeypatch.setattr(runs, "git_commit", lambda: "0123456789abcdef")
+    monkeypatch.setattr(runs, "plot_curves", lambda *args: None)
+    monkeypatch.setattr(runs.os, "fsync", lambda file: None)  # hundreds of small files
+    monkeypatch.setattr(
+        runs,
+        "machine",
+        lambda: {"processor": "Abacus", "cores": 3, "gpu": None},
+    )
+
+    def make(gain=0.0, sha="a" * 64, episodes=3, metrics=None, **changes):
+        config = Config(runs_dir=str(tmp_path / "runs"), **changes)
+        total = config.offline_iterations + config.online_iterations
+        run = runs.Run(config, "dare_iql", ["exchanged", "q_loss"])
+        run.dataset = {
+            "source": "self-collected",
+            "label": "stand-in (not D4RL data)",
+            "path": str(tmp_path / "data.hdf5"),
+            "sha256": sha,
+            "rows": 1000,
+        }
+        generator = np.random.default_rng(config.seed)
+        for step in range(10, total + 1, 10):
+            online = step > config.offline_iterations
+            returns = generator.normal(1000.0, 100.0, episodes) + 30.0 * gain * online
+            phase = "online" if online else "offline"
+            run.evaluation(step, phase, returns, returns / 30.0)
+            logged = {"q_loss": 1.0 / step}
+            if online:
+                logged["exchanged"] = torch.tensor(float(step))
+            run.log(step, phase, logged if metrics is None else metrics)
+        run.updates = total
+        run.finish()
+        return run.folder
+
+    return make
+
+
+def change_summary(folder, **changes):
+    summary = json.loads((folder / "summary.json").read_text())
+    for name, value in changes.items():
+        *blocks, last = name.split("__")
+        target = summary
+        for block in blocks:
+            target = target[block]
+        target[last] = value
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def pages(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def text_of(folder):
+    return (folder / "README.md").read_text()
+
+
+def row_of(text, *cells):
+    """The one table row that holds all these cells."""
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    found = [row for row in rows if all(cell in row for cell in cells)]
+    assert len(found) == 1, (cells, found)
+    return found[0]
+
+
+# ---------------------------------------------------------------- store
+
+
+def test_the_store_keeps_every_raw_return_to_the_last_digit(make_run, tmp_path):
+    folder = make_run(seed=3)
+    (path,) = report.add([folder], tmp_path / "results" / "x")
+    assert path == tmp_path / "results/x/runs/iql/hopper-medium-v2-s3.json"
+    record = json.loads(path.read_text())
+    lines = (folder / "evaluations.csv").read_text().splitlines()[1:]
+    kept = [
+        f"{e['step']},{e['phase']},{i},{total!r},{score!r}"
+        for e in record["evaluations"]
+        for i, (total, score) in enumerate(zip(e["returns"], e["scores"], strict=True))
+    ]
+    assert kept == lines and len(lines) == 7 * 3
+    assert record["before"] == record["evaluations"][1]  # the last offline one
+    assert record["seed"] == 3 and record["commit"] == "0123456789abcdef"
+    assert record["dataset"]["label"] == "stand-in (not D4RL data)"
+    assert record["config"]["dare"] == {"cap": None, "rule": "threshold"}
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_metrics_are_thinned_to_the_means_of_bins(make_run, tmp_path):
+    folder = make_run(online_iterations=10 * 2 * report.POINTS + 50)
+    record = report.read_run(folder)
+    rows = [
+        [int(line.split(",")[0]), float(line.split(",")[3])]
+        for line in (folder / "metrics.csv").read_text().splitlines()[1:]
+        if ",online," in line
+    ]
+    assert len(rows) == 205
+    bins = [5 * [3]] + [95 * [2]]  # 205 rows in 100 bins: 5 of 3, then 95 of 2
+    steps, means, start = [], [], 0
+    for size in sum(bins, []):
+        part = rows[start : start + size]
+        start += size
+        steps.append(part[-1][0] - 20)
+        means.append(float(f"{sum(value for _, value in part) / size:.6g}"))
+    assert record["metrics"]["step"] == steps
+    assert record["metrics"]["exchanged"] == means
+    assert set(record["metrics"]) == {"step", "exchanged", "q_loss"}
+
+
+def test_gaps_in_metrics_stay_gaps(make_run):
+    bare = report.read_run(make_run(metrics={"exchanged": float("nan")}))["metrics"]
+    assert bare == {"step": [10, 20, 30, 40, 50]}
+
+
+def test_a_run_of_the_usual_length_takes_a_few_tens_of_kilobytes(make_run, tmp_path):
+    changes = {"offline_iterations": 100, "online_iterations": 2000, "episodes": 5}
+    (path,) = report.add([make_run(**changes)], tmp_path / "x")
+    assert 20_000 < path.stat().st_size < 80_000  # 200 evaluations of 5 episodes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"commit": "unknown"}, "does not say the run's commit"),
+        ({"commit": None}, "does not say the run's commit"),
+        ({"dataset__source": None}, "the run's dataset source"),
+        ({"dataset__label": ""}, "the run's dataset source"),
+        ({"dataset__sha256": None}, "the run's dataset sha256"),
+        ({"dataset": None}, "the run's dataset source"),
+        ({"seed": None}, "the run's seed"),
+        ({"score_final": 1.0}, "summary.json says 1.000; one of them belongs"),
+    ],
+)
+def test_a_run_nobody_could_repeat_is_refused(make_run, changes, message):
+    folder = make_run()
+    change_summary(folder, **changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        report.read_run(folder)
+
+
+def test_damaged_and_unfinished_runs_are_refused(make_run, tmp_path):
+    def refused(change, message, **options):
+        folder = make_run(**options)
+        change(folder)
+        with pytest.raises(ValueError, match=message) as caught:
+            report.add([folder], tmp_path / "x")
+        assert "\n" not in str(caught.value)
+
+    def rewrite(name, old, new):
+        def change(folder):
+            text = (folder / name).read_text()
+            assert old in text
+            (folder / name).write_text(text.replace(old, new, 1))
+
+        return change
+
+    refused(lambda f: (f / "summary.json").unlink(), "not finished; resume it")
+    refused(rewrite("summary.json", "{", ""), "summary.json is damaged")
+    refused(lambda f: (f / "evaluations.csv").unlink(), "evaluations.csv is missing")
+    refused(rewrite("evaluations.csv", "\n10,offline", "\nten,offline"), "is damaged")
+    refused(rewrite("evaluations.csv", "step,", "stop,"), "is damaged")
+    refused(rewrite("evaluations.csv", "\n30,online,0,", "\n30,online,0,nan"), "damaged")
+    refused(
+        lambda f: (f / "evaluations.csv").write_text(
+            "step,phase,episode,return,score\n10,online,0,nan,nan\n"
+        ),
+        "online step 10 has a return that is no number",
+    )
+    refused(
+        lambda f: (f / "evaluations.csv").write_text(
+            "step,phase,episode,return,score\n10,online,0,1,1\n20,online,0,1,1\n"
+            "20,online,1,1,1\n"
+        ),
+        "different numbers of episodes",
+    )
+    refused(lambda f: None, "no online evaluation", online_iterations=0)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_label_must_be_a_file_name(make_run):
+    folder = make_run()
+    for label in ("a/b", "..", ".", "a b", "a|b"):
+        with pytest.raises(ValueError, match="must be letters, digits"):
+            report.read_run(folder, label)
+
+
+def test_adding_again_renews_and_another_run_is_refused(make_run, tmp_path):
+    store, folder = tmp_path / "x", make_run()
+    (path,) = report.add([folder], store)
+    before = path.read_bytes()
+    assert report.add([folder], store) == [path] and path.read_bytes() == before
+    (folder / "snapshot.json").write_text('{"step": 1}')
+    report.add([folder], store)
+    assert json.loads(path.read_text())["snapshot"] == {"step": 1}
+    other = make_run(gain=5.0)
+    with pytest.raises(ValueError, match="already holds another run of this label"):
+        report.add([other], store)
+    with pytest.raises(ValueError, match="already holds another run of this label"):
+        report.add([folder, other], tmp_path / "y")
+    (second,) = report.add([other], store, label="better")
+    assert second.parent.name == "better" and len(report.read_store(store)) == 2
+
+
+def test_one_bad_run_and_nothing_is_added(make_run, tmp_path):
+    good, bad = make_run(seed=0), make_run(seed=1)
+    change_summary(bad, commit="unknown")
+    with pytest.raises(ValueError):
+        report.add([good, bad], tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_label_is_one_method(make_run, tmp_path):
+    report.add([make_run(seed=0)], tmp_path / "x")
+    with pytest.raises(
+        ValueError, match=r"dare\.cap is None for seed 0 and 16 for seed 1"
+    ):
+        report.add([make_run(seed=1, dare=Dare(cap=16))], tmp_path / "x")
+    # What differs for a reason: the task, and where a run was made.
+    changes = {"env": "walker2d-medium-v2", "lr": 1.0}
+    report.add([make_run(**changes)], tmp_path / "x")
+    report.add([make_run(seed=2, group="H", load_model="")], tmp_path / "x")
+
+
+def test_the_offline_score_comes_from_the_run_that_was_loaded(make_run, tmp_path):
+    offline = make_run(seed=4)
+    checkpoints = offline / "checkpoints"
+    checkpoints.mkdir()
+    loaded = {"offline_iterations": 0, "seed": 4}
+    for model, step in (
+        (offline / "checkpoint.pt", 20),
+        (checkpoints / "checkpoint_19.pt", 20),
+        (checkpoints / "checkpoint_9.pt", 10),
+    ):
+        record = report.read_run(make_run(load_model=str(model), **loaded))
+        assert record["before"]["step"] == step
+        first = report.read_run(offline)["evaluations"][step // 10 - 1]
+        assert record["before"] == first
+    unknown = make_run(load_model=str(tmp_path / "gone" / "model.pt"), **loaded)
+    assert report.read_run(unknown)["before"] is None
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, width=32)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=4)
+    ),
+    max_leaves=12,
+).filter(lambda v: "Infinity" not in json.dumps(v))
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(JSON)
+def test_stored_text_is_json_whatever_the_order_of_keys(value):
+    assert json.loads(report.dump_json(value)) == value
+    if isinstance(value, dict):
+        turned = dict(reversed(value.items()))
+        assert report.dump_json(turned) == report.dump_json(value)
+
+
+def test_what_is_no_number_is_never_stored():
+    with pytest.raises(ValueError):
+        report.dump_json({"a": [1.0, float("nan")]})
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "f.json"
+    report.write_atomic(path, b"old")
+
+    def crash(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "replace", crash)
+    with pytest.raises(OSError):
+        report.write_atomic(path, b"new")
+    assert pages(tmp_path) == {"a/f.json": b"old"}
+
+
+# ---------------------------------------------------------------- tables
+
+
+PLAN = {
+    "title": "A trial",
+    "note": "Made up.",
+    "baseline": "iql",
+    "names": {"dare": "DARE | IQL"},
+    "groups": [
+        {"title": "Both", "labels": ["iql", "dare", "same"]},
+        {"title": "Alone", "labels": ["dare", "later"], "note": "One."},
+    ],
+}
+
+
+@pytest.fixture
+def experiment(make_run, tmp_path):
+    """Two tasks, three seeds; `dare` gains 10 points, `same` nothing on average."""
+    folder = tmp_path / "results" / "trial"
+    for label in ("iql", "dare", "same"):
+        made = []
+        for seed in range(3):
+            gain = {"iql": 0.0, "dare": 10.0, "same": seed - 1.0}[label]
+            options = {"gain": gain, "seed": seed, "dare": Dare(rule=label)}
+            for env in ("hopper-medium-v2", "walker2d-medium-v2"):
+                made.append(make_run(env=env, name=label, **options))
+        report.add(made, folder)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(PLAN))
+    return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(figures, "curve_panels", lambda *args, **kwargs: b"")
+
+
+def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
+    report.write_report(experiment)
+    text = text_of(experiment)
+    before, after, last, best, regret = [], [], [], [], []
+    for seed in range(3):
+        path = experiment / f"runs/dare/hopper-medium-v2-s{seed}.json"
+        record = json.loads(path.read_text())
+        phases = {"offline": [], "online": []}
+        for entry in record["evaluations"]:
+            phases[entry["phase"]].append(sum(entry["scores"]) / 3)
+        before.append(phases["offline"][-1])
+        after.append(sum(phases["online"][-4:]) / 4)
+        last.append(phases["online"][-1])
+        best.append(max(phases["online"]))
+        regret.append(1 - sum(phases["online"]) / 5 / 100)
+
+    def shown(values, digits=1):
+        mean = sum(values) / 3
+        std = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
+        return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+    both = text.split("## Alone")[0]
+    row = row_of(both.replace("\\|", "/"), "hopper-medium-v2", "DARE / IQL")
+    assert row[2:] == [
+        "0–2",
+        f"{shown(before)} → {shown(after)}",
+        shown(last),
+        shown(best),
+        shown(regret, 3),
+        "50.0 ± 0.0",  # the made-up exchange counts are 30, 40, ..., 70
+    ]
+
+
+def test_a_difference_inside_the_interval_is_called_that(experiment, no_pictures):
+    report.write_report(experiment)
+    text = text_of(experiment).split("## Alone")[0].replace("\\|", "/")
+    better = row_of(text, "DARE / IQL", "better")
+    assert better[4] == "10.0 [10.0, 10.0]" and better[5] == "1.00 [1.00, 1.00]"
+    same = row_of(text, "same", "inside the interval")
+    # paired: -1, 0 and 1 on both tasks; Student's t of 4 degrees of freedom
+    half = 2.77645 * (2 * (1.0 / 3) / 4) ** 0.5
+    assert same[4] == f"0.0 [-{half:.1f}, {half:.1f}]"
+    assert row_of(text, "iql", "–")[4:] == ["–", "–", "–"]
+    assert "start from the same offline model" in text
+
+
+def test_worse_is_called_worse(experiment, no_pictures):
+    plan = yaml.safe_load((experiment / "experiment.yaml").read_text())
+    plan["baseline"] = "dare"
+    (experiment / "experiment.yaml").write_text(yaml.safe_dump(plan))
+    report.write_report(experiment)
+    assert row_of(text_of(experiment), "iql", "worse")[4] == "-10.0 [-10.0, -10.0]"
+
+
+def test_one_seed_tells_nothing(make_run, tmp_path, no_pictures):
+    for label in ("a", "b"):
+        report.add([make_run(name=label, gain=len(label))], tmp_path / "x")
+    report.write_report(tmp_path / "x")
+    row = row_of(text_of(tmp_path / "x"), "b", "cannot be told: one seed")
+    assert "[no interval]" in row[2] and "[no interval]" in row[4]
+    assert "±" not in row_of(text_of(tmp_path / "x"), "hopper-medium-v2", "b")[3]
+
+
+def test_the_page_says_where_the_numbers_come_from(experiment, no_pictures):
+    report.write_report(experiment)
+    text = text_of(experiment)
+    assert text.startswith("# A trial\n\nMade up.\n")
+    assert "Data: **stand-in (not D4RL data)**" in text
+    assert "not D4RL scores" in text and "Episodes per evaluation: 3." in text
+    row = row_of(text, "`dare`")
+    assert row[1:7] == [
+        "2",
+        "0–2",
+        "stand-in (not D4RL data)",
+        "1,000",
+        "012345678",
+        "Abacus, 3 cores",
+    ]
+    assert "No runs yet of: later." in text
+    settings_row = row_of(text, "`dare.rule`")
+    assert settings_row == ["`dare.rule`", "iql", "dare", "same"]
+    for figure in re.findall(r"\(figures/(.*?)\)", text):
+        assert (experiment / "figures" / figure).is_file()
+    assert "figures/both-learning.png" in text
+    csv = (experiment / "scores.csv").read_text().splitlines()
+    assert len(csv) == 1 + 18 and csv[0].startswith("label,env,seed,before,after")
+
+
+def test_uncommitted_code_is_shown(make_run, tmp_path, no_pictures):
+    folder = make_run()
+    change_summary(folder, commit="0123456789abcdef+dirty")
+    report.add([folder], tmp_path / "x")
+    report.write_report(tmp_path / "x")
+    assert "| 012345678+dirty |" in text_of(tmp_path / "x")
+
+
+def test_methods_that_start_elsewhere_are_named(make_run, tmp_path, no_pictures):
+    report.add([make_run(name="a", seed=0)], tmp_path / "x")
+    other = make_run(name="b", seed=0, offline_iterations=10, online_iterations=50)
+    report.add([other], tmp_path / "x")
+    report.write_report(tmp_path / "x")
+    text = text_of(tmp_path / "x")
+    assert "**They do not all start from the same offline models.**" in text
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sha": "b" * 64}, r"the data \(sha256\) of b and a differ"),
+        ({"online_iterations": 40}, "the evaluations' steps of b and a differ"),
+        ({"episodes": 4}, "episodes per evaluation of b and a differ"),
+        ({"eval_seed": 7}, "eval_seed of b and a differ"),
+    ],
+)
+def test_what_cannot_be_compared_is_not(
+    make_run, tmp_path, no_pictures, changes, message
+):
+    report.add([make_run(name="a")], tmp_path / "x")
+    report.add([make_run(name="b", **changes)], tmp_path / "x")
+    with pytest.raises(ValueError, match=message):
+        report.write_report(tmp_path / "x")
+    groups = [{"title": label, "labels": [label]} for label in "ab"]
+    (tmp_path / "x/experiment.yaml").write_text(yaml.safe_dump({"groups": groups}))
+    assert report.write_report(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("titel: x", "unknown field titel; known: title, note"),
+        ("groups: [{title: x}]", "a group needs a title and labels"),
+        ("groups: [{title: x, lables: [a]}]", "unknown field lables"),
+        ("- a", "must hold `field: value` lines"),
+        ("a: [", "experiment.yaml"),
+    ],
+)
+def test_a_bad_plan_is_one_clear_line(make_run, tmp_path, text, message):
+    report.add([make_run(name="a")], tmp_path / "x")
+    (tmp_path / "x/experiment.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        report.write_report(tmp_path / "x")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_or_misplaced_store_is_named(make_run, tmp_path):
+    (path,) = report.add([make_run()], tmp_path / "x")
+    moved = path.with_name("hopper-medium-v2-s9.json")
+    path.rename(moved)
+    with pytest.raises(ValueError, match="s9.json is no stored run of this place"):
+        report.read_store(tmp_path / "x")
+    moved.write_text(moved.read_text()[:-100])
+    with pytest.raises(ValueError, match="s9.json is damaged"):
+        report.read_store(tmp_path / "x")
+    with pytest.raises(ValueError, match="holds no runs"):
+        report.read_experiment(tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- reproducible bytes
+
+
+def test_the_report_is_the_same_to_the_byte(experiment, tmp_path, monkeypatch):
+    """Elsewhere, after files came in another order, and for a user with own styles."""
+    report.write_report(experiment)
+    first = pages(experiment)
+    assert len(first) == 1 + 18 + 2 + 6  # plan, runs, README and CSV, figures
+    for name in ("README.md", "scores.csv", "figures/both-learning.png"):
+        (experiment / name).unlink()
+    (experiment / "figures/old.png").write_bytes(b"of a label that is gone")
+    copy = tmp_path / "elsewhere"
+    for name, data in reversed(pages(experiment).items()):
+        report.write_atomic(copy / name, data)
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20.0)
+    monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "red")
+    np.random.seed(1)
+    report.write_report(copy)
+    assert pages(copy) == first
+
+
+def test_other_numbers_other_bytes(experiment):
+    report.write_report(experiment)
+    first = pages(experiment)
+    path = experiment / "runs/dare/hopper-medium-v2-s1.json"
+    record = json.loads(path.read_text())
+    record["evaluations"][-1]["scores"][0] += 5.0
+    path.write_text(report.dump_json(record))
+    report.write_report(experiment)
+    changed = {name for name, data in pages(experiment).items() if first[name] != data}
+    assert {"README.md", "scores.csv", "figures/both-learning.png"} <= changed
+    assert "figures/both-exchanged.png" not in changed
+
+
+# ---------------------------------------------------------------- figures
+
+
+def pixels(png):
+    import io
+
+    from matplotlib import image
+
+    assert png.startswith(b"\x89PNG") and b"Software" not in png
+    return image.imread(io.BytesIO(png))
+
+
+def has_color(png, color):
+    wanted = np.array(matplotlib.colors.to_rgb(color))
+    return (np.abs(pixels(png)[..., :3] - wanted).max(-1) < 0.02).sum()
+
+
+def test_each_curve_has_its_color_and_lone_runs_no_band():
+    x, nowhere = np.array([0.0, 1.0, 2.0]), np.full(3, np.nan)
+    names = [f"m{i}" for i in range(7)]
+    curves = {
+        name: figures.Curve(x, x + 3 * i, nowhere, nowhere)
+        for i, name in enumerate(names)
+    }
+    png = figures.curve_panels({"task": curves}, names, "x", "y", "made up")
+    for color in figures.COLORS:
+        assert has_color(png, color) > 50, color
+    two = figures.curve_panels({"a": curves, "b": curves}, names, "x", "y", "made up")
+    assert pixels(two).shape[1] > pixels(png).shape[1]
+    banded = {"m0": figures.Curve(x, x, x - 1, x + 1)}
+    plain = {"m0": curves["m0"]}
+    light = np.array(matplotlib.colors.to_rgb(figures.COLORS[0])) * 0.15 + 0.85
+    counts = [
+        has_color(figures.curve_panels({"t": c}, names, "x", "y", ""), light)
+        for c in (plain, banded)
+    ]
+    assert counts[0] < 200 and counts[1] > 5000  # of a smoothed line, of the band
+
+
+def test_more_methods_than_colors_are_still_told_apart():
+    x = np.array([0.0, 1.0])
+    names = [f"m{i}" for i in range(9)]
+    nowhere = np.full(2, np.nan)
+    both = [
+        figures.curve_panels(
+            {"t": {names[i]: figures.Curve(x, x, nowhere, nowhere)}}, names, "", "", ""
+        )
+        for i in (0, 7)
+    ]
+    assert has_color(both[1], figures.COLORS[0])
+    assert has_color(both[1], figures.COLORS[0]) < 0.9 * has_color(
+        both[0], figures.COLORS[0]
+    )  # dashed
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+SMALL = (
+    "--env toy-medium-v2 --offline_iterations 20 --online_iterations 60 --eval_freq 10 "
+    "--n_episodes 2 --batch_size 16 --log_freq 10 --buffer_size 5000 --device cpu"
+)
+MIXTURE = (
+    "--dare.behavior mixture --dare.guidance_scale 0 --dare.score policy_ratio "
+    "--dare.behavior_updates 50 --dare.behavior_batch_size 64"
+)
+
+
+@pytest.fixture
+def toy_run(monkeypatch, tmp_path):
+    toy.install(monkeypatch, tmp_path)
+    monkeypatch.setattr(runs, "git_commit", lambda: "0123456789abcdef")
+
+    def train(module, extra=""):
+        flags = f"{SMALL} {extra} --runs_dir {tmp_path / 'runs'}".split()
+        module.train(runs.parse_config(module.TrainConfig, flags))
+        return max((tmp_path / "runs").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+
+    return train
+
+
+def test_a_snapshot_of_a_dare_run_from_its_files_alone(toy_run, tmp_path, capsys):
+    folder = toy_run(dare_iql, MIXTURE)
+    report.command_line(["figures", str(folder)])
+    found = json.loads((folder / "snapshot.json").read_text())
+    pixels((folder / "snapshot.png").read_bytes())
+    assert found["step"] == 80 and found["rows"] == snapshot.ROWS
+    scores = found["scores"]
+    assert scores["kind"] == "policy_ratio" and 0.0 <= scores["auc"] <= 1.0
+    low, high = sorted([scores["score_off_mean"], scores["score_on_mean"]])
+    assert low <= scores["separation_point"] <= high
+    # the middle 95 % of the rows; more where scores repeat, as in a buffer of 60 rows
+    assert 0.94 < (sum(scores["offline"]) + sum(scores["online"])) / 8192 < 0.98
+    assert snapshot.take_snapshot(folder) == found  # the same rows again
+
+    report.add([folder], tmp_path / "results" / "x", "dare")
+    report.write_report(tmp_path / "results" / "x")
+    name = "figures/snapshot-dare-toy-medium-v2-s0.png"
+    assert name in text_of(tmp_path / "results" / "x")
+    pixels((tmp_path / "results" / "x" / name).read_bytes())
+
+
+def test_a_snapshot_tells_the_rows_of_one_buffer_apart(toy_run):
+    """Upstream's IQL keeps both sources in one buffer; the dataset's rows come first."""
+    folder = toy_run(iql)
+    module, config, state = snapshot._read(folder)
+    buffer = snapshot._online_buffer(folder, module, config, state, (2, 1))
+    assert buffer._size == 60
+    saved = state["parts"]["online_buffer"]["rows"][1]
+    assert torch.equal(buffer._actions[:60], saved)
+    found = snapshot.take_snapshot(folder)
+    assert found["scores"] is None
+    figures.snapshot_panels(found, "t", "c")
+    full = dict(state["parts"]["online_buffer"], first=0)
+    with pytest.raises(ValueError, match="online rows have overwritten the dataset"):
+        snapshot._online_buffer(
+            folder, module, config, {"parts": {"online_buffer": full}}, (2, 1)
+        )
+
+
+def test_a_snapshot_of_other_data_is_refused(toy_run, monkeypatch):
+    folder = toy_run(iql)
+    other = dataclasses.replace(toy.make_dataset())
+    other.provenance["sha256"] = "other"
+    monkeypatch.setattr(snapshot.datasets, "resolve", lambda *a, **k: other)
+    with pytest.raises(ValueError, match="is not the run's"):
+        snapshot.take_snapshot(folder)
+    (folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match="no finished run"):
+        snapshot.take_snapshot(folder)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+)
+def test_auc_by_brute_force(low, high):
+    wins = [1.0 if b > a else 0.5 if a == b else 0.0 for a in low for b in high]
+    found = snapshot.auc(np.array(low, float), np.array(high, float))
+    assert found == pytest.approx(np.mean(wins))
+
+
+def test_projection_finds_the_direction_that_was_put_in():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(600, 3, generator=generator)
+    line = torch.linspace(-3, 3, 600)[:, None] * torch.tensor([[1.0, 1.0, 1.0]])
+    rows = line + 0.1 * noise
+    off, on = rows[:300], rows[300:]  # one end of the line, the other end
+    found = snapshot.projection_numbers(
+        [off[:, :2], off[:, 2:]], [on[:, :2], on[:, 2:]], points=300
+    )
+    assert found["variance"][0] > 0.99 and sum(found["variance"]) <= 1.0 + 1e-9
+    ends = np.array(found["offline"])[:, 0], np.array(found["online"])[:, 0]
+    assert ends[0].mean() < -1.0 and ends[1].mean() > 1.0
+    flat = [torch.ones(5, 2), torch.ones(5, 1)]
+    assert snapshot.projection_numbers(flat, flat, points=5)["offline"][0] == [0.0, 0.0]
+
+
+def test_action_error_is_that_of_the_policy_on_each_row():
+    class Still:
+        def act(self, state):
+            return np.array([0.5, -0.5], dtype=np.float32)
+
+    states = torch.zeros(4, 3)
+    off = [states, torch.tensor([[0.5, -0.5]]).repeat(4, 1)]
+    on = [states, torch.tensor([[1.5, -0.5]]).repeat(4, 1)]
+    found = snapshot.error_numbers(Still(), off, on)
+    assert (found["offline_mean"], found["online_mean"]) == (0.0, 0.5)
+    assert sum(found["offline"]) == 4 and sum(found["online"]) == 4
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_commands_end_with_one_line(make_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_run()
+    report.command_line(["add", str(folder), "--to", "results/x", "--as", "a"])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "results/x/runs/a/hopper-medium-v2-s0.json"
+    )
+    report.command_line(["write"])
+    assert "results/x/README.md and 3 files" in capsys.readouterr().out
+    report.command_line(["write", "results/x"])
+    assert Path("results/x/figures/all-methods-learning.png").is_file()
+    for arguments, message in (
+        (["add", "nowhere", "--to", "results/x"], "nowhere/summary.json does not exist"),
+        (["figures", "nowhere"], "nowhere is no finished run"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            report.command_line(arguments)
+    (tmp_path / "empty").mkdir()
+    report.command_line(["write", "empty"])
+    assert "holds no experiment" in capsys.readouterr().err

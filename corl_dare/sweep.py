@@ -207,7 +207,9 @@ def _cell(
 ) -> Cell:
     origin = f"{path}: methods.{key}"
     program = load_algorithm(method["algorithm"], origin)
-    shared = [(f"{path}: settings", _nested(sweep.get("settings", {}), path))]
+    shared = [
+        (f"{path}: settings", _nested(sweep.get("settings", {}), f"{path}: settings"))
+    ]
     template = method.get("config", sweep.get("config"))
     if template is not None:
         short = re.sub(r"-v\d+$", "", task).replace("-", "_")
@@ -221,8 +223,11 @@ def _cell(
     label = ",".join([key, *(f"{k}={_text(v)}" for k, v in overrides.items())])
     layers = [
         *shared,
-        (f"{origin}.settings", _nested(method.get("settings", {}), origin)),
-        (f"{origin}.grid", _nested(overrides, origin)),
+        (
+            f"{origin}.settings",
+            _nested(method.get("settings", {}), f"{origin}.settings"),
+        ),
+        (f"{origin}.grid", _nested(overrides, f"{origin}.grid")),
         (str(path), {"env": task, "seed": seed, "name": _safe(label)}),
     ]
     config = _make(program, layers, f"{origin} on {task}")
@@ -246,10 +251,10 @@ def _model_of(path: Path, sweep: dict, method: dict, cell: Cell, folder: Path) -
     values = dataclasses.asdict(cell.config)
     dropped = ONLINE_FIELDS | {"runs_dir", "resume", "name", "checkpoints_path"}
     values = {k: v for k, v in values.items() if k in known - dropped}
-    stem = Path(algorithm).stem
+    stem, later = Path(algorithm).stem, f"{path}: offline_settings"
     layers = [
         (str(path), {**values, "name": f"offline-{stem}"}),
-        (f"{path}: offline_settings", _nested(sweep.get("offline_settings", {}), path)),
+        (later, _nested(sweep.get("offline_settings", {}), later)),
         (str(path), {"online_iterations": 0}),
     ]
     config = _make(program, layers, f"{path}: the offline phase of {cell.label}")
@@ -350,7 +355,7 @@ def _text(value: Any) -> str:
 
 
 def _safe(label: str) -> str:
-    return re.sub(r"[^\w.,=+-]", "_", label)
+    return re.sub(r"[^\w.,=+-]", "_", label)[:100]  # file names end at 255 bytes
 
 
 def _check_store(cell: Cell) -> None:
@@ -410,7 +415,8 @@ def last_lines(folder: Path, count: int = 5) -> list[str]:
     except FileNotFoundError:
         return []
     lines = [line.split("\r")[-1].rstrip() for line in text.split("\n")]
-    return [line for line in lines if line and "it/s]" not in line][-count:]
+    bar = re.compile(r"\|\s*\d+/\d+ \[")
+    return [line for line in lines if line and not bar.search(line)][-count:]
 
 
 # ---------------------------------------------------------------- one cell, in its own process

@@ -104,7 +104,7 @@ def _parse(config_class: type, argv: list[str], ignore: Sequence[str]) -> Any:
         files = [str(folder / "config.yaml")]
     for file in files:
         origin = str(file)
-        values.update(_read_yaml(Path(str(file))))
+        values.update(read_yaml(Path(str(file))))
     for name in ignore:
         if name in values:
             print(f"{origin}: block '{name}' is not for this algorithm and left out")
@@ -144,7 +144,8 @@ def _read_flags(argv: list[str]) -> dict[str, _Text]:
     return flags
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The top-level fields of a YAML file; a file that holds something else raises."""
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:
@@ -208,12 +209,39 @@ def _as_type(value: Any, kind: Any, name: str) -> Any:
 
 
 def _build(default: Any, values: dict) -> Any:
-    """The default config with the values in place; checks of __post_init__ run again."""
+    """The default config with the values in place.
+
+    A new one: what __post_init__ derived from the defaults must not pass for a given value.
+    """
     nested = {
         name: _build(getattr(default, name), value) if isinstance(value, dict) else value
         for name, value in values.items()
     }
-    return dataclasses.replace(default, **nested)
+    return type(default)(**nested)
+
+
+def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
+    """A config from layers of values over the defaults; later layers win, field by field.
+
+    Args:
+        config_class: dataclass with defaults.
+        layers: (where the values come from, nested values).
+
+    Raises:
+        ConfigError: an unknown field or a wrong type, named with its origin.
+        ValueError: an impossible combination, from the config's own checks.
+    """
+
+    def merge(old: dict, new: dict) -> dict:
+        blocks = {
+            k: merge(old.get(k, {}), v) for k, v in new.items() if isinstance(v, dict)
+        }
+        return {**old, **new, **blocks}
+
+    values: dict[str, Any] = {}
+    for origin, layer in layers:
+        values = merge(values, _check(config_class, layer, origin))
+    return _build(config_class(), values)
 
 
 def dump_config(config: Any) -> str:
@@ -370,6 +398,12 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically, as `save_checkpoint`."""
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -598,8 +632,7 @@ class Run:
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
         try:
-            with _replacing(path) as file:
-                file.write(text.encode())
+            write_text(path, text)
         except OSError as error:
             raise ConfigError(f"cannot write {path} ({error.strerror})") from None
 

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from algorithms import dare_iql
 from corl_dare import runs
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,34 @@ def refused(capsys, tmp_path):
 
 
 # ---------------------------------------------------------------- config
+
+
+@dataclass
+class Derived:
+    on: bool = True
+    share: Optional[float] = None  # noqa: UP045
+
+    def __post_init__(self):
+        if self.on and self.share is None:
+            self.share = 0.5
+
+
+def test_what_a_config_derives_from_its_defaults_is_not_taken_for_given():
+    assert runs.parse_config(Derived, []) == Derived(True, 0.5)
+    assert runs.parse_config(Derived, ["--on", "false"]) == Derived(False, None)
+
+
+def test_dare_off_is_the_baseline_with_its_single_buffer():
+    config = runs.parse_config(dare_iql.TrainConfig, ["--dare.enabled", "false"])
+    assert config.mixing_ratio is None
+
+
+def test_later_layers_win_field_by_field_and_errors_name_the_layer():
+    first, second = ("file", {"seed": 1, "dare": {"cap": 3, "on": False}}), {"cap": 4}
+    config = runs.make_config(Config, [first, ("sweep", {"dare": second})])
+    assert config == Config(seed=1, dare=Block(4, 1.0, False))
+    with pytest.raises(runs.ConfigError, match="^sweep: unknown field dare.capp; did"):
+        runs.make_config(Config, [first, ("sweep", {"dare": {"capp": 4}})])
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -772,6 +801,7 @@ def test_the_loop_ends_after_the_step_that_was_asked_to_stop(here):
 TOY = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
+from algorithms import dare_iql
 from corl_dare import runs
 from test_runs import Config, Part
 

@@ -1,0 +1,820 @@
+"""Sweeps: the plan, shared offline models, restarts, deaths, failures; and Ray, if installed.
+
+Most cells here run a small program in place of an algorithm file, `CELL_PROGRAM`: a random walk
+that is saved like a run, so that a wrong resume or a wrong start shows in its numbers.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import yaml
+
+from corl_dare import runs, sweep
+from tests import toy
+
+ROOT = Path(__file__).parent.parent
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason=f"ray is not installed ({sweep.REQUIREMENTS})",
+)
+CELL_PROGRAM = """
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+
+from corl_dare import runs
+
+OTHER_BLOCKS = ("other",)
+
+
+@dataclass
+class Dare:
+    cap: Optional[int] = None
+
+
+@dataclass
+class TrainConfig:
+    device: str = "cpu"
+    env: str = "toy"
+    seed: int = 0
+    eval_freq: int = 5
+    offline_iterations: int = 10
+    online_iterations: int = 20
+    load_model: str = ""
+    lr: float = 0.1
+    utd: int = 1
+    threads: int = 1
+    runs_dir: str = "runs"
+    resume: Optional[str] = None
+    wandb_mode: str = "disabled"
+    project: str = "p"
+    group: str = "g"
+    name: str = "n"
+    checkpoints_path: Optional[str] = None
+    data: str = "d"
+    pause: float = 0.0  # seconds per step
+    trap: str = "none"  # at step 12: error, exit137 (always), kill (once)
+    dare: Dare = field(default_factory=Dare)
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, not {self.lr}")
+        if self.env == "unknown":
+            raise ValueError("no task unknown")
+
+
+class Trainer:
+    def __init__(self):
+        self.w = torch.zeros(3)
+
+    def state_dict(self):
+        return {"w": self.w}
+
+    def load_state_dict(self, state):
+        self.w = state["w"]
+
+
+def train(config):
+    with runs.Run(config, "walk", ["w"]) as run:
+        run.dataset = {"sha256": config.data * 64, "source": "toy"}
+        np.random.seed(config.seed)
+        trainer = Trainer()
+        if config.load_model:
+            trainer.load_state_dict(runs.load_corl_checkpoint(config.load_model, ["w"]))
+        print("raylet", os.environ.get("RAY_RAYLET_PID"))
+        print("threads", os.environ.get("OMP_NUM_THREADS"), "start", trainer.w.tolist())
+        parts = {"trainer": trainer}
+        if run.checkpoint is not None:
+            print("resumed at", run.step)
+            run.restore(parts)
+        for t in run.progress():
+            online = t >= config.offline_iterations
+            if online and t == 12 and config.trap != "none":
+                print("a trap closes")
+                mark = Path(config.runs_dir) / "trap"
+                if config.trap == "error":
+                    raise ValueError("the trap is an error")
+                if config.trap == "exit137":
+                    raise SystemExit(137)
+                if not mark.exists():
+                    mark.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(config.pause)
+            trainer.w = trainer.w + config.lr * torch.from_numpy(np.random.randn(3))
+            run.log(t + 1, "online" if online else "offline", {"w": trainer.w[0]})
+            if (t + 1) % config.eval_freq == 0:
+                value = trainer.w.sum().numpy()[None]
+                run.evaluation(t + 1, "online" if online else "offline", value, value)
+                run.step = t + 1
+                run.save(parts)
+        run.save(parts)
+        if run.stop_requested:
+            return run.interrupted()
+        return run.finish()
+
+
+if __name__ == "__main__":
+    runs.main(train, TrainConfig)
+"""
+METHODS = {
+    "walk": {"algorithm": "walk.py"},
+    "fast": {"algorithm": "walk.py", "settings": {"utd": 4}},
+}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A folder with the cell program, entered; `write(**fields)` makes its sweep file."""
+    (tmp_path / "walk.py").write_text(CELL_PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(runs, "plot_curves", lambda *args: None)
+
+    def write(**fields):
+        values = {"tasks": ["a-v2"], "seeds": [0, 1], "methods": METHODS, **fields}
+        values = {k: v for k, v in values.items() if v is not None}
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        return tmp_path / "s.yaml"
+
+    return write
+
+
+class HerePool:
+    """Runs a cell at once, in this process."""
+
+    def __init__(self):
+        self.started = []
+
+    def start(self, cell):
+        code, shown = 0, io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            try:
+                sweep.work(cell.folder)
+            except SystemExit as end:
+                code = end.code
+            except Exception:
+                code = traceback.format_exc()
+        if isinstance(code, str):
+            shown.write(code + "\n")
+            code = 1
+        with open(cell.folder / "log.txt", "a") as file:
+            file.write(shown.getvalue())
+        self.started.append(cell)
+        return len(self.started), code
+
+    def ended(self, handles, seconds):
+        return [(handle, handle[1], "") for handle in handles]
+
+
+class ProcessPool:
+    """Runs cells as Ray's workers do, in processes of their own, from threads."""
+
+    def __init__(self):
+        self.threads = ThreadPoolExecutor(2)
+
+    def start(self, cell):
+        return self.threads.submit(sweep.run_process, *sweep._order(cell))
+
+    def ended(self, handles, seconds):
+        done, _ = wait(handles, seconds, FIRST_COMPLETED)
+        return [(future, *future.result()) for future in done]
+
+
+def drive(file, pool=None, **options):
+    """Plan and run here; returns all done?, cells, what was printed, the pool."""
+    cells, pool, stream = sweep.plan(file), pool or HerePool(), io.StringIO()
+    done = sweep.drive(cells, pool, sweep.Table(cells, stream), **options)
+    return done, cells, stream.getvalue(), pool
+
+
+def states(cells):
+    return [sweep.read_state(c.folder).get("state") for c in cells]
+
+
+def numbers(folder):
+    """What must be the same however often a sweep was stopped: file -> content."""
+    folder = Path(folder)
+    found = {}
+    for name in ("metrics.csv", "evaluations.csv", "config.yaml", "cell.json"):
+        for file in sorted(folder.rglob(name)):
+            found[str(file.relative_to(folder))] = file.read_text()
+    for file in sorted([*folder.rglob("checkpoint.pt"), *folder.rglob("model.pt")]):
+        state = torch.load(file, weights_only=True)
+        trainer = state["parts"]["trainer"] if "parts" in state else state
+        found[str(file.relative_to(folder))] = {
+            k: v.tolist() for k, v in trainer.items()
+        }
+    return found
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_a_plan_is_methods_times_overrides_times_tasks_times_seeds(store):
+    grid = {"dare.cap": [3, None], "lr": [0.1, 0.2]}
+    cells = sweep.plan(store(tasks=["a-v2", "b-v2"], grid=grid, share_offline=False))
+    assert len(cells) == 2 * 4 * 2 * 2 == len({c.folder for c in cells})
+    seen = {
+        (c.method, c.config.env, c.config.seed, c.config.dare.cap, c.config.lr)
+        for c in cells
+    }
+    assert ("fast,dare.cap=null,lr=0.2", "b-v2", 1, None, 0.2) in seen
+    assert len(seen) == 32 and {c.config.utd for c in cells} == {1, 4}
+    assert not Path("runs").exists(), "a plan writes nothing"
+
+
+def test_methods_share_an_offline_model_unless_their_offline_settings_differ(store):
+    methods = {
+        **METHODS,
+        "capped": {"algorithm": "walk.py", "settings": {"dare": {"cap": 1}}},
+        "longer": {"algorithm": "walk.py", "settings": {"online_iterations": 30}},
+        "steep": {"algorithm": "walk.py", "settings": {"lr": 0.5}},
+        "alone": {"algorithm": "walk.py", "settings": {"online_iterations": 0}},
+        "given": {"algorithm": "walk.py", "settings": {"load_model": "m.pt"}},
+    }
+    cells = sweep.plan(store(methods=methods, seeds=[0]))
+    by_name = {c.method: c for c in cells}
+    models = [c for c in cells if c.is_model]
+    assert cells[:2] == models and len(models) == 2
+    same = {by_name[m].model.folder for m in ("walk", "fast", "capped", "longer")}
+    assert len(same) == 1 and by_name["steep"].model.folder not in same
+    assert by_name["alone"].model is None and by_name["given"].model is None
+    model = by_name["walk"].model.config
+    assert (model.offline_iterations, model.online_iterations) == (10, 0)
+    tuned = by_name["walk"].config
+    assert (tuned.offline_iterations, tuned.online_iterations) == (0, 20)
+    assert tuned.load_model == str(by_name["walk"].model.folder / "model.pt")
+    assert by_name["given"].config.offline_iterations == 10
+
+
+def test_another_task_seed_or_offline_length_is_another_model(store):
+    def models(**fields):
+        return {c.folder for c in sweep.plan(store(**fields)) if c.is_model}
+
+    first = models(seeds=[0])
+    others = (
+        models(seeds=[1]),
+        models(seeds=[0], tasks=["b-v2"]),
+        models(seeds=[0], settings={"offline_iterations": 20}),
+        models(seeds=[0], offline_settings={"lr": 0.3}),
+    )
+    assert all(len(o) == 1 and not o & first for o in others)
+    assert models(seeds=[0], name="x", settings={"device": "auto", "utd": 2}) == first
+
+
+def test_settings_that_change_no_result_are_the_same_cell(store):
+    def folders(**settings):
+        return {c.folder for c in sweep.plan(store(settings=settings))}
+
+    same = {"device": "cuda", "threads": 2, "wandb_mode": "offline", "group": "x"}
+    assert folders(**same) == folders() == folders(lr=0.1)
+    assert not {f for f in folders(lr=0.2) if "offline" not in str(f)} & folders()
+
+
+def test_a_new_field_renames_no_cell():
+    old = dataclasses.make_dataclass("C", [("a", int, 1), ("b", int, 2)])
+    new = dataclasses.make_dataclass("C", [("a", int, 1), ("b", int, 2), ("c", int, 3)])
+    assert sweep._digest("x", old(a=5), set()) == sweep._digest("x", new(a=5), set())
+    assert sweep._digest("x", new(a=5), set()) != sweep._digest(
+        "x", new(a=5, c=4), set()
+    )
+    assert sweep._digest("x", old(), set()) != sweep._digest("y", old(), set())
+
+
+def test_config_files_take_the_tasks_place_and_lose_against_the_sweep(store):
+    Path("a.yaml").write_text("lr: 0.7\nutd: 3\nother: {x: 1}\nenv: z\n")
+    cells = sweep.plan(store(config="{task}.yaml", settings={"other.y": 2}))
+    plain = next(c for c in cells if c.method == "walk").config
+    fast = next(c for c in cells if c.method == "fast").config
+    assert (plain.lr, plain.utd, fast.utd, plain.env) == (0.7, 3, 4, "a-v2")
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"sedes": [1]}, ["s.yaml: unknown field sedes; did you mean seeds?"]),
+        ({"seeds": None}, ["s.yaml: seeds is missing or empty"]),
+        ({"methods": {}}, ["methods is missing or empty"]),
+        ({"seeds": 3}, ["seeds must be a list, not 3"]),
+        ({"seeds": ["a"]}, ["seeds must be whole numbers, not 'a'"]),
+        ({"seeds": [0, 0]}, ["walk a-v2 seed 0 is there twice"]),
+        ({"tasks": [3]}, ["tasks must be D4RL names, not 3"]),
+        ({"tasks": ["unknown"]}, ["methods.walk on unknown: no task unknown"]),
+        ({"name": "offline"}, ["'offline' cannot be the name"]),
+        ({"name": "../x"}, ["'../x' cannot be the name"]),
+        ({"share_offline": 1}, ["share_offline must be true or false, not 1"]),
+        ({"config": "no/{task}.yaml"}, ["no/a.yaml does not exist"]),
+        ({"settings": {"lrr": 1}}, ["s.yaml: settings: unknown field lrr", "lr?"]),
+        ({"settings": {"seed": 1}}, ["settings: seed is given by seeds: [...]"]),
+        ({"settings": {"runs_dir": "x"}}, ["runs_dir is given by --runs_dir"]),
+        ({"settings": {"dare.capp": 1}}, ["unknown field dare.capp", "dare.cap?"]),
+        ({"settings": {"lr": "soon"}}, ["settings: lr must be float, not 'soon'"]),
+        ({"settings": {"lr": -1}}, ["methods.walk on a-v2: lr must be positive"]),
+        ({"settings": {"eval_freq": 4}}, ["eval_freq 4 does not divide", "10"]),
+        ({"offline_settings": {"x": 4}}, ["offline_settings: unknown field x"]),
+        ({"grid": {"lr": 1}}, ["grid.lr must be a list of values, not 1"]),
+        ({"grid": {"lr": []}}, ["grid.lr must be a list of values"]),
+        ({"grid": {"lrr": [1]}}, ["methods.walk.grid: unknown field lrr"]),
+        ({"methods": {"m": {}}}, ["methods.m: algorithm is missing"]),
+        ({"methods": {"m": 3}}, ["methods.m must be a block of fields, not 3"]),
+        ({"methods": {"a/b": {"algorithm": "walk.py"}}}, ["methods.a/b: use letters"]),
+        (
+            {"methods": {"m": {"algorithm": "no.py"}}},
+            ["methods.m", "no.py", "not exist"],
+        ),
+        ({"methods": {"m": {"algorithm": "s.yaml"}}}, ["s.yaml is not a Python file"]),
+        ({"methods": {"m": {"algorithm": "e.py"}}}, ["e.py is no algorithm"]),
+        ({"methods": {"m": {"algorithm": "walk.py", "sets": {}}}}, ["field sets"]),
+        (
+            {"methods": {"m": {"algorithm": "walk.py", "offline": "no.py"}}},
+            ["no.py does not exist"],
+        ),
+        (
+            {"methods": {"m": {"algorithm": "walk.py", "settings": {"other": {}}}}},
+            ["methods.m.settings: unknown field other"],
+        ),
+    ],
+)
+def test_a_bad_sweep_is_refused_in_one_line_before_anything_starts(
+    store, capsys, fields, words
+):
+    Path("e.py").write_text("")
+    assert sweep.main([str(store(**fields))]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
+    assert all(word in shown.err for word in words), shown.err
+    assert shown.out == "" and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "name a sweep file"),
+        (["no.yaml"], "no.yaml does not exist"),
+        (["s.yaml", "--workers", "0"], "--workers must be at least 1"),
+        (["s.yaml", "--workers", "2", "--address", "x"], "not for --address"),
+        (["s.yaml", "--gpus", "-1"], "must not be negative"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(store, capsys, flags, words):
+    store()
+    assert sweep.main(flags) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_ray_the_error_names_the_requirements(store, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert sweep.main([str(store())]) == 2
+    assert f"pip install -r {sweep.REQUIREMENTS}" in capsys.readouterr().err
+    assert (ROOT / sweep.REQUIREMENTS).is_file()
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("sweeps/*.yaml")), ids=lambda f: f.stem
+)
+def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    values = yaml.safe_load(file.read_text())
+    assert list(values) == sorted(values)
+    cells = sweep.plan(file, tmp_path)
+    models = [c for c in cells if c.is_model]
+    assert models and len(models) == len(values["tasks"]) * len(values["seeds"])
+    assert {c.algorithm for c in models} == {"corl/iql.py"}
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_a_sweep_runs_models_first_and_its_cells_start_from_them(store):
+    done, cells, shown, pool = drive(store(seeds=[3]))
+    assert done and [c.method for c in pool.started] == ["offline walk", "walk", "fast"]
+    model, walk, fast = cells
+    weights = torch.load(model.folder / "model.pt", weights_only=True)["w"]
+    start = f"start {weights.tolist()}"
+    assert "start [0.0, 0.0, 0.0]" in (model.folder / "log.txt").read_text()
+    for cell in (walk, fast):
+        assert start in (cell.folder / "log.txt").read_text()
+        summary = json.loads((cell.folder / "run" / "summary.json").read_text())
+        assert summary["score_offline"] == pytest.approx(float(weights.sum()))
+        assert Path(summary["offline_run"]) == model.folder / "run"
+        assert sweep.read_state(cell.folder)["score"] == summary["score_final"]
+    assert "3 of 3 done" in shown
+
+
+def test_finished_cells_are_never_run_again_and_models_serve_other_sweeps(store):
+    drive(store())
+    before = numbers("runs")
+    done, _, _, pool = drive(store())
+    assert done and pool.started == [] and numbers("runs") == before
+    done, cells, _, pool = drive(store(name="second", settings={"utd": 9}))
+    assert done and not any(c.is_model for c in pool.started)
+    assert len(pool.started) == 4 and len(cells) == 6
+    assert sweep.main([str(store())]) == 0, "a finished sweep needs no Ray"
+
+
+def test_a_failed_cell_stops_no_other_and_is_reported_with_its_last_lines(store):
+    bad = {"algorithm": "walk.py", "settings": {"trap": "error"}}
+    file = store(methods={"bad": bad, **METHODS})
+    done, cells, shown, _ = drive(file, retries=5)
+    assert not done
+    assert {c.method for c in cells if states([c]) == ["failed"]} == {"bad"}
+    assert states(cells).count("done") == len(cells) - 2
+    assert "FAILED: bad a-v2 seed 1" in shown and "    a trap closes" in shown
+    assert shown.count("    error: the trap is an error") == 2
+    assert "died" not in shown, "an error is not a death"
+    _, _, _, pool = drive(file)
+    assert {c.method for c in pool.started} == {"bad"}, "failed ones get another try"
+
+
+def test_cells_whose_model_failed_are_reported_and_not_started(store):
+    Path("broken.py").write_text(CELL_PROGRAM.replace("np.random.seed", "np.no"))
+    methods = {**METHODS, "b": {"algorithm": "walk.py", "offline": "broken.py"}}
+    done, cells, shown, pool = drive(store(methods=methods, seeds=[0]))
+    assert not done and "b" not in {c.method for c in pool.started}
+    assert "FAILED: b a-v2 seed 0: its offline model failed" in shown
+    assert sorted(states(cells)) == ["done"] * 3 + ["failed"] * 2
+
+
+def test_a_cell_that_keeps_dying_is_given_up(store):
+    method = {"algorithm": "walk.py", "settings": {"trap": "exit137"}}
+    file = store(methods={"m": method}, seeds=[0], share_offline=False)
+    done, cells, shown, pool = drive(file, retries=2)
+    assert not done and len(pool.started) == 3
+    assert (
+        "died (status 137): m a-v2 seed 0; trying again from its checkpoint, 2 of 2"
+        in (shown)
+    )
+    assert "died 3 times" in shown
+    log = (cells[0].folder / "log.txt").read_text()
+    assert log.count("resumed at 10") == 2
+
+
+def test_a_stopped_cell_goes_on_to_the_same_numbers(store, tmp_path):
+    drive(store(name="whole"))
+    cells = sweep.plan(store(name="parts"))
+    for cell in cells:
+        sweep.write_cell(cell)
+    for after in (2, 1):  # evaluations after which SIGTERM comes
+        for cell in cells:
+            if sweep.read_state(cell.folder).get("state") == "done":
+                continue
+            timer = _StopAfter(after)
+            with contextlib.redirect_stdout(timer), pytest.raises(SystemExit) as end:
+                sweep.work(cell.folder)
+            assert end.value.code == sweep.STOPPED
+    done, *_ = drive(store(name="parts"))
+    assert done
+
+    def tidy(name):
+        found = numbers(tmp_path / "runs" / name)
+        return {k: v for k, v in found.items() if k.endswith((".csv", ".pt"))}
+
+    assert tidy("parts") == tidy("whole") and len(tidy("parts")) == 4 * 3
+
+
+class _StopAfter(io.StringIO):
+    """Sends SIGTERM to this process when the given number of evaluations was printed."""
+
+    def __init__(self, lines):
+        super().__init__()
+        self.left = lines
+
+    def write(self, text):
+        self.left -= "normalized score" in text
+        if self.left == 0:
+            self.left = 99  # once is enough: a second signal stops at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_behind(store):
+    (cell,) = sweep.plan(store(methods={"m": METHODS["walk"]}, seeds=[0]))[1:]
+    cell = dataclasses.replace(cell, model=None)
+    cell.config = dataclasses.replace(cell.config, load_model="")
+    sweep.write_cell(cell)
+    dead = cell.folder / "m-a-v2-s0-1"
+    dead.mkdir()
+    (dead / "config.yaml").write_text("")
+    sweep.work(cell.folder)
+    assert not dead.exists() and (cell.folder / "run" / "summary.json").is_file()
+
+
+def test_killed_between_the_summary_and_the_state_a_cell_only_concludes(store):
+    _, cells, *_ = drive(store(seeds=[0]))
+    before = numbers("runs")
+    for cell in cells:
+        (cell.folder / "state.json").unlink()
+        os.replace(cell.folder / "run", cell.folder / "n-1")
+    (cells[0].folder / "model.pt").unlink()
+    done, *_ = drive(store(seeds=[0]))
+    assert done and numbers("runs") == before
+    assert "resumed at 20" in (cells[1].folder / "log.txt").read_text()
+
+
+def test_a_cell_on_other_data_than_its_model_is_refused(store):
+    Path("other.py").write_text(CELL_PROGRAM.replace("config.data * 64", '"e" * 64'))
+    methods = {"m": {"algorithm": "other.py", "offline": "walk.py"}}
+    done, cells, shown, _ = drive(store(methods=methods, seeds=[0]))
+    assert not done and states(cells) == ["done", "failed"]
+    assert "the dataset (eeeeeeeeeeee) is not the one" in shown and "(dddddddd" in shown
+
+
+def test_a_store_begun_with_another_default_is_refused(store, capsys):
+    drive(store())
+    Path("walk.py").write_text(
+        CELL_PROGRAM.replace("lr: float = 0.1", "lr: float = 0.2")
+    )
+    sweep.load_algorithm.cache_clear()
+    assert sweep.main([str(store())]) == 2
+    line = capsys.readouterr().err
+    assert "was begun with lr 0.1, now it is 0.2" in line and line.count("\n") == 1
+
+
+def test_one_process_at_a_time_runs_a_cell_and_the_second_finds_it_done(store):
+    cell = sweep.plan(store())[0]
+    sweep.write_cell(cell)
+    held, released = threading.Event(), []
+
+    def other():
+        with filelock.FileLock(cell.folder / "cell.lock"):
+            held.set()
+            time.sleep(0.3)
+            sweep._write_state(cell.folder, state="done", score=1.0)
+            released.append(time.monotonic())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    sweep.work(cell.folder)
+    thread.join()
+    assert released and released[0] <= time.monotonic()
+    assert not list(cell.folder.glob("*/config.yaml")), "it was not run"
+
+
+def test_the_table_shows_every_cell_once(store):
+    cells = sweep.plan(store())
+    model, walk0, walk1, *_ = [cells[0], *[c for c in cells if c.method == "walk"]]
+    for cell in (model, walk0, walk1):
+        sweep.write_cell(cell)
+    sweep._write_state(model.folder, state="done", score=12.34)
+    sweep._write_state(walk0.folder, state="failed", error=["x"])
+    (walk1.folder / "r").mkdir()
+    (walk1.folder / "r" / "metrics.csv").write_text("step,phase\n4,online\n9,online\n")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    table = sweep.Table(cells, stream)
+    lines = [line.split() for line in table.lines()]
+    assert lines == [
+        ["method", "task", "s0", "s1"],
+        ["offline", "walk", "a-v2", "12.3", "waiting"],
+        ["walk", "a-v2", "FAILED", "45", "%"],
+        ["fast", "a-v2", "waiting", "waiting"],
+        "1 of 6 done, 1 begun, 1 failed".split(),
+    ]
+    table.show()
+    table.event("news")
+    table.show()
+    table.show(last=True)
+    drawn = stream.getvalue()
+    assert drawn.count("\x1b[5F\x1b[J") == 2, "drawn again in place"
+    assert drawn.index("news") < drawn.rindex("method") and drawn.endswith("failed\n")
+
+
+# ---------------------------------------------------------------- real algorithms
+
+
+@pytest.mark.parametrize("name", ["iql", "dare_iql", "cal_ql", "dare_cal_ql"])
+def test_fine_tuning_a_shared_model_starts_where_an_unbroken_run_switches(
+    name, store, monkeypatch, tmp_path
+):
+    """One online step without an update: weights, optimizers, rates, targets are the same."""
+    toy.install(monkeypatch, tmp_path)
+    folder = "algorithms" if name.startswith("dare") else "corl"
+    algorithm = str(ROOT / folder / f"{name}.py")
+    settings = {
+        **{"offline_iterations": 20, "online_iterations": 1, "online_warmup": 1},
+        **{"eval_freq": 20, "n_episodes": 1, "batch_size": 32, "buffer_size": 5000},
+    }
+    if name.startswith("dare"):
+        settings |= {"dare.behavior": "mixture", "dare.score": "likelihood"}
+        settings |= {"dare.behavior_updates": 5, "dare.guidance_scale": 0}
+        settings |= {"dare.behavior_batch_size": 32}
+    methods = {"m": {"algorithm": algorithm, "settings": settings}}
+    file = store(methods=methods, tasks=[toy.TASK], seeds=[5])
+    done, (model, cell), shown, _ = drive(file)
+    assert done, shown
+    assert model.algorithm == str(ROOT / "corl" / f"{name.removeprefix('dare_')}.py")
+    program = sweep.load_algorithm(algorithm)
+    whole = dataclasses.replace(
+        cell.config, offline_iterations=20, load_model="", runs_dir="whole"
+    )
+    program.train(whole)
+    (checkpoint,) = Path("whole").glob("*/checkpoint.pt")
+    a = torch.load(checkpoint, weights_only=True)["parts"]["trainer"]
+    b = torch.load(cell.folder / "run/checkpoint.pt", weights_only=True)
+    _assert_equal(a, b["parts"]["trainer"])
+
+
+def _assert_equal(a, b, where="trainer"):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            _assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            _assert_equal(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_a_baseline_leaves_out_shared_dare_settings_and_refuses_its_own(
+    store, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    iql = {"algorithm": "corl/iql.py"}
+    fields = {
+        "tasks": ["hopper-medium-v2"],
+        "config": "configs/iql/{task}.yaml",
+        "settings": {"dare.cap": 3},
+        "methods": {"iql": iql, "dare": {"algorithm": "algorithms/dare_iql.py"}},
+    }
+    file = store(**fields)
+    cells = {c.method: c for c in sweep.plan(file)}
+    assert cells["dare"].config.dare.cap == 3 and cells["iql"].config.online_iterations
+    assert cells["iql"].model is cells["dare"].model
+    fields["methods"]["iql"] = {**iql, "settings": {"dare.cap": 3}}
+    with pytest.raises(
+        runs.ConfigError, match="methods.iql.settings: unknown field dare"
+    ):
+        sweep.plan(store(**fields))
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_a_killed_process_is_started_again_from_its_checkpoint(store):
+    method = {"algorithm": "walk.py", "settings": {"trap": "kill", "threads": 1}}
+    fields = {"seeds": [0], "share_offline": False}
+    drive(store(name="whole", methods={"m": {"algorithm": "walk.py"}}, **fields))
+    file = store(name="killed", methods={"m": method}, **fields)
+    done, (cell,), shown, _ = drive(file, ProcessPool())
+    assert done and "died (signal 9): m a-v2 seed 0" in shown, shown
+    log = (cell.folder / "log.txt").read_text()
+    assert "resumed at 10" in log and "threads 1 " in log
+    rows = [p.read_text() for p in sorted(Path("runs").glob("*/*/run/metrics.csv"))]
+    assert len(rows) == 2 and rows[0] == rows[1]
+
+
+def test_a_cell_saves_and_ends_when_its_worker_is_gone(store):
+    file = store(methods={"m": METHODS["walk"]}, seeds=[0], settings={"pause": 0.05})
+    cell = sweep.plan(store(settings={"online_iterations": 9999, "pause": 0.01}))[2]
+    cell.config = dataclasses.replace(cell.config, load_model="", offline_iterations=5)
+    sweep.write_cell(cell)
+    words, cwd, path, variables, log = sweep._order(cell)
+    program = (
+        "import sys, json; from corl_dare import sweep; "
+        "sweep.run_process(*json.loads(sys.argv[1]))"
+    )
+    order = json.dumps([words, cwd, path, variables, log])
+    worker = subprocess.Popen(
+        [sys.executable, "-c", program, order], env={**os.environ, "PYTHONPATH": path}
+    )
+    try:
+        _wait_for(lambda: list(cell.folder.glob("*/checkpoint.pt")), worker)
+    finally:
+        worker.kill()
+        worker.wait()
+    with filelock.FileLock(cell.folder / "cell.lock", timeout=20):
+        text = Path(log).read_text()  # the process that held it has ended
+    assert "saved at step" in text and "stopping after this step" in text
+    assert sweep.read_state(cell.folder) == {} and file.exists()
+
+
+def _wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"never happened (exit status {process.poll()})")
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def _start(file, *flags):
+    words = [sys.executable, "-m", "corl_dare.sweep", str(file), *map(str, flags)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+@needs_ray
+def test_a_sweep_killed_in_the_middle_and_restarted_gives_the_same_store(store):
+    file = store(settings={"pause": 0.1, "online_iterations": 60})
+    output = _finish(_start(file, "--workers", 2, "--runs_dir", "whole"))
+    assert "6 of 6 done" in output
+    process = _start(file, "--workers", 2, "--runs_dir", "parts")
+    ready = "parts/s/*/*/checkpoint.pt"
+    try:
+        _wait_for(lambda: len(list(Path(".").glob(ready))) >= 1, process)
+    finally:
+        process.kill()
+        process.communicate()
+    stored = [p.parent.name for p in Path("parts").glob("*/*/state.json")]
+    assert len(stored) < 6, "it was killed too late to prove anything"
+    output = _finish(_start(file, "--workers", 2, "--runs_dir", "parts"))
+    assert "6 of 6 done" in output
+
+    def tidy(folder):
+        found = numbers(folder).items()
+        return {
+            k: v.replace(folder, "runs") if isinstance(v, str) else v for k, v in found
+        }
+
+    assert tidy("parts") == tidy("whole")
+    logs = "".join(p.read_text() for p in Path("parts/s").glob("*/log.txt"))
+    assert "resumed at" in logs
+    again = _finish(_start(file, "--runs_dir", "parts"))
+    assert "6 of 6 done" in again and "done: " not in again
+
+
+@needs_ray
+def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+    one = ["--num-cpus", "1", "--disable-usage-stats"]
+    address = f"127.0.0.1:{port}"
+    head = ["--head", "--port", str(port), "--include-dashboard", "false"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    local = ["--node-ip-address", "127.0.0.1"]
+    nodes = [subprocess.Popen([*ray, *head, *local, *one], **quiet)]
+    try:
+        _wait_for(lambda: _answers(port), nodes[0])
+        time.sleep(5)
+        nodes.append(
+            subprocess.Popen([*ray, "--address", address, *local, *one], **quiet)
+        )
+        time.sleep(10)
+        file = store(settings={"pause": 0.1})
+        output = _finish(_start(file, "--address", address))
+        assert "6 of 6 done" in output
+        logs = "".join(p.read_text() for p in Path("runs").glob("*/*/log.txt"))
+        used = {line for line in logs.splitlines() if line.startswith("raylet")}
+        assert len(used) == 2 and "raylet None" not in used
+        needs = _finish(_start(store(name="g"), "--address", address, "--gpus", 0.5), 2)
+        assert "needs 1 CPUs and 0.5 GPUs" in needs and needs.count("\n") == 1
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(timeout=60)
+
+
+def _answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@needs_ray
+def test_no_cluster_at_the_address_is_one_line(store):
+    output = _finish(_start(store(), "--address", "127.0.0.1:1"), 2)
+    assert "error: no Ray at 127.0.0.1:1" in output

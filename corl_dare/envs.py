@@ -5,6 +5,7 @@ observation, reward and termination equal those of the gym v2 classes that D4RL 
 not: other Walker2d model, no survival bonus on the terminating step). From MuJoCo 3.5 on the
 contact margin of a geom pair is a sum instead of a maximum, which changes hopper's physics;
 `make` halves the margins there, so that every MuJoCo gives D4RL's.
+AntMaze is built in `antmaze.py`.
 
 A time-out is not an end: `terminated` says that the episode is over, `truncated` that we
 stopped looking. Only `terminated` may cut the bootstrap.
@@ -154,6 +155,8 @@ def make(name: str, backend: str = "gymnasium") -> gym.Env:
         return OldGymEnv(name, facts.horizon)
     if backend != "gymnasium":
         raise ValueError(f"env_backend {backend!r} is not one of 'gymnasium', 'd4rl'")
+    if facts.robot == "antmaze":
+        return make_antmaze(facts)
     if not facts.env_id:
         raise ValueError(
             f"{name}: gymnasium has no environment with D4RL's {facts.robot} physics; "
@@ -171,6 +174,26 @@ def make_robot(robot: str) -> gym.Env:
         env = gym.make(ROBOTS[robot].env_id)
     finally:
         gym.logger.min_level = logger_level
+    restore_contact_margin(env)
+    return ClipAction(env)
+
+
+def make_antmaze(facts: Task) -> gym.Env:
+    """The evaluation environment of an antmaze -v2 task; `diverse` and `play` share it.
+
+    Raises:
+        ValueError: a -v0 or -v1 task.
+    """
+    from corl_dare import antmaze
+
+    if facts.version != "v2":
+        raise ValueError(
+            f"{facts.name}: only antmaze's -v2 environments are here (-v0 and -v1 keep one "
+            f"goal for good); use antmaze-{facts.kind}-v2"
+        )
+    env = gym.wrappers.TimeLimit(
+        antmaze.AntMaze(facts.kind.partition("-")[0]), facts.horizon
+    )
     restore_contact_margin(env)
     return ClipAction(env)
 

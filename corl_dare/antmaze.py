@@ -1,0 +1,268 @@
+"""AntMaze with D4RL's physics on gymnasium's MuJoCo: an ant, walls, a goal.
+
+gymnasium-robotics has mazes of the same names with another ant (five times the torque, half
+the time per action), other starts and another goal radius; scores there say nothing about
+D4RL's. Here gymnasium's own `ant.xml` is brought to D4RL's numbers and walls are added.
+
+Coordinates: the start cell's centre is the origin, x grows with the column and y with the row
+of the map, one cell is 4 wide. The goal is a mocap body, so MuJoCo's state holds it.
+"""
+
+import functools
+import xml.etree.ElementTree as ElementTree
+from collections import deque
+from dataclasses import dataclass
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.envs.mujoco import MujocoEnv
+
+CELL = 4.0  # width of a cell
+WALL_HEIGHT = 2.0
+GOAL_RADIUS = 0.5  # distance of torso and goal, in the plane, that counts as reached
+TORQUE = 30.0  # of the action 1
+FRAME_SKIP, TIMESTEP = 5, 0.02  # 0.1 s per action
+GOAL_NOISE = (1.0, 0.5)  # widths of the two uniform draws that are added per axis
+START_NOISE = (
+    1.0  # width of the draw added per axis to a random start, none to the fixed
+)
+POSE_NOISE = 0.1  # of joint positions (uniform) and velocities (standard deviation)
+
+Cell = tuple[int, int]  # row, column
+
+
+@dataclass(frozen=True)
+class Maze:
+    """A map: `#` wall, `R` start, `G` goal of the evaluation, `.` free."""
+
+    rows: tuple[str, ...]
+    # Cells among which D4RL's collector drew the goals of its walks.
+    collect_goals: tuple[Cell, ...]
+
+    def cells(self, kinds: str) -> list[Cell]:
+        """The cells whose mark is among `kinds`, row by row."""
+        return [
+            (i, j)
+            for i, row in enumerate(self.rows)
+            for j, mark in enumerate(row)
+            if mark in kinds
+        ]
+
+    @property
+    def free(self) -> list[Cell]:
+        return self.cells("RG.")
+
+    def position(self, cell: Cell) -> np.ndarray:
+        """Centre (2,) of a cell."""
+        (row, column), (start_row, start_column) = cell, self.cells("R")[0]
+        return CELL * np.array([column - start_column, row - start_row], np.float64)
+
+    def cell(self, xy: np.ndarray) -> Cell:
+        """The cell that D4RL's collector takes a position (2,) to be in.
+
+        Its rule rounds down from cell *centres*, because its waypoints and goals lie beyond
+        the centre. So a cell begins in its middle, and the result may be a wall.
+        """
+        start_row, start_column = self.cells("R")[0]
+        x, y = np.maximum(xy, 0.0) // CELL
+        return start_row + int(y), start_column + int(x)
+
+    def next_cell(self, cell: Cell, goal: Cell) -> Cell:
+        """The neighbour of a cell, itself possibly a wall, that is nearest to the goal.
+
+        Raises:
+            ValueError: the goal is not a free cell, or no neighbour leads to it.
+        """
+        steps = distances(self, goal)
+        if cell == goal:
+            return goal
+        options = [n for n in neighbours(cell) if n in steps]
+        if not options:
+            raise ValueError(f"no way from cell {cell} to the goal cell {goal}")
+        return min(options, key=steps.__getitem__)
+
+
+def neighbours(cell: Cell) -> list[Cell]:
+    """Left, right, lower and upper cell, in D4RL's order."""
+    row, column = cell
+    return [(row, column - 1), (row, column + 1), (row + 1, column), (row - 1, column)]
+
+
+@functools.cache
+def distances(maze: Maze, goal: Cell) -> dict[Cell, int]:
+    """Steps from every free cell of a maze to a goal cell, by breadth-first search.
+
+    Raises:
+        ValueError: the goal is not a free cell.
+    """
+    free = set(maze.free)
+    if goal not in free:
+        raise ValueError(f"goal cell {goal} is not a free cell of the maze")
+    found, queue = {goal: 0}, deque([goal])
+    while queue:
+        cell = queue.popleft()
+        for neighbour in neighbours(cell):
+            if neighbour in free and neighbour not in found:
+                found[neighbour] = found[cell] + 1
+                queue.append(neighbour)
+    return found
+
+
+MAZES = {
+    "umaze": Maze(
+        (
+            "#####",
+            "#R..#",
+            "###.#",
+            "#G..#",
+            "#####",
+        ),
+        ((3, 1),),
+    ),
+    "medium": Maze(
+        (
+            "########",
+            "#R.##..#",
+            "#..#...#",
+            "##...###",
+            "#..#...#",
+            "#.#..#.#",
+            "#...#.G#",
+            "########",
+        ),
+        ((2, 6), (5, 1), (6, 5)),
+    ),
+    "large": Maze(
+        (
+            "############",
+            "#R...#.....#",
+            "#.##.#.#.#.#",
+            "#......#...#",
+            "#.####.###.#",
+            "#..#.#.....#",
+            "##.#.#.#.###",
+            "#..#...#.G.#",
+            "############",
+        ),
+        ((1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6), (7, 9)),
+    ),
+}
+
+
+def maze_xml(maze: Maze | None, asset: str) -> str:
+    """gymnasium's ant (the file `asset`) with D4RL's numbers, walls and goal, as MJCF.
+
+    Without a maze it is the ant on its open plane. Numbers: D4RL, `ant.xml`, `maze_env.py`.
+    """
+    root = ElementTree.parse(asset).getroot()
+    root.find("option").set("timestep", str(TIMESTEP))
+    root.find("default/geom").attrib.update(solref=".02 1", solimp=".8 .8 .01")
+    for motor in root.iterfind("actuator/motor"):
+        motor.set("ctrlrange", f"{-TORQUE} {TORQUE}")
+        motor.set("gear", "1")
+    world = root.find("worldbody")
+    half = CELL / 2, CELL / 2, WALL_HEIGHT / 2
+    for i, j in maze.cells("#") if maze else ():
+        x, y = maze.position((i, j))
+        ElementTree.SubElement(
+            world,
+            "geom",
+            name=f"block_{i}_{j}",
+            type="box",
+            pos=f"{x} {y} {half[2]}",
+            size=" ".join(map(str, half)),
+            contype="1",
+            conaffinity="1",
+            rgba="0.7 0.5 0.3 1",
+        )
+    goal = ElementTree.SubElement(world, "body", name="goal", mocap="true")
+    ElementTree.SubElement(
+        goal, "site", type="cylinder", size=f"{GOAL_RADIUS} 0.02", rgba="0.8 0.1 0.1 0.6"
+    )
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+class AntMaze(MujocoEnv):
+    """D4RL's antmaze -v2: reward 1 and the end where the ant comes within 0.5 of the goal.
+
+    Observation (29,) float64: qpos (15: x, y, z, quaternion, joints), qvel (14); the goal is
+    not in it. Action (8,) in [-1, 1], times 30 the torques. A fall does not end an episode.
+    A reset draws goal, pose and start from `np_random`, so a seed repeats them; in D4RL the
+    goal came from numpy's global stream. The time limit is a wrapper's business.
+
+    Args:
+        size: `umaze`, `medium` or `large`.
+        collect: the collector's variant: a goal among the maze's `collect_goals`, no end at it.
+        random_start: start in any free cell but the collector's goal cells (D4RL's multistart).
+    """
+
+    metadata = {
+        "render_modes": ["human", "rgb_array", "depth_array", "rgbd_tuple"],
+        "render_fps": 10,
+    }
+
+    def __init__(
+        self,
+        size: str,
+        collect: bool = False,
+        random_start: bool = False,
+        render_mode: str | None = None,
+    ):
+        if size not in MAZES:
+            raise ValueError(f"maze {size!r} is not one of {', '.join(MAZES)}")
+        self.maze, self.collect, self.random_start = MAZES[size], collect, random_start
+        space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+        super().__init__("ant.xml", FRAME_SKIP, space, render_mode=render_mode)
+
+    def _initialize_simulation(self):
+        model = mujoco.MjModel.from_xml_string(maze_xml(self.maze, self.fullpath))
+        return model, mujoco.MjData(model)
+
+    def _set_action_space(self):
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.model.nu,), np.float32)
+        return self.action_space
+
+    @property
+    def goal(self) -> np.ndarray:
+        """Position (2,) of the goal, a copy."""
+        return self.data.mocap_pos[0, :2].copy()
+
+    @goal.setter
+    def goal(self, xy: np.ndarray) -> None:
+        self.data.mocap_pos[0, :2] = xy
+
+    def draw_goal(self) -> np.ndarray:
+        """A goal (2,) by D4RL's rule: a goal cell's centre plus one-sided noise."""
+        cells = self.maze.collect_goals if self.collect else self.maze.cells("G")
+        cell = cells[self.np_random.integers(len(cells))]
+        noise = sum(self.np_random.uniform(0.0, width, 2) for width in GOAL_NOISE)
+        return np.maximum(self.maze.position(cell) + noise, 0.0)
+
+    def reset_model(self) -> np.ndarray:
+        self.goal = self.draw_goal()
+        rng = self.np_random
+        qpos = self.init_qpos + rng.uniform(-POSE_NOISE, POSE_NOISE, self.model.nq)
+        qvel = self.init_qvel + POSE_NOISE * rng.standard_normal(self.model.nv)
+        if self.random_start:
+            goals = self.maze.collect_goals
+            cells = [cell for cell in self.maze.free if cell not in goals]
+            start = self.maze.position(cells[rng.integers(len(cells))])
+            qpos[:2] = np.maximum(start + rng.uniform(0.0, START_NOISE, 2), 0.0)
+        self.set_state(qpos, qvel)
+        return self._observation()
+
+    def _observation(self) -> np.ndarray:
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def reached(self) -> bool:
+        """Whether the torso is within the goal's radius, border included."""
+        return bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= GOAL_RADIUS)
+
+    def step(self, action: np.ndarray):
+        self.do_simulation(TORQUE * np.asarray(action, np.float64), self.frame_skip)
+        if self.render_mode == "human":
+            self.render()
+        reached = self.reached()
+        ends = reached and not self.collect
+        return self._observation(), float(reached), ends, False, {}

@@ -8,6 +8,8 @@ float32. `patched` applies `patches/` to a copy in memory and compares whole onl
 """
 
 import argparse
+import dataclasses
+import inspect
 import runpy
 import sys
 import tempfile
@@ -20,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import dare_iql
-from corl import iql
+from corl import cal_ql, cql, iql
 from corl_dare import d4rl_shim, hook, runs
 from scripts import make_patches
 
@@ -41,6 +43,7 @@ def data(seed: int) -> dict[str, np.ndarray]:
         "rewards": rng.normal(size=ROWS).astype(np.float32),
         "next_observations": rng.normal(size=(ROWS, S)).astype(np.float32),
         "terminals": rng.random(ROWS) < 0.05,
+        "mc_returns": rng.normal(size=ROWS).astype(np.float32),
     }
 
 
@@ -111,6 +114,85 @@ def iql_cases(upstream) -> dict[str, dict[str, float]]:
     return results
 
 
+CQL_FIELDS = [f.name for f in dataclasses.fields(cql.TrainConfig)]
+CQL_SETTINGS = {
+    "locomotion": {"q_n_hidden_layers": 3},
+    "antmaze": {
+        "cql_alpha": 5.0,
+        "cql_lagrange": True,
+        "cql_target_action_gap": 0.8,
+        "cql_max_target_backup": True,
+        "cql_clip_diff_min": -200.0,
+        "q_n_hidden_layers": 5,
+    },
+    "no importance sampling, entropy backup": {
+        "cql_importance_sample": False,
+        "backup_entropy": True,
+        "cql_temp": 2.0,
+    },
+    "BC steps, small last layers": {
+        "bc_steps": 10,
+        "orthogonal_init": False,
+        "target_update_period": 3,
+        "alpha_multiplier": 0.5,
+        "cql_clip_diff_max": 3.0,
+    },
+    "fixed entropy weight": {"use_automatic_entropy_tuning": False},
+}
+CQL_PARTS = [
+    "critic_1",
+    "critic_2",
+    "target_critic_1",
+    "target_critic_2",
+    "actor",
+    "log_alpha_prime",
+]
+
+
+def cql_trainer(module, config):
+    """Upstream's script builds its networks in this order; so does `make_trainer`."""
+    torch.manual_seed(0)
+    if hasattr(module, "make_trainer"):
+        return module.make_trainer(config, S, A, 1.0, "cpu")
+    adam = torch.optim.Adam
+    shape = config.orthogonal_init, config.q_n_hidden_layers
+    critics = [module.FullyConnectedQFunction(S, A, *shape) for _ in range(2)]
+    actor = module.TanhGaussianPolicy(
+        S, A, 1.0, orthogonal_init=config.orthogonal_init
+    )
+    kind = getattr(module, "CalQL", None) or module.ContinuousCQL
+    known = inspect.signature(kind).parameters
+    return kind(
+        critic_1=critics[0],
+        critic_1_optimizer=adam(critics[0].parameters(), config.qf_lr),
+        critic_2=critics[1],
+        critic_2_optimizer=adam(critics[1].parameters(), config.qf_lr),
+        actor=actor,
+        actor_optimizer=adam(actor.parameters(), config.policy_lr),
+        target_entropy=-A,
+        **{k: getattr(config, k) for k in CQL_FIELDS if k in known and k != "device"},
+    )
+
+
+def cql_cases(ours, upstream) -> dict[str, dict[str, float]]:
+    results = {}
+    for name, fields in CQL_SETTINGS.items():
+        config = ours.TrainConfig(env=TASK, policy_lr=1e-4, compat=True, **fields)
+        trainers = []
+        for module in (ours, upstream):
+            trainer, buffer = cql_trainer(module, config), buffer_of(module, 0)
+            np.random.seed(1)
+            torch.manual_seed(1)
+            for step in range(UPDATES):
+                if step == UPDATES // 2 and hasattr(trainer, "switch_calibration"):
+                    trainer.switch_calibration()
+                trainer.train(buffer.sample(B))
+            trainers.append(trainer)
+        parts = CQL_PARTS + ["log_alpha"] * config.use_automatic_entropy_tuning
+        results[f"{ours.ALGORITHM}, {name}"] = differences(*trainers, parts)
+    return results
+
+
 def dare_hook_of(module, trainer, config, offline, online, behavior):
     return hook.DareHook(
         offline,
@@ -176,7 +258,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the report here")
     args = parser.parse_args()
     runs.configure_threads(1)
-    results = iql_cases(load(args.corl / "algorithms/finetune/iql.py"))
+    upstream = args.corl / "algorithms/finetune"
+    results = iql_cases(load(upstream / "iql.py"))
+    results.update(cql_cases(cql, load(upstream / "cql.py")))
+    results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
     results.update(dare_iql_cases(patched_module(args.corl, "iql")))
     lines = [
         f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "

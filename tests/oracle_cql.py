@@ -39,7 +39,9 @@ class Settings:
     max_action: float = 1.0
     no_tanh: bool = False
     calibrated: bool = False
-    resampled_bc: bool = True  # upstream's warm-up does not look at the dataset's actions
+    resampled_bc: bool = (
+        True  # upstream's warm-up does not look at the dataset's actions
+    )
 
 
 def layers(params, prefix):

@@ -9,6 +9,7 @@ float32. `patched` applies `patches/` to a copy in memory and compares whole onl
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import runpy
 import sys
@@ -21,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import dare_iql
+from algorithms import dare_cal_ql, dare_iql
 from corl import cal_ql, cql, iql
 from corl_dare import d4rl_shim, hook, runs
 from scripts import make_patches
@@ -157,9 +158,7 @@ def cql_trainer(module, config):
     adam = torch.optim.Adam
     shape = config.orthogonal_init, config.q_n_hidden_layers
     critics = [module.FullyConnectedQFunction(S, A, *shape) for _ in range(2)]
-    actor = module.TanhGaussianPolicy(
-        S, A, 1.0, orthogonal_init=config.orthogonal_init
-    )
+    actor = module.TanhGaussianPolicy(S, A, 1.0, orthogonal_init=config.orthogonal_init)
     kind = getattr(module, "CalQL", None) or module.ContinuousCQL
     known = inspect.signature(kind).parameters
     return kind(
@@ -243,6 +242,53 @@ def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
     return results
 
 
+def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
+    density = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
+    small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
+    settings = {
+        "dare_cal_ql patched, policy ratio": ({}, density),
+        "dare_cal_ql patched, antmaze, guided references": (
+            CQL_SETTINGS["antmaze"],
+            {**small, "reference_max_age": 3},
+        ),
+        "dare_cal_ql patched, soft, no cap": ({}, {**density, "weights": "soft"}),
+    }
+    results = {}
+    for name, (fields, dare) in settings.items():
+        trainers = []
+        for module in (dare_cal_ql, patched):
+            block = module.DareCalQLConfig(**dare)
+            config = dare_cal_ql.TrainConfig(env=TASK, dare=block, **fields)
+            trainer = cql_trainer(module, config)
+            trainer.switch_calibration()
+            behavior = hook.new_behavior(block, S, A, 0, "cpu").requires_grad_(False)
+            buffers = buffer_of(module, 0), buffer_of(module, 1)
+            if module is dare_cal_ql:
+                log_prob, target_q = trainer.actor.log_prob, trainer.target_q
+            else:
+                log_prob = functools.partial(module.dare_log_prob, trainer.actor)
+                target_q = functools.partial(module.dare_target_q, trainer)
+            source = hook.DareHook(
+                *buffers,
+                block,
+                behavior,
+                policy_log_prob=log_prob,
+                q_function=target_q,
+                seed=0,
+            )
+            np.random.seed(1)
+            torch.manual_seed(1)
+            replay = source if module is dare_cal_ql else source.as_buffer(trainer)
+            for _ in range(UPDATES):
+                if module is dare_cal_ql:
+                    dare_cal_ql.update(trainer, replay, config)
+                else:
+                    trainer.train(replay.sample(B))
+            trainers.append(trainer)
+        results[name] = differences(*trainers, [*CQL_PARTS, "log_alpha"])
+    return results
+
+
 def patched_module(corl: Path, name: str) -> SimpleNamespace:
     patch = make_patches.patches()[name]
     text = make_patches.patched_text(patch, make_patches.check_target(patch, corl))
@@ -263,6 +309,7 @@ def main() -> None:
     results.update(cql_cases(cql, load(upstream / "cql.py")))
     results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
     results.update(dare_iql_cases(patched_module(args.corl, "iql")))
+    results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
     lines = [
         f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "
         f"{runs.machine()['processor']}, torch {torch.__version__}, ours {runs.git_commit()}",

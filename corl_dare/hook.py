@@ -697,6 +697,7 @@ def dare_for_corl(
     policy_log_prob: Callable[..., torch.Tensor],
     q_function: Callable[..., torch.Tensor],
     reward_scale: float = 1.0,
+    mixing_ratio: float = 0.5,
 ) -> DareHook | None:
     """The hook of a patched CORL script (`patches/`), or None when `dare.enabled` is false.
 
@@ -732,6 +733,7 @@ def dare_for_corl(
         policy_log_prob=policy_log_prob,
         q_function=q_function,
         q_scale=energy_q_scale(config.env, high - low, reward_scale),
+        mixing_ratio=mixing_ratio,
         state_mean=state_mean,
         state_std=state_std,
         max_action=trainer.max_action if hasattr(trainer, "max_action") else 1.0,

@@ -138,8 +138,84 @@ if dare_hook is not None:
     )
 
 
+def cal_ql_patch() -> Patch:
+    setup = """
+if config.dare.keep_calibration:
+    raise ValueError(
+        "dare.keep_calibration needs corl_dare's own file: this buffer stores a return of 0 "
+        "for online rows"
+    )
+dare_hook = dare_for_corl(
+    config,
+    trainer,
+    offline_buffer,
+    online_buffer,
+    dataset=dataset,
+    return_range=return_reward_range(dataset, max_steps),
+    state_mean=state_mean,
+    state_std=state_std,
+    policy_log_prob=lambda s, a: dare_log_prob(trainer.actor, s, a),
+    q_function=lambda s, a: dare_target_q(trainer, s, a),
+    reward_scale=config.reward_scale if config.normalize_reward else 1.0,
+    mixing_ratio=config.mixing_ratio,
+)
+"""
+    functions = """
+def dare_log_prob(actor, observations, actions):
+    # Of given actions; the policy's own method scores a new sample.
+    mean, log_std = actor.base_network(observations).chunk(2, dim=-1)
+    log_std = actor.log_std_multiplier() * log_std + actor.log_std_offset()
+    inside = (actions / actor.max_action).clamp(-(1.0 - 1e-6), 1.0 - 1e-6)
+    return actor.tanh_gaussian.log_prob(mean, log_std, inside)
+
+
+def dare_target_q(trainer, observations, actions):
+    return torch.minimum(
+        trainer.target_critic_1(observations, actions),
+        trainer.target_critic_2(observations, actions),
+    )
+"""
+    return Patch(
+        "algorithms/finetune/cal_ql.py",
+        "97790ec99466a118fcba19fb8dc1044e76707f0a5e38a2c096afc659a8c892ae",
+        {
+            19: "import dataclasses\n\n"
+            "from corl_dare.hook import DareConfig, dare_for_corl\n",
+            24: "\n" + class_of("DareCalQLConfig", "cal_ql"),
+            73: code(
+                "dare: DareCalQLConfig = dataclasses.field(default_factory=DareCalQLConfig)",
+                1,
+            ),
+            540: code(functions, 0) + "\n\n",
+            624: code("self.dare, self.dare_weight = None, None", 2),
+            814: code(
+                """
+if self.dare_weight is not None:
+    bounds = self.cql_clip_diff_min, self.cql_clip_diff_max
+    gaps = [cql_qf1_ood - q1_predicted, cql_qf2_ood - q2_predicted]
+    cql_qf1_diff, cql_qf2_diff = (
+        (self.dare_weight * gap.clamp(*bounds)).mean() for gap in gaps
+    )
+""",
+                2,
+            ),
+            1115: code(setup, 1) + "\n",
+            1132: code(
+                """
+if dare_hook is not None:
+    dare_hook.pretrain()
+    # The hook draws both halves; the loop's own second half stays empty.
+    offline_buffer = dare_hook.as_buffer(trainer)
+    batch_size_offline, batch_size_online = config.batch_size, 0
+""",
+                3,
+            ),
+        },
+    )
+
+
 def patches() -> dict[str, Patch]:
-    return {"iql": iql_patch()}
+    return {"iql": iql_patch(), "cal_ql": cal_ql_patch()}
 
 
 def render(patch: Patch) -> str:

@@ -90,7 +90,7 @@ def test_the_hook_around_foreign_buffers(tmp_path):
     assert done.stdout.strip() == "ok", done.stderr
 
 
-@pytest.mark.parametrize("file", ["algorithms/dare_iql.py"])
+@pytest.mark.parametrize("file", ["algorithms/dare_iql.py", "algorithms/dare_cal_ql.py"])
 def test_an_algorithm_file_copied_alone_runs(file, tmp_path):
     """Only corl_dare is importable, as after `pip install .`; no corl/, no configs."""
     site = tmp_path / "site"

@@ -13,8 +13,8 @@ from test_hook import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from algorithms import dare_iql
-from corl import iql
+from algorithms import dare_cal_ql, dare_iql
+from corl import cal_ql, cql, iql
 
 S, A, B = 11, 3, 32
 TASK = "hopper-medium-v2"
@@ -82,7 +82,18 @@ def updates():
         trainer.dare_generator = None
         return lambda: trainer.train(batch(), torch.rand(B))
 
+    def conservative(module, **fields):
+        trainer = make_trainer(module, cql_n_actions=2, **fields)
+        extra = [torch.randn(B, 1)] * (module is not cql)
+        weight = [torch.rand(B)] * (module is dare_cal_ql)
+        return lambda: trainer.train(batch() + extra, *weight)
+
+    maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
     return {
+        "cql": conservative(cql),
+        "cal_ql": conservative(cal_ql, **maze),
+        "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
+        "dare_cal_ql": conservative(dare_cal_ql, **maze),
         "iql": plain(False),
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
@@ -90,6 +101,7 @@ def updates():
 
 
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
+NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""IQL and DARE-IQL learn a toy with a known optimum, offline and online, in the real `train`."""
+"""Every algorithm learns a toy with a known optimum, offline and online, in the real `train`."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 import toy
 
-from algorithms import dare_iql
-from corl import iql
-from corl_dare import runs
+from algorithms import dare_cal_ql, dare_iql
+from corl import cal_ql, cql, iql
+from corl_dare import hook, runs
 
 FIELDS = {
     "env": toy.TASK,
@@ -27,6 +27,21 @@ FIELDS = {
     "eval_freq": 200,
     "n_episodes": 20,
     "log_freq": 100,
+}
+CQL_FIELDS = {
+    **{k: v for k, v in FIELDS.items() if k not in ("actor_lr", "vf_lr", "tau", "beta")},
+    "offline_iterations": 200,
+    "online_iterations": 300,
+    "eval_freq": 100,
+    "log_freq": 50,
+    "batch_size": 32,
+    "policy_lr": 3e-3,
+    "qf_lr": 3e-3,
+    "soft_target_update_rate": 0.05,
+    "cql_n_actions": 2,
+    "alpha_multiplier": 0.05,
+    "cql_alpha": 0.3,
+    "cql_alpha_online": 0.3,
 }
 DARE = {
     "policy_ratio": {
@@ -49,7 +64,8 @@ DARE = {
 
 def run(module, tmp_path, monkeypatch, **fields):
     toy.install(monkeypatch, tmp_path)
-    config = module.TrainConfig(**{**FIELDS, "runs_dir": str(tmp_path), **fields})
+    defaults = FIELDS if module in (iql, dare_iql) else CQL_FIELDS
+    config = module.TrainConfig(**{**defaults, "runs_dir": str(tmp_path), **fields})
     torch.manual_seed(123)  # train seeds itself
     return module.train(config)
 
@@ -86,11 +102,40 @@ def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
         assert summary["exchanges_mean"] == pytest.approx(np.mean(exchanged))
 
 
+def cal_ql_block(**fields):
+    small = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
+    return dare_cal_ql.DareCalQLConfig(**{**small, **DARE["policy_ratio"], **fields})
+
+
+@pytest.mark.parametrize("module", [cql, cal_ql, dare_cal_ql])
+def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
+    fields = {"dare": cal_ql_block(cap=8)} if module is dare_cal_ql else {}
+    summary = run(module, tmp_path, monkeypatch, **fields)
+    assert summary["score_offline"] > 65, summary
+    assert summary["score_final"] > 85, summary
+    metrics = runs.read_csv(next(tmp_path.glob("*-s0-*")) / "metrics.csv")
+    online = [i for i, phase in enumerate(metrics["phase"]) if phase == "online"]
+    assert len(online) >= 6
+    if module is dare_cal_ql:
+        exchanged = [float(metrics["exchanged"][i]) for i in online]
+        assert 0 < max(exchanged) <= 8
+
+
 def final_weights(tmp_path):
     folder = next(tmp_path.glob("*-s0-*"))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     trainer = state["parts"]["trainer"]
-    return {k: trainer[k] for k in ("qf", "vf", "actor", "q_target")}
+    parts = {k: v for k, v in trainer.items() if isinstance(v, dict)}
+    return {k: v for k, v in parts.items() if "optim" not in k}
+
+
+def assert_same_weights(a, b):
+    a, b = final_weights(a), final_weights(b)
+    assert a.keys() == b.keys()
+    for part, state in a.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, b[part][name]), f"{part}.{name} differs"
 
 
 @pytest.mark.parametrize("mixing_ratio", [None, 0.5])
@@ -101,10 +146,78 @@ def test_off_means_equal(mixing_ratio, tmp_path, monkeypatch):
     off = dare_iql.DareIQLConfig(enabled=False)
     run(iql, tmp_path / "a", monkeypatch, **fields)
     run(dare_iql, tmp_path / "b", monkeypatch, dare=off, **fields)
-    a, b = final_weights(tmp_path / "a"), final_weights(tmp_path / "b")
-    for part, state in a.items():
-        for name, value in state.items():
-            assert torch.equal(value, b[part][name]), f"{part}.{name} differs"
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("dare", [{"enabled": False}, {"cap": 0}])
+def test_off_means_equal_for_cal_ql(dare, tmp_path, monkeypatch):
+    """Off, or exchanging nothing with every weight 1: Cal-QL's numbers, bit for bit."""
+    short = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
+    run(cal_ql, tmp_path / "a", monkeypatch, **short, n_episodes=1)
+    if "cap" in dare:
+        sample = hook.DareHook.sample
+
+        def all_ones(self, batch_size):
+            batch, weight, log = sample(self, batch_size)
+            return batch, torch.ones_like(weight), log
+
+        monkeypatch.setattr(hook.DareHook, "sample", all_ones)
+    block = cal_ql_block(behavior_updates=10, **dare)
+    run(dare_cal_ql, tmp_path / "b", monkeypatch, dare=block, **short, n_episodes=1)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("module", [cql, cal_ql, dare_cal_ql])
+@pytest.mark.parametrize("stop_at", [20, 60])
+def test_stopped_and_resumed_equals_an_unbroken_run(
+    module, stop_at, tmp_path, monkeypatch
+):
+    """Stopped offline, or online after the calibration's end; to the last bit."""
+    fields = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
+    fields.update(n_episodes=1, log_freq=10)
+    if module is dare_cal_ql:
+        fields["dare"] = cal_ql_block(behavior_updates=10)
+    run(module, tmp_path / "a", monkeypatch, **fields)
+    log = runs.Run.log
+
+    def stopping(self, step, phase, metrics):
+        log(self, step, phase, metrics)
+        self.stop_requested = self.stop_requested or step == stop_at
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "log", stopping)
+        assert run(module, tmp_path / "b", monkeypatch, **fields) == {}
+    folder = next((tmp_path / "b").glob("*-s0-*"))
+    run(module, tmp_path / "b", monkeypatch, resume=str(folder), **fields)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    whole = next((tmp_path / "a").glob("*-s0-*"))
+    text = [(f / "metrics.csv").read_text() for f in (whole, folder)]
+    assert text[0] == text[1]
+
+
+def test_rows_collected_online_have_no_lower_bound(tmp_path, monkeypatch):
+    """Kept calibration: known returns bound, unknown ones do not, wherever rows end up."""
+    fields = {"offline_iterations": 20, "online_iterations": 30, "eval_freq": 50}
+    block = cal_ql_block(behavior_updates=10, keep_calibration=True, cap=None)
+    batches, trained = [], dare_cal_ql.CalQL.train
+
+    def train(self, batch, weight=None):
+        if weight is not None:
+            batches.append((batch[5].squeeze(-1), self._calibration_enabled))
+        return trained(self, batch, weight)
+
+    monkeypatch.setattr(dare_cal_ql.CalQL, "train", train)
+    run(dare_cal_ql, tmp_path, monkeypatch, dare=block, n_episodes=1, **fields)
+    bounds = torch.stack([b for b, _ in batches])
+    assert all(enabled for _, enabled in batches[-30:])
+    online = bounds[-30:].isinf()
+    assert online.sum() == 30 * 16 and (bounds[-30:][online] < 0).all()
+    # Exchanged rows took their missing bound along into the offline-like half.
+    assert online[:, :16].any()
+    state = final_weights(tmp_path)
+    assert all(torch.isfinite(v).all() for v in state["critic1"].values())
+    with pytest.raises(ValueError, match="keep_calibration.*compat"):
+        dare_cal_ql.TrainConfig(env="hopper-medium-v2", dare=block, compat=True)
 
 
 def test_dare_on_changes_the_online_phase_only(tmp_path, monkeypatch):
@@ -113,8 +226,7 @@ def test_dare_on_changes_the_online_phase_only(tmp_path, monkeypatch):
     run(iql, tmp_path / "a", monkeypatch, n_episodes=1, **fields)
     block = dare_block("policy_ratio", behavior_updates=5)
     run(dare_iql, tmp_path / "b", monkeypatch, n_episodes=1, dare=block, **fields)
-    a, b = final_weights(tmp_path / "a"), final_weights(tmp_path / "b")
-    assert all(torch.equal(v, b[p][k]) for p, s in a.items() for k, v in s.items())
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("variant", [{"cap": 0}, {"value": "iv"}, {"rule": "random"}])

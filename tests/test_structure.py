@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import dare_iql
-from corl import iql
+from algorithms import dare_cal_ql, dare_iql
+from corl import cal_ql, cql, iql
 from corl_dare import envs, runs
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,27 @@ WALLS = {
 }
 ALONE = {"torch", "numpy", "safetensors", "tqdm"}  # third parties of the files to copy
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
-CONFIGS = sorted(ROOT.glob("configs/iql/*.yaml"))
+CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
+READERS = {  # folder of configs -> the files that read them
+    "iql": (iql, dare_iql),
+    "cql": (cql,),
+    "cal_ql": (cal_ql, dare_cal_ql),
+}
+SHARED = (  # functions that every baseline repeats, as CORL's single files do
+    "soft_update",
+    "compute_mean_std",
+    "normalize_states",
+    "wrap_env",
+    "set_env_seed",
+    "set_seed",
+    "is_goal_reached",
+    "eval_actor",
+    "return_reward_range",
+    "is_locomotion",
+    "Evaluator",
+    "seconds_per_update",
+    "announce",
+)
 TABLE_1 = [
     *(
         f"{r}-{k}-v2"
@@ -85,49 +105,93 @@ def test_a_dare_file_is_its_baseline_plus_lines(name):
     assert len(variant) - len(baseline) < 250
 
 
-def test_a_baseline_runs_with_the_hook_deleted():
+def test_the_baselines_repeat_the_same_helpers():
+    """Single files repeat code on purpose; a mend in one of them must reach the others."""
+    texts = {}
+    for path in sorted(ROOT.glob("corl/*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if getattr(node, "name", None) in SHARED:
+                texts.setdefault(node.name, {})[path.name] = ast.unparse(node)
+    assert set(texts) == set(SHARED)
+    for name, versions in texts.items():
+        assert len(versions) == 3 and len(set(versions.values())) == 1, name
+
+
+@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql"])
+def test_a_baseline_runs_with_the_hook_deleted(name):
     program = (
-        "import sys; sys.modules['corl_dare.hook'] = None; import corl.iql; "
+        f"import sys; sys.modules['corl_dare.hook'] = None; import corl.{name}; "
         "assert not {'corl_dare.exchange', 'corl_dare.behavior'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_every_dataset_of_the_papers_table_has_a_config():
-    tasks = {yaml.safe_load(p.read_text())["env"] for p in CONFIGS}
+@pytest.mark.parametrize("algorithm", READERS)
+def test_every_dataset_of_the_papers_table_has_a_config(algorithm):
+    paths = [p for p in CONFIGS if p.parent.name == algorithm]
+    tasks = {yaml.safe_load(p.read_text())["env"] for p in paths}
     assert set(TABLE_1) <= tasks and len(TABLE_1) == 13
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_config_is_read_by_both_twins_and_sorted(path, capsys):
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_config_is_read_by_its_files_and_sorted(path):
     values = yaml.safe_load(path.read_text())
     assert list(values) == sorted(values)
     assert list(values.get("dare", {})) == sorted(values.get("dare", {}))
-    ours = runs.parse_config(dare_iql.TrainConfig, ["--config", str(path)])
-    base = runs.parse_config(
-        iql.TrainConfig, ["--config", str(path)], ignore=iql.OTHER_BLOCKS
-    )
-    assert ours.env == base.env == values["env"]
-    assert ours.mixing_ratio == 0.5 and base.mixing_ratio is None
+    for module in READERS[path.parent.name]:
+        ignore = getattr(module, "OTHER_BLOCKS", ())
+        config = runs.parse_config(module.TrainConfig, ["--config", str(path)], ignore)
+        assert config.env == values["env"]
+        if module is dare_iql:
+            assert config.mixing_ratio == 0.5
+        if module is iql:
+            assert config.mixing_ratio is None
     if path.stem != "quick_start":
-        assert path.stem.replace("_", "-") in {
-            values["env"].removesuffix("-v2"),
-        }
+        assert path.stem.replace("_", "-") == values["env"].removesuffix("-v2")
 
 
-def test_the_papers_values_stand_in_the_configs():
+def read_config(module, name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    ignore = getattr(module, "OTHER_BLOCKS", ())
+    return runs.parse_config(module.TrainConfig, ["--config", str(path)], ignore)
+
+
+@pytest.mark.parametrize("algorithm", ["iql", "cal_ql"])
+def test_the_papers_guidance_scales_stand_in_the_configs(algorithm):
+    """Table 7."""
     scale = {
         p.stem: yaml.safe_load(p.read_text())["dare"].get("guidance_scale")
         for p in CONFIGS
+        if p.parent.name == algorithm
     }
     assert scale["hopper_medium"] == 8 and scale["walker2d_medium"] == 10
     assert scale["hopper_medium_expert"] == 2 and scale["antmaze_umaze_diverse"] == 1
-    maze = runs.parse_config(
-        dare_iql.TrainConfig, ["--config", str(ROOT / "configs/iql/antmaze_umaze.yaml")]
-    )
+
+
+def test_the_papers_iql_values_stand_in_the_configs():
+    """Table 5."""
+    maze = read_config(dare_iql, "iql/antmaze_umaze")
     assert (maze.iql_tau, maze.beta, maze.dare.entropy_alpha) == (0.9, 10.0, 0.01)
     assert (maze.offline_iterations, maze.online_iterations) == (1_000_000, 200_000)
     assert maze.normalize_reward and maze.dare.cap is None
+
+
+def test_the_papers_cql_values_stand_in_the_configs():
+    """Table 4."""
+    hopper = read_config(dare_cal_ql, "cal_ql/hopper_medium")
+    maze = read_config(cql, "cql/antmaze_umaze")
+    assert hopper.dare.cap == 32 and hopper.policy_lr == maze.policy_lr == 1e-4
+    assert (hopper.cql_alpha, maze.cql_alpha, maze.cql_alpha_online) == (10, 5, 5)
+    assert (hopper.q_n_hidden_layers, maze.q_n_hidden_layers) == (3, 5)
+    assert (maze.reward_scale, maze.reward_bias, maze.cql_target_action_gap) == (
+        10,
+        -5,
+        0.8,
+    )
+    assert hopper.cql_clip_diff_min == maze.cql_clip_diff_min == -200
+    assert maze.cql_lagrange and maze.cql_max_target_backup and not maze.normalize
+    assert hopper.normalize and not hopper.normalize_reward and not hopper.cql_lagrange
+    assert read_config(cal_ql, "cal_ql/antmaze_umaze").is_sparse_reward
 
 
 def test_makefile_targets_have_help_and_are_phony():

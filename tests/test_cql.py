@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_cql import OracleCQL, Settings, returns_to_go
@@ -21,7 +22,7 @@ from oracle_cql import OracleCQL, Settings, returns_to_go
 from algorithms import dare_cal_ql
 from benchmarks import parity
 from corl import cal_ql, cql
-from corl_dare import runs
+from corl_dare import datasets, runs
 
 CORL_DIR = os.environ.get("CORL_DIR")
 S, A, B, WIDTH = 5, 2, 12, 24
@@ -146,7 +147,6 @@ CASES = {
         "n_hidden_layers": 5,
         "policy_lr": 1e-4,
     },
-    "adroit": {"cql_alpha": 1.0, "cql_max_target_backup": True, "n_hidden_layers": 3},
     "fixed entropy": {"use_automatic_entropy_tuning": False, "alpha_multiplier": 0.5},
     "entropy in the backup": {"backup_entropy": True, "alpha_multiplier": 2.0},
     "entropy in the max backup": {"backup_entropy": True, "cql_max_target_backup": True},
@@ -222,7 +222,7 @@ FLAGS = {
 }
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.fixed_dictionaries(FLAGS), st.sampled_from(ALL))
 def test_any_combination_of_flags_equals_the_oracle(flags, module):
     flags["calibrated"] &= module is not cql
@@ -404,6 +404,45 @@ def test_a_loaded_trainer_goes_on_exactly(tmp_path, module, case, corl_file):
     for name, value in before.items():
         learned = case == "antmaze"
         assert (getattr(other, name)().item() != value) is learned, name
+
+
+@pytest.mark.parametrize("module", [cql, cal_ql])
+@pytest.mark.parametrize("compat", [False, True])
+def test_multipliers_learn_on_after_load_model(tmp_path, monkeypatch, module, compat):
+    """Upstream's stand still: its optimizers hold the parameters from before the load."""
+    toy.install(monkeypatch, tmp_path)
+    monkeypatch.setattr(datasets, "resolve", lambda *a, **k: toy.make_dataset(40))
+
+    def run(name, updates, **more):
+        config = module.TrainConfig(
+            env=toy.TASK,
+            device="cpu",
+            batch_size=8,
+            buffer_size=5000,
+            cql_n_actions=2,
+            cql_lagrange=True,
+            eval_freq=updates,
+            n_episodes=1,
+            compat=compat,
+            checkpoints_path=str(tmp_path / name),
+            runs_dir=str(tmp_path),
+            offline_iterations=updates,
+            online_iterations=0,
+            **more,
+        )
+        module.train(config)
+        path = tmp_path / name / f"checkpoint_{updates - 1}.pt"
+        return path, runs.load_corl_checkpoint(path)
+
+    path, first = run("first", 3)
+    _, second = run("second", 4, load_model=str(path))
+    assert (first["total_it"], second["total_it"]) == (3, 7)
+    for name in ("sac_log_alpha", "cql_log_alpha"):
+        assert first[name]["constant"] not in (0.0, 1.0)
+        stands_still = torch.equal(first[name]["constant"], second[name]["constant"])
+        assert stands_still is compat, name
+    for name, value in first["actor"].items():
+        assert not torch.equal(value, second["actor"][name])
 
 
 # ---------------------------------------------------------------- networks

@@ -1,33 +1,38 @@
 """D4RL task name or file -> validated q-learning arrays and the record of their origin.
 
 `resolve` takes, in this order, and says which it took: an explicit file or Minari id;
-the file in D4RL's own folder; a download by the `d4rl` package; data collected by
+the file in D4RL's own folder; a download from D4RL's server; data collected by
 ourselves (`collect.py`). Only bytes with D4RL's checksum are called D4RL's.
 
-    python -m corl_dare.datasets hopper-medium-v2
+    python -m corl_dare.datasets hopper-medium-v2 --plot returns.png
+    python -m corl_dare.datasets --all
+    python -m corl_dare.datasets hopper-medium-v2 --export d4rl hopper.hdf5
+    python -m corl_dare.datasets --report results/datasets.md
 
-prints the card of a dataset: its source, sizes and returns beside D4RL's published ones.
+The first prints the card of a dataset: its source, sizes and returns beside D4RL's
+published ones. The second says for every task where its data would come from, the last
+makes every stand-in and compares it with what D4RL published.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
 import os
-import socket
-import tempfile
-from dataclasses import dataclass
+import platform
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from corl_dare import collect, envs
+from corl_dare import collect, convert, download, envs
 
 SOURCES = ("auto", "file", "d4rl_dir", "d4rl", "minari", "self-collected")
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
 FLAGS = ("terminals", "timeouts")
+FORMATS = ("d4rl", "minari")  # of --export
+SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 ACTION_BOUND = 1.0 + 1e-3  # D4RL's boxes are [-1, 1]; room for rounding only
 
 ANTMAZE_FILE = "Ant_maze_{}_noisy_multistart_{}_multigoal_{}_sparse_fixed.hdf5"
@@ -90,6 +95,24 @@ D4RL_RETURNS = {
 }
 
 
+# Rows of these files, of unfinished episodes too where that is known.
+D4RL_ROWS = {
+    **{
+        f"{robot}-{kind}": 1_000_000
+        for robot in collect.REPLAY_ROWS
+        for kind in collect.SINGLE
+    },
+    **{f"{robot}-medium-replay": rows for robot, rows in collect.REPLAY_ROWS.items()},
+    **{f"{robot}-full-replay": 1_000_000 for robot in collect.REPLAY_ROWS},
+    "hopper-medium-expert": 1_999_906,
+    "halfcheetah-medium-expert": 2_000_000,
+    "walker2d-medium-expert": 1_999_995,
+    **{f"antmaze-{kind}": 1_000_000 for kind in envs.ANTMAZES},
+}
+
+_unreachable: dict[str, str] = {}  # server -> why; it is asked once per process
+
+
 @dataclass
 class Dataset:
     """Data of one task, ready for a replay buffer, and what is known of its origin."""
@@ -100,6 +123,8 @@ class Dataset:
     # own bytes for this task; collected: the settings of a stand-in
     provenance: dict[str, Any]
     statistics: dict[str, Any]  # of the raw data, see `statistics`
+    # (E,) raw returns of the complete episodes
+    returns: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 # ---------------------------------------------------------------- what D4RL published
@@ -120,6 +145,20 @@ def file_name(task: str) -> str:
     if facts.robot == "antmaze":
         return ANTMAZE_FILE.format(*ANTMAZE_FIELDS[facts.kind])
     return f"{facts.robot}_{facts.kind.replace('-', '_')}-v2.hdf5"
+
+
+def url(task: str) -> str:
+    """Where D4RL's server has a task's file; `CORL_DARE_D4RL_URL` names another server.
+
+    Raises:
+        ValueError: as of `file_name`.
+    """
+    folder = "ant_maze_v2" if envs.task(task).robot == "antmaze" else "gym_mujoco_v2"
+    return f"{_server()}/{folder}/{file_name(task)}"
+
+
+def _server() -> str:
+    return os.environ.get("CORL_DARE_D4RL_URL", SERVER).rstrip("/")
 
 
 def known_files() -> dict[str, tuple[int, str]]:
@@ -150,18 +189,23 @@ def load_hdf5(path: Path | str, task: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not an HDF5 file: {_what_instead(path)}")
     try:
         with h5py.File(path) as file:
-            raw = {k: _read(file, k, path) for k in REQUIRED + OPTIONAL if k in file}
-            found = ", ".join(sorted(file))
+            if missing := [key for key in REQUIRED if key not in file]:
+                raise ValueError(
+                    f"{path} lacks {', '.join(missing)}; it holds "
+                    f"{', '.join(sorted(file)) or 'nothing'}; D4RL's schema needs "
+                    f"{', '.join(REQUIRED)}"
+                )
+            columns = {key: file[key] for key in REQUIRED + OPTIONAL if key in file}
+            for key, column in columns.items():
+                if not isinstance(column, h5py.Dataset):
+                    raise ValueError(
+                        f"{path}: {key} is a group; D4RL stores one array there"
+                    )
+            return _clean(columns, task, path)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{path} is a damaged or incomplete HDF5 file ({error}); get it again"
         ) from error
-    if missing := [key for key in REQUIRED if key not in raw]:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}; it holds {found or 'nothing'}; D4RL's "
-            f"schema needs {', '.join(REQUIRED)}"
-        )
-    return validate(raw, task, path)
 
 
 def _what_instead(path: Path) -> str:
@@ -174,12 +218,6 @@ def _what_instead(path: Path) -> str:
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, so the download failed; check its address"
     return "its first bytes are not HDF5's; download it again"
-
-
-def _read(file: h5py.File, key: str, path: Path) -> np.ndarray:
-    if not isinstance(file[key], h5py.Dataset):
-        raise ValueError(f"{path}: {key} is a group; D4RL stores one array there")
-    return file[key][()]
 
 
 def validate(
@@ -198,18 +236,28 @@ def validate(
         ValueError: wrong shape, type or length, a value that is not finite in float32,
             an action outside [-1, 1], a flag that is not 0 or 1. Names file, key, row.
     """
-    facts = envs.task(task)
-    raw = {key: np.asarray(raw[key]) for key in REQUIRED + OPTIONAL if key in raw}
-    for key, values in raw.items():
-        if values.dtype.kind not in "fiub":
+    columns = {k: np.asarray(raw[k]) for k in REQUIRED + OPTIONAL if k in raw}
+    return _clean(columns, task, path)
+
+
+def _clean(
+    columns: dict[str, np.ndarray | h5py.Dataset], task: str, path: Path | str
+) -> dict[str, np.ndarray]:
+    """`validate`; columns of a file are read one by one, so a float64 file is not in
+    memory beside its float32 copy."""
+    shapes = {}
+    for key, column in columns.items():
+        if column.dtype.kind not in "fiub":
             raise ValueError(
-                f"{path}: {key} has type {values.dtype}; numbers are needed"
+                f"{path}: {key} has type {column.dtype}; numbers are needed"
             )
-        if key in ("rewards", *FLAGS) and values.ndim == 2 and values.shape[1] == 1:
-            raw[key] = values[:, 0]
-    _check_shapes(raw, facts, path)
+        shapes[key] = column.shape
+        if key in ("rewards", *FLAGS) and column.shape[1:] == (1,):
+            shapes[key] = column.shape[:1]
+    _check_shapes(shapes, envs.task(task), path)
     clean = {}
-    for key, values in raw.items():
+    for key, column in columns.items():
+        values = column[()].reshape(shapes[key])
         if key in FLAGS:
             _reject(~np.isin(values, (0, 1)), values, key, path, "flags are 0 or 1")
             clean[key] = values.astype(bool)
@@ -219,9 +267,10 @@ def validate(
         _reject(
             ~np.isfinite(cast), values, key, path, "values must be finite in float32"
         )
+        if key == "actions":
+            outside = np.abs(cast) > ACTION_BOUND
+            _reject(outside, values, key, path, "actions must be within [-1, 1]")
         clean[key] = cast
-    outside = np.abs(clean["actions"]) > ACTION_BOUND
-    _reject(outside, raw["actions"], "actions", path, "actions must be within [-1, 1]")
     return clean
 
 
@@ -239,17 +288,17 @@ def _reject(
 
 
 def _check_shapes(
-    raw: dict[str, np.ndarray], facts: envs.Task, path: Path | str
+    shapes: dict[str, tuple[int, ...]], facts: envs.Task, path: Path | str
 ) -> None:
     widths = {"observations": facts.state_dim, "actions": facts.action_dim}
     widths["next_observations"] = facts.state_dim
-    for key, values in raw.items():
+    for key, shape in shapes.items():
         wanted = 2 if key in widths else 1
-        if values.ndim != wanted:
+        if len(shape) != wanted:
             raise ValueError(
-                f"{path}: {key} has shape {values.shape}; expected {wanted} dimension(s)"
+                f"{path}: {key} has shape {shape}; expected {wanted} dimension(s)"
             )
-    dims = raw["observations"].shape[1], raw["actions"].shape[1]
+    dims = shapes["observations"][1], shapes["actions"][1]
     if dims != (facts.state_dim, facts.action_dim):
         fits = [
             name
@@ -261,15 +310,15 @@ def _check_shapes(
             f"{' or '.join(fits) or 'no robot known here'}; {facts.name} needs "
             f"{facts.state_dim} and {facts.action_dim}"
         )
-    rows = len(raw["observations"])
-    for key, values in raw.items():
-        if len(values) != rows:
+    rows = shapes["observations"][0]
+    for key, shape in shapes.items():
+        if shape[0] != rows:
             raise ValueError(
-                f"{path}: {key} has {len(values)} rows, observations has {rows}"
+                f"{path}: {key} has {shape[0]} rows, observations has {rows}"
             )
-        if key in widths and values.shape[1] != widths[key]:
+        if key in widths and shape[1] != widths[key]:
             raise ValueError(
-                f"{path}: {key} has width {values.shape[1]}; expected {widths[key]}"
+                f"{path}: {key} has width {shape[1]}; expected {widths[key]}"
             )
     if rows < 2:
         raise ValueError(f"{path}: {rows} row(s); a dataset needs at least 2")
@@ -351,28 +400,42 @@ def timeout_flags(raw: dict[str, np.ndarray], horizon: int) -> np.ndarray:
     return flags
 
 
+def episode_bounds(raw: dict[str, np.ndarray], task: str) -> np.ndarray:
+    """First row of each complete episode, then the row after the last one (E + 1,).
+
+    Antmaze episodes end by time-out alone: its terminals mark rows at the goal, where
+    the collector walked on.
+    """
+    facts = envs.task(task)
+    ends = timeout_flags(raw, facts.horizon)
+    if facts.robot != "antmaze":
+        ends = ends | raw["terminals"].astype(bool)
+    return np.concatenate([[0], np.flatnonzero(ends) + 1])
+
+
+def episode_returns(raw: dict[str, np.ndarray], task: str) -> np.ndarray:
+    """Raw returns (E,) float64 of the complete episodes."""
+    totals = np.concatenate([[0.0], np.cumsum(raw["rewards"], dtype=np.float64)])
+    return np.diff(totals[episode_bounds(raw, task)])
+
+
 def statistics(raw: dict[str, np.ndarray], task: str) -> dict[str, Any]:
     """Counts, raw returns and lengths of complete episodes, and the range of actions.
 
-    Antmaze episodes end by time-out alone: its terminals mark rows at the goal, where
-    the collector walked on. All values are plain numbers; those of no episode are None.
+    All values are plain numbers; those of no episode are None.
     """
-    facts = envs.task(task)
-    over = timeout_flags(raw, facts.horizon)
-    ends = over if facts.robot == "antmaze" else over | raw["terminals"].astype(bool)
-    bounds = np.concatenate([[0], np.flatnonzero(ends) + 1])
-    totals = np.concatenate([[0.0], np.cumsum(raw["rewards"], dtype=np.float64)])
-    actions = raw["actions"]
+    bounds, rows = episode_bounds(raw, task), len(raw["rewards"])
+    over = timeout_flags(raw, envs.task(task).horizon)
     return {
-        "rows": len(ends),
+        "rows": rows,
         "episodes": len(bounds) - 1,
-        "unfinished_rows": len(ends) - int(bounds[-1]),
+        "unfinished_rows": rows - int(bounds[-1]),
         "terminals": int(raw["terminals"].sum()),
         "timeouts": int(over.sum()),
-        "return": _summary(np.diff(totals[bounds])),
+        "return": _summary(episode_returns(raw, task)),
         "length": _summary(np.diff(bounds)),
-        "action_min": float(actions.min()),
-        "action_max": float(actions.max()),
+        "action_min": float(raw["actions"].min()),
+        "action_max": float(raw["actions"].max()),
     }
 
 
@@ -398,18 +461,49 @@ def resolve(
     Args:
         task: D4RL task name.
         source: one of SOURCES. `auto` takes the first that answers: `path`; D4RL's
-            folder (`D4RL_DATASET_DIR` or ~/.d4rl/datasets); the d4rl package's download;
-            the self-collected stand-in.
+            folder (`D4RL_DATASET_DIR` or ~/.d4rl/datasets); a download from D4RL's
+            server into it; the self-collected stand-in.
         path: HDF5 file, or `minari:` and a Minari id.
         cache_dir: where stand-ins are kept; default `CORL_DARE_CACHE` or
             ~/.cache/corl_dare.
-        rows: size of a stand-in that has to be collected (default 200 000); other
-            sources ignore it.
+        rows: size of a stand-in that has to be collected (default 200 000, and D4RL's
+            own size for medium-replay); other sources ignore it.
 
     Raises:
         ValueError: unknown task or source, no source has the data, or bad data.
-        RuntimeError: a forced source does not have the data, or its package is missing.
+        RuntimeError: a forced source does not have the data, a package is missing, or
+            the stand-in cannot be written.
     """
+    raw, provenance = find(task, source, path, cache_dir, rows)
+    facts, returns = statistics(raw, task), episode_returns(raw, task)
+    true_ends = provenance["source"] == "minari"
+    if not true_ends:
+        raw.pop("next_observations", None)  # D4RL's rules do not read it
+    try:
+        arrays = qlearning_dataset(raw, true_ends, envs.task(task).horizon)
+    except ValueError as error:
+        raise ValueError(f"{provenance['path']}: {error}") from error
+    counts = {"rows": len(arrays["rewards"]), "rows_raw": len(raw["rewards"])}
+    message = (
+        f"dataset {task}: {provenance['label']}, source {provenance['source']}, "
+        f"{provenance['path']}, {counts['rows']} transitions"
+    )
+    if "warning" in provenance:
+        message += f"; WARNING: {provenance['warning']}"
+    print(message)
+    versions = {"h5py_version": h5py.__version__, "numpy_version": np.__version__}
+    provenance = {**provenance, **counts, **versions, "message": message}
+    return Dataset(task, arrays, provenance, facts, returns)
+
+
+def find(
+    task: str,
+    source: str = "auto",
+    path: Path | str | None = None,
+    cache_dir: Path | str | None = None,
+    rows: int | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The raw rows of a task, as of `validate`, and where they come from; see `resolve`."""
     envs.task(task)
     if source not in SOURCES:
         raise ValueError(f"dataset_source {source!r} is not one of {', '.join(SOURCES)}")
@@ -428,10 +522,10 @@ def resolve(
         return _from_file(task, source, _stand_in(task, cache_dir, rows))
 
     reasons = []
-    for name, find in (("d4rl_dir", _in_d4rl_dir), ("d4rl", _download)):
+    for name, get in (("d4rl_dir", _in_d4rl_dir), ("d4rl", _download)):
         if source in ("auto", name):
             try:
-                return _from_file(task, name, find(task))
+                return _from_file(task, name, get(task))
             except _NotFound as error:
                 reasons.append(f"{name}: {error}")
     if source != "auto":
@@ -455,10 +549,6 @@ def _d4rl_dir() -> Path:
     return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def _in_d4rl_dir(task: str) -> Path:
     try:
         path = _d4rl_dir() / file_name(task)
@@ -470,48 +560,25 @@ def _in_d4rl_dir(task: str) -> Path:
 
 
 def _download(task: str) -> Path:
-    """Download by the d4rl package into D4RL's folder.
-
-    d4rl writes straight to the final name and never checks it. Here the file appears
-    there only when complete, and with D4RL's checksum where that is known.
-    """
+    """Download into D4RL's folder, where d4rl looks, too; D4RL's checksum or nothing."""
     try:
-        # The distribution, not the module: a shim of that name cannot download.
-        importlib.metadata.version("d4rl")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise _NotFound("the package is not installed") from error
-    folder = _d4rl_dir()
-    timeout = socket.getdefaulttimeout()
+        address = url(task)
+    except ValueError as error:
+        raise _NotFound(str(error)) from error
+    target, server = _d4rl_dir() / file_name(task), _server()
+    if target.is_file():
+        return target
+    if not server:
+        raise _NotFound("downloads are switched off (CORL_DARE_D4RL_URL is empty)")
+    if server in _unreachable:
+        raise _NotFound(_unreachable[server])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        import d4rl.infos
-        import d4rl.offline_env
-
-        url = d4rl.infos.DATASET_URLS[task]
-        target = folder / url.rpartition("/")[2]
-        if target.is_file():
-            return target
-        before = d4rl.offline_env.DATASET_PATH
-        with tempfile.TemporaryDirectory(dir=folder) as part:
-            d4rl.offline_env.set_dataset_path(part)
-            socket.setdefaulttimeout(30.0)
-            try:
-                fetched = Path(d4rl.offline_env.download_dataset_from_url(url))
-            finally:
-                d4rl.offline_env.set_dataset_path(before)
-                socket.setdefaulttimeout(timeout)
-            size, digest = known_files().get(task, (None, None))
-            if digest is not None and collect.sha256(fetched) != digest:
-                raise _NotFound(
-                    f"the download has {fetched.stat().st_size} bytes and not D4RL's "
-                    f"checksum (D4RL's file has {size} bytes)"
-                )
-            collect.publish(fetched, target)
-            return target
-    except _NotFound:
-        raise
-    except Exception as error:  # whatever an old package and a network can raise
-        raise _NotFound(f"the download failed ({_one_line(error)})") from error
+        return download.download(address, target, *known_files().get(task, ()))
+    except download.Unreachable as error:
+        _unreachable[server] = str(error)
+        raise _NotFound(str(error)) from error
+    except download.DownloadError as error:
+        raise _NotFound(str(error)) from error
 
 
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
@@ -521,109 +588,72 @@ def cache_folder(cache_dir: Path | str | None = None) -> Path:
 
 
 def _stand_in(task: str, cache_dir: Path | str | None, rows: int | None) -> Path:
-    folder = cache_folder(cache_dir) / "datasets"
-    rows = collect.STAND_IN_ROWS if rows is None else rows
+    rows = collect.default_rows(task) if rows is None else rows
+    return collect.collect(task, rows, _stand_in_file(task, cache_dir, rows))
+
+
+def _stand_in_file(task: str, cache_dir: Path | str | None, rows: int) -> Path:
     # A new release may ship other policies: their files must not be taken for these.
     digests = "".join(f"-{digest[:8]}" for digest in collect.fingerprint(task).values())
-    return collect.collect(task, rows, folder / f"{task}-{rows}{digests}.hdf5")
+    return cache_folder(cache_dir) / "datasets" / f"{task}-{rows}{digests}.hdf5"
 
 
-def _from_file(task: str, source: str, path: Path) -> Dataset:
+def _from_file(
+    task: str, source: str, path: Path
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     raw = load_hdf5(path, task)
     digest = collect.sha256(path)
-    names = {known: name for name, (_, known) in known_files().items()}
     with h5py.File(path) as file:
         made = collect.attributes(file)
-    collected = str(made.get("source")) == "self-collected"
-    if digest in names:
-        label = f"D4RL's own file of {names[digest]} (checksum matches)"
-    elif collected:
-        label = "self-collected stand-in (not D4RL data)"
-        if made.get("task") != task:
-            label += f", made for {made.get('task')}"
-    else:
-        label = "unknown file (not D4RL's checksum)"
-        size = known_files().get(task, (None,))[0]
-        if source != "file" and size and path.stat().st_size < size:
-            label += f", shorter than D4RL's {size} bytes"
+    known = {known: name for name, (_, known) in known_files().items()}.get(digest)
     provenance = {
         "source": source,
         "path": str(path),
         "sha256": digest,
-        "recognised": names.get(digest) == task,
-        "label": label,
+        "recognised": known == task,
+        "label": _label(task, source, path, known, made),
     }
-    if collected:
+    if made.get("source") == "self-collected":
         provenance["collected"] = made
-    return _finish(task, raw, provenance, keep_timeouts=False)
+    return raw, provenance
 
 
-def _from_minari(task: str, source: str, name: str) -> Dataset:
+def _label(task: str, source: str, path: Path, known: str | None, made: dict) -> str:
+    if known is not None:
+        return f"D4RL's own file of {known} (checksum matches)"
+    if made.get("source") == "self-collected":
+        label = "self-collected stand-in (not D4RL data)"
+        if "mix" in made:
+            label += f", {made['share']:.0%} of its rows by the {made['mix']} policy"
+        if made.get("task") != task:
+            label += f", made for {made.get('task')}"
+        return label
+    label = "unknown file (not D4RL's checksum)"
+    size = known_files().get(task, (None,))[0]
+    if "exported_from" in made:
+        label += f", exported from {made['exported_from']}"
+    elif source != "file" and size and path.stat().st_size < size:
+        label += f", shorter than D4RL's {size} bytes"
+    return label
+
+
+def _from_minari(
+    task: str, source: str, name: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if source not in ("auto", "minari"):
         raise ValueError(
             f"dataset_path is a Minari id, but dataset_source is {source!r}"
         )
-    try:
-        import minari
-    except ImportError as error:
-        raise RuntimeError(
-            f"the dataset minari:{name} needs the package minari ({error}); "
-            'pip install "minari[hdf5]"'
-        ) from error
-    try:
-        stored = minari.load_dataset(name, download=True)
-        raw = _stack_episodes(stored.iterate_episodes())
-    except Exception as error:  # a missing id, a network, a damaged folder: minari's own
-        raise RuntimeError(
-            f"minari cannot load {name!r} ({_one_line(error)})"
-        ) from error
-    raw = validate(raw, task, f"minari:{name}")
-    provenance = {
+    raw = validate(convert.from_minari(name), task, f"minari:{name}")
+    return raw, {
         "source": "minari",
         "path": f"minari:{name}",
         "sha256": _hash_arrays(raw),
         "recognised": False,
         "label": f"Minari dataset {name} (not D4RL data)",
-        "minari_version": minari.__version__,
+        "warning": convert.caveat(name),
+        "minari_version": convert.import_minari(name).__version__,
     }
-    return _finish(task, raw, provenance, keep_timeouts=True)
-
-
-def _finish(
-    task: str, raw: dict[str, np.ndarray], provenance: dict, keep_timeouts: bool
-) -> Dataset:
-    try:
-        arrays = qlearning_dataset(raw, keep_timeouts, envs.task(task).horizon)
-    except ValueError as error:
-        raise ValueError(f"{provenance['path']}: {error}") from error
-    counts = {"rows": len(arrays["rewards"]), "rows_raw": len(raw["rewards"])}
-    message = (
-        f"dataset {task}: {provenance['label']}, source {provenance['source']}, "
-        f"{provenance['path']}, {counts['rows']} transitions"
-    )
-    print(message)
-    versions = {"h5py_version": h5py.__version__, "numpy_version": np.__version__}
-    provenance = {**provenance, **counts, **versions, "message": message}
-    return Dataset(task, arrays, provenance, statistics(raw, task))
-
-
-def _stack_episodes(episodes: Any) -> dict[str, np.ndarray]:
-    parts: dict[str, list[np.ndarray]] = {key: [] for key in REQUIRED + OPTIONAL}
-    for episode in episodes:
-        states = episode.observations
-        if isinstance(states, dict):  # a goal environment; D4RL's state starts with xy
-            states = [states["achieved_goal"], states["observation"]]
-            states = np.concatenate(states, axis=1)
-        parts["observations"].append(states[:-1])
-        parts["next_observations"].append(states[1:])
-        parts["actions"].append(episode.actions)
-        parts["rewards"].append(episode.rewards)
-        parts["terminals"].append(episode.terminations)
-        # An episode with neither flag was cut by a reset, which is a time-out for us.
-        cut = np.array(episode.truncations, dtype=bool)
-        cut[-1] |= not episode.terminations[-1]
-        parts["timeouts"].append(cut)
-    return {key: np.concatenate(part) for key, part in parts.items()}
 
 
 def _hash_arrays(arrays: dict[str, np.ndarray]) -> str:
@@ -664,6 +694,15 @@ def card(dataset: Dataset) -> str:
             ("", _four(_scores(task, theirs), "normalized", 1)),
         ]
     lines.append(("actions", f"{stats['action_min']:.6f} … {stats['action_max']:.6f}"))
+    if "collected" in facts:
+        made = facts["collected"]
+        lines.append(("seed", made["seed"]))
+        lines.append(("policies", made["policies"]))
+    versions = {**facts, **facts.get("collected", {})}.items()
+    named = [f"{k[:-8]} {v}" for k, v in versions if k.endswith("_version")]
+    lines.append(("versions", ", ".join(named)))
+    if "warning" in facts:
+        lines.append(("warning", facts["warning"]))
     return "\n".join(f"{name:<9} {text}".rstrip() for name, text in lines)
 
 
@@ -682,19 +721,223 @@ def _four(summary: dict[str, float | None], unit: str, digits: int) -> str:
     return f"{mean} ± {std} ({low} … {high}) {unit}"
 
 
+def plot_returns(dataset: Dataset, out: Path) -> None:
+    """Histogram of the complete episodes' raw returns; D4RL's mean and width beside it.
+
+    Raises:
+        ValueError: no complete episode, or a type of picture that nobody can draw.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    if not len(dataset.returns):
+        raise ValueError(f"{dataset.task}: no complete episode to plot")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    label = f"{len(dataset.returns)} episodes, {dataset.provenance['label']}"
+    axes.hist(dataset.returns, bins=50, color="tab:blue", label=label)
+    mean = dataset.returns.mean()
+    axes.axvline(mean, color="black", label=f"their mean, {mean:.4g}")
+    published = D4RL_RETURNS.get(dataset.task.removesuffix("-v2"))
+    if published is not None:
+        center, width = published[:2]
+        axes.axvline(center, color="tab:orange", label=f"D4RL's mean, {center:.4g}")
+        low, high = center - width, center + width
+        style = {"color": "tab:orange", "alpha": 0.2, "zorder": 0}
+        axes.axvspan(low, high, **style, label="D4RL's mean ± 1 std")
+    axes.set_xlabel("return of an episode (raw)")
+    axes.set_ylabel("episodes")
+    axes.set_title(dataset.task)
+    figure.legend(loc="outside lower center", fontsize=7)
+    form = out.suffix.removeprefix(".") or "png"
+    part = out.with_name(f".{out.name}.part")
+    try:
+        figure.savefig(part, dpi=150, format=form)
+        collect.publish(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- all tasks
+
+
+def overview(cache_dir: Path | str | None = None) -> str:
+    """A table of every task: where its data would come from, rows, D4RL's return.
+
+    Looks at names and folders only; nothing is loaded, downloaded or collected, so it
+    cannot know whether D4RL's server would answer before a stand-in is taken.
+    """
+    lines = [("task", "source", "rows", "D4RL's return")]
+    for task in envs.task_names():
+        published = D4RL_RETURNS.get(task.removesuffix("-v2"))
+        figures = "{:.2f} ± {:.2f}".format(*published) if published else "not known"
+        lines.append((task, *_would_come_from(task, cache_dir), figures))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    rows = [
+        "  ".join(
+            (text.rjust if i == 2 else text.ljust)(widths[i])
+            for i, text in enumerate(line)
+        ).rstrip()
+        for line in lines
+    ]
+    if _server():
+        rows.append(f"Before a stand-in is taken, {_server()} is asked for D4RL's file.")
+    return "\n".join(rows)
+
+
+def _would_come_from(task: str, cache_dir: Path | str | None) -> tuple[str, str]:
+    """Source and rows of a task."""
+    try:
+        path = _in_d4rl_dir(task)
+        with h5py.File(path) as file:
+            return f"{path}", str(len(file["rewards"]))
+    except _NotFound:
+        pass
+    except (OSError, KeyError, TypeError) as error:
+        return f"{path}: unreadable ({error})", "-"
+    try:
+        rows = collect.default_rows(task)
+        found = _stand_in_file(task, cache_dir, rows)
+        if found.exists():
+            return f"self-collected, {found}", str(rows)
+        return "self-collected (not yet made)", str(rows)
+    except collect.NotCollectable:
+        return "D4RL's server, if it answers, or --path", str(
+            D4RL_ROWS[task.removesuffix("-v2")]
+        )
+
+
+def report(out: Path, cache_dir: Path | str | None, rows: int | None) -> None:
+    """Make every stand-in there can be, and write a table of them against D4RL's data."""
+    head = "| task | rows | episodes | return, mean ± std (min … max) | normalized | "
+    lines = [
+        "# Self-collected stand-ins beside D4RL's data",
+        "",
+        "Returns of complete episodes, raw and D4RL-normalized. `within` says whether the",
+        "stand-in's mean lies within D4RL's mean ± 1 std.",
+        "",
+        head + "D4RL's rows | D4RL's mean ± std | normalized | within | sha256 |",
+        "|---" * 10 + "|",
+    ]
+    missing = []
+    for task in envs.task_names():
+        try:
+            collect.fingerprint(task)
+        except collect.NotCollectable:
+            missing.append(task)
+            continue
+        lines.append(_report_row(resolve(task, "self-collected", None, cache_dir, rows)))
+    size = "" if rows is None else f" --rows {rows}"
+    lines += [
+        "",
+        f"No stand-in: {', '.join(missing) or 'none is missing'}.",
+        "",
+        f"Command: `python -m corl_dare.datasets --report {out}{size}`, "
+        + ", ".join(f"{k[:-8]} {v}" for k, v in collect.versions().items())
+        + f", {platform.machine()}.",
+    ]
+    part = out.with_name(out.name + ".part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text("\n".join(lines) + "\n")
+    collect.publish(part, out)
+
+
+def _report_row(dataset: Dataset) -> str:
+    stats, task = dataset.statistics, dataset.task
+    mine, published = stats["return"], D4RL_RETURNS.get(task.removesuffix("-v2"))
+    own, own_score = "no complete episode", ""
+    if mine["mean"] is not None:
+        own = "{mean:.0f} ± {std:.0f} ({min:.0f} … {max:.0f})".format(**mine)
+        own_score = f"{envs.normalized_score(task, mine['mean']):.1f}"
+    theirs, their_score, within = "not known", "", ""
+    if published is not None:
+        mean, std = published[:2]
+        theirs = f"{mean:.0f} ± {std:.0f}"
+        their_score = f"{envs.normalized_score(task, mean):.1f}"
+        if mine["mean"] is not None:
+            within = "yes" if abs(mine["mean"] - mean) <= std else "**no**"
+    cells = [
+        task,
+        str(stats["rows"]),
+        str(stats["episodes"]),
+        own,
+        own_score,
+        str(D4RL_ROWS[task.removesuffix("-v2")]),
+        theirs,
+        their_score,
+        within,
+        f"`{dataset.provenance['sha256'][:12]}`",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def export(dataset: Dataset, form: str, target: str) -> None:
+    """Write all raw rows as D4RL's HDF5 file (`d4rl`) or a local Minari dataset (`minari`).
+
+    Raises:
+        ValueError, RuntimeError: as of `convert.to_d4rl` and `convert.to_minari`.
+    """
+    task, facts = dataset.task, dataset.provenance
+    source = "minari" if facts["source"] == "minari" else "file"
+    raw, _ = find(task, source, facts["path"])  # q-learning arrays lack some rows
+    if form == "minari":
+        bounds = episode_bounds(raw, task)
+        if bounds[-1] < len(raw["rewards"]):
+            bounds = np.append(bounds, len(raw["rewards"]))
+        about = f"{task}: {facts['label']}, sha256 {facts['sha256']}"
+        print(f"wrote {convert.to_minari(raw, bounds, task, target, about)}")
+    else:
+        original = None if source == "minari" else Path(facts["path"])
+        about = f"{facts['label']}, {facts['path']}, sha256 {facts['sha256']}"
+        print(f"wrote {convert.to_d4rl(raw, about, Path(target), original)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Find a dataset and print its card.")
-    parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")
+    parser.add_argument("task", nargs="?", help="D4RL name, such as hopper-medium-v2")
     parser.add_argument("--source", choices=SOURCES, default="auto")
     parser.add_argument("--path", help="HDF5 file, or minari:ID")
     parser.add_argument("--cache_dir", type=Path, help="where stand-ins are kept")
     parser.add_argument("--rows", type=int, help="size of a stand-in to collect")
+    parser.add_argument("--plot", type=Path, help="write a histogram of returns (PNG)")
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("FORMAT", "TARGET"),
+        help="d4rl FILE, or minari ID: write the dataset in that format",
+    )
+    parser.add_argument("--all", action="store_true", help="a line for every task")
+    parser.add_argument("--report", type=Path, help="compare all stand-ins with D4RL's")
     args = parser.parse_args()
+    if (args.task is not None) + args.all + (args.report is not None) != 1:
+        parser.error("give one task, or --all, or --report FILE")
+    if args.task is None and (args.plot or args.export or args.path):
+        parser.error("--plot, --export and --path belong to one task")
+    if args.export and args.export[0] not in FORMATS:
+        parser.error(
+            f"--export {args.export[0]}: the formats are {' and '.join(FORMATS)}"
+        )
     try:
-        found = resolve(args.task, args.source, args.path, args.cache_dir, args.rows)
-    except (ValueError, RuntimeError) as error:
+        if args.all:
+            print(overview(args.cache_dir))
+        elif args.report:
+            report(args.report, args.cache_dir, args.rows)
+        else:
+            _one_task(args)
+    except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _one_task(args: argparse.Namespace) -> None:
+    found = resolve(args.task, args.source, args.path, args.cache_dir, args.rows)
     print(card(found))
+    if args.plot:
+        plot_returns(found, args.plot)
+        print(f"wrote {args.plot}")
+    if args.export:
+        export(found, *args.export)
 
 
 if __name__ == "__main__":

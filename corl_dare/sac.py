@@ -8,9 +8,11 @@ actions, because sampled actions are what D4RL's datasets hold.
     python -m corl_dare.sac hopper --steps 300000 --out sac/hopper
 
 An interrupted run goes on when the command is repeated (from a new episode). The snapshot that
-`collect.py` is to use as a level is shipped, with its returns, by
+`collect.py` is to use as a level, and the series that its replay data comes from, are shipped
+with their returns by
 
     python -m corl_dare.sac hopper --out sac/hopper --ship 255000 --level medium
+    python -m corl_dare.sac hopper --out sac/hopper --ship 30000 80000 255000 --level series
 """
 
 import argparse
@@ -33,6 +35,7 @@ from tqdm import tqdm
 from corl_dare import envs
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+WARMUP = 5_000  # first steps of a training, which act uniformly
 POLICY_DIR = Path(__file__).parent / "policies"  # shipped with the package
 
 
@@ -53,23 +56,39 @@ class TanhGaussianPolicy(nn.Module):
         self, states: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States (B, S), normal noise (B, A) -> actions (B, A), log-density (B,) in nats."""
-        mean, log_std = self.net(states).chunk(2, dim=-1)
-        log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        mean, log_std = self._mean_and_log_std(states)
         u = mean + log_std.exp() * noise
-        normal = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        # log(1 - tanh(u)^2), in the form that does not overflow
-        jacobian = (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
-        return torch.tanh(u), normal - jacobian
+        return torch.tanh(u), _log_density(noise, log_std, u)
 
     def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Log-density (B,) in nats of actions (B, A); those on the bounds are moved inside."""
+        inside = actions.clamp(-1 + 1e-6, 1 - 1e-6)
+        return self.log_prob_of_tanh(states, torch.atanh(inside))
+
+    def log_prob_of_tanh(self, states: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Log-density (B,) in nats of tanh(u), u (B, A): exact where tanh rounds to 1."""
+        mean, log_std = self._mean_and_log_std(states)
+        return _log_density((u - mean) * (-log_std).exp(), log_std, u)
+
+    def pre_tanh(self, states: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The u (B, A) whose tanh `forward` returns for the same noise (B, A)."""
+        mean, log_std = self._mean_and_log_std(states)
+        return mean + log_std.exp() * noise
+
+    def _mean_and_log_std(
+        self, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_std = self.net(states).chunk(2, dim=-1)
-        log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-        u = torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))
-        noise = (u - mean) * (-log_std).exp()
-        normal = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        jacobian = (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
-        return normal - jacobian
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+
+def _log_density(
+    noise: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
+    normal = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    # log(1 - tanh(u)^2), in the form that does not overflow
+    jacobian = (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
+    return normal - jacobian
 
 
 class TwinQ(nn.Module):
@@ -189,7 +208,32 @@ def save_policy(policy: TanhGaussianPolicy, path: Path, half: bool = False) -> N
 
 def load_policy(path: Path) -> TanhGaussianPolicy:
     """Read a policy of `save_policy` as float32, on the CPU, frozen."""
-    tensors = {k: v.float() for k, v in load_file(path).items()}
+    return _policy(load_file(path))
+
+
+def save_series(policies: dict[int, TanhGaussianPolicy], path: Path) -> None:
+    """Write the policies of several training steps as one float16 safetensors file."""
+    tensors = {
+        f"{step}/{key}": value.detach().cpu().half()
+        for step, policy in policies.items()
+        for key, value in policy.state_dict().items()
+    }
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    os.replace(part, path)
+
+
+def load_series(path: Path) -> dict[int, TanhGaussianPolicy]:
+    """Read a file of `save_series`: training step -> policy as of `load_policy`, ascending."""
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(path).items():
+        step, _, name = key.partition("/")
+        weights.setdefault(int(step), {})[name] = value
+    return {step: _policy(weights[step]) for step in sorted(weights)}
+
+
+def _policy(tensors: dict[str, torch.Tensor]) -> TanhGaussianPolicy:
+    tensors = {k: v.float() for k, v in tensors.items()}
     hidden, state_dim = tensors["net.0.weight"].shape
     policy = TanhGaussianPolicy(state_dim, tensors["net.4.weight"].shape[0] // 2, hidden)
     policy.load_state_dict(tensors)
@@ -215,7 +259,7 @@ def train(
     out: Path,
     seed: int = 0,
     snapshot_every: int = 10_000,
-    warmup: int = 5_000,
+    warmup: int = WARMUP,
     batch_size: int = 256,
     device: str = "cpu",
 ) -> None:
@@ -292,28 +336,72 @@ def ship(robot: str, out: Path, step: int, level: str) -> None:
     """
     name = f"{robot}_{level}.safetensors"
     POLICY_DIR.mkdir(exist_ok=True)
-    save_policy(
-        load_policy(out / f"policy_{step:07d}.safetensors"), POLICY_DIR / name, half=True
-    )
+    save_policy(load_policy(snapshot(out, step)), POLICY_DIR / name, half=True)
+    policy = load_policy(POLICY_DIR / name)
+    facts = {"step": step, **_evaluated(robot, policy, episodes=100)}
+    _to_manifest(robot, level, out, facts, f"snapshot {step}")
+
+
+def ship_series(robot: str, out: Path, steps: list[int]) -> None:
+    """Make the snapshots of `steps` the shipped series of a robot and write it to the manifest.
+
+    Ten episodes of sampled actions per float16 policy say where the training stood.
+    """
+    name = f"{robot}_series.safetensors"
+    POLICY_DIR.mkdir(exist_ok=True)
+    steps = sorted(set(steps))
+    save_series({s: load_policy(snapshot(out, s)) for s in steps}, POLICY_DIR / name)
+    returns = [
+        _evaluated(robot, policy, episodes=10)
+        for policy in load_series(POLICY_DIR / name).values()
+    ]
+    facts = {"steps": steps, "warmup": WARMUP, "episodes": 10}
+    for key in ("return_mean", "return_std"):
+        facts[key] = [evaluated[key] for evaluated in returns]
+    _to_manifest(robot, "series", out, facts, "series of the snapshots in steps")
+
+
+def snapshot(out: Path, step: int) -> Path:
+    """The file of a training's snapshot; ValueError names the steps there are, if not this."""
+    path = out / f"policy_{step:07d}.safetensors"
+    if not path.is_file():
+        there = sorted(
+            int(p.stem.split("_")[1]) for p in out.glob("policy_*.safetensors")
+        )
+        raise ValueError(
+            f"no snapshot of step {step} in {out}; it has {', '.join(map(str, there))}"
+        )
+    return path
+
+
+def _evaluated(robot: str, policy: TanhGaussianPolicy, episodes: int) -> dict:
     facts = envs.ROBOTS[robot]
     agent = SAC(facts.state_dim, facts.action_dim, "cpu", seed=0)
-    agent.policy = load_policy(POLICY_DIR / name)
-    returns = sampled_returns(agent, robot, 100, seed=20_000)
-    manifest_file = POLICY_DIR / "manifest.json"
-    manifest = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
+    agent.policy = policy
+    returns = sampled_returns(agent, robot, episodes, seed=20_000)
+    return {
+        "return_mean": round(float(returns.mean()), 2),
+        "return_std": round(float(returns.std()), 2),
+        "episodes": episodes,
+    }
+
+
+def _to_manifest(robot: str, level: str, out: Path, facts: dict, what: str) -> None:
+    name = f"{robot}_{level}.safetensors"
+    path = POLICY_DIR / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.exists() else {}
     manifest[name] = {
         "robot": robot,
         "level": level,
-        "step": step,
-        "return_mean": round(float(returns.mean()), 2),
-        "return_std": round(float(returns.std()), 2),
-        "episodes": len(returns),
+        **facts,
         "sha256": hashlib.sha256((POLICY_DIR / name).read_bytes()).hexdigest(),
-        "command": f"python -m corl_dare.sac {robot} --seed 0, snapshot {step}",
+        "command": f"python -m corl_dare.sac {robot} --seed 0, {what}",
     }
-    manifest_file.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    os.replace(part, path)
     shutil.copy(out / "train.csv", POLICY_DIR / f"{robot}_train.csv")
-    print(f"{name}: return {returns.mean():.0f} ± {returns.std():.0f}, 100 episodes")
+    print(f"{name}: return {facts['return_mean']} ± {facts['return_std']}")
 
 
 def main() -> None:
@@ -326,16 +414,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--snapshot_every", type=int, default=10_000)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--ship", type=int, help="snapshot to ship instead of training")
     parser.add_argument(
-        "--level", choices=["medium", "expert"], help="what it is shipped as"
+        "--ship", type=int, nargs="+", help="snapshots to ship instead of training"
+    )
+    parser.add_argument(
+        "--level",
+        choices=["medium", "expert", "series"],
+        help="what they are shipped as",
     )
     args = parser.parse_args()
     if (args.ship is None) != (args.level is None):
         parser.error("--ship and --level belong together")
+    if args.ship and args.level != "series" and len(args.ship) > 1:
+        parser.error("a level is one snapshot; only --level series ships several")
     torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
     if args.ship is not None:
-        ship(args.robot, args.out, args.ship, args.level)
+        try:
+            if args.level == "series":
+                ship_series(args.robot, args.out, args.ship)
+            else:
+                ship(args.robot, args.out, args.ship[0], args.level)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
         return
     train(
         args.robot,

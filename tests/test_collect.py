@@ -3,12 +3,17 @@
 import hashlib
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import filelock
 import gymnasium as gym
 import h5py
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -45,6 +50,23 @@ def ship(folder, monkeypatch, robots=("hopper",), levels=("medium", "expert")):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setattr(collect, "POLICY_DIR", folder)
     return manifest
+
+
+def ship_series(folder, steps, warmup, robot="hopper"):
+    """Adds a series to the policies of `ship`; the policies by step."""
+    facts, name = envs.ROBOTS[robot], f"{robot}_series.safetensors"
+    policies = {}
+    for step in steps:
+        make_policy(folder / "one", facts.state_dim, facts.action_dim, seed=step)
+        policies[step] = sac.load_policy(folder / "one")
+    (folder / "one").unlink()
+    sac.save_series(policies, folder / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    facts = {"robot": robot, "level": "series", "steps": steps, "warmup": warmup}
+    manifest[name] = {**facts, "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return sac.load_series(folder / name)
 
 
 @pytest.fixture
@@ -187,7 +209,7 @@ def test_fall_at_the_time_limit_counts_as_time_out(tmp_path, monkeypatch):
 
 def test_episodes_come_whole_and_in_the_order_of_their_start():
     rows, seed = 4200, np.random.SeedSequence([5, 0])
-    found = collect.rollout(collect.Behavior("random"), "hopper", rows, seed, False)
+    found = collect.rollout(collect.Behavior("random"), "hopper", rows, seed)
 
     seeds = seed.generate_state(5)  # the generator's, then one per thousand rows
     generator = torch.Generator().manual_seed(int(seeds[0]))
@@ -237,6 +259,220 @@ def test_seam_flag_is_set_when_the_medium_half_is_cut_mid_episode(tmp_path, monk
     ship(tmp_path, monkeypatch, robots=("halfcheetah",))
     data, _ = read(run("halfcheetah-medium-expert-v2", 60, tmp_path / "both.hdf5"))
     assert np.flatnonzero(data["timeouts"]).tolist() == [29]
+
+
+# ---------------------------------------------------------------- replay
+
+
+def replay_rows(rows, steps, warmup, end):
+    """Which snapshot acts in each row, one training step at a time; 0 acts uniformly."""
+    found = []
+    for row in range(rows):
+        t = (row + 0.5) * end / rows
+        found.append(0 if t < warmup else min(steps, key=lambda step: abs(step - t)))
+    return found
+
+
+@pytest.mark.parametrize("kind, rows", [("medium-replay", 257), ("full-replay", 180)])
+def test_replay_comes_in_training_order_from_the_nearest_snapshot(
+    tmp_path, monkeypatch, kind, rows
+):
+    ship(tmp_path, monkeypatch)  # medium is step 1000
+    steps = [200, 500, 900, 1500, 2000]
+    policies = ship_series(tmp_path, steps, warmup=100)
+    data, attributes = read(run(f"hopper-{kind}-v2", rows, tmp_path / "x.hdf5"))
+    names = json.loads(attributes["policy_labels"])
+    found = [names[i] for i in data["infos/policy_label"]]
+    if kind == "medium-replay":
+        expected = replay_rows(rows, [s for s in steps if s <= 1000], 100, 1000)
+    else:
+        expected = replay_rows(rows, steps, 100, 2000)
+    expected = [f"step {s}" if s else "random" for s in expected]
+    differ = [i for i in range(rows) if found[i] != expected[i]]
+    assert len(differ) <= 2 * len(steps)  # rounding at the seams
+    assert names == list(dict.fromkeys(expected))
+    assert data["metadata/iteration"] == (900 if kind == "medium-replay" else 2000)
+    # The exact density under the snapshot that acted, in the row it acted in.
+    states, actions = (torch.from_numpy(data[k]) for k in ("observations", "actions"))
+    for i, name in enumerate(names):
+        rows_of = data["infos/policy_label"] == i
+        if name == "random":
+            density = np.full(rows_of.sum(), -A * np.log(2))
+        else:
+            policy = policies[int(name.removeprefix("step "))]
+            density = policy.log_prob(states[rows_of], actions[rows_of]).numpy()
+        given = data["infos/action_log_probs"][rows_of]
+        np.testing.assert_allclose(given, density, atol=1e-2)
+    seams = np.flatnonzero(np.diff(data["infos/policy_label"]))
+    assert (data["timeouts"] | data["terminals"])[seams].all()
+    assert not (data["timeouts"] & data["terminals"]).any()
+
+
+def test_medium_replay_is_sized_as_d4rls_and_needs_the_series(tmp_path, monkeypatch):
+    ship(tmp_path, monkeypatch)
+    assert collect.default_rows("hopper-medium-replay-v2") == 402_000
+    assert collect.default_rows("walker2d-medium-replay-v2") == 302_000
+    assert collect.default_rows("hopper-medium-v2") == collect.STAND_IN_ROWS
+    assert "medium-replay" not in collect.kinds("hopper")
+    ship_series(tmp_path, [2000], warmup=0)
+    assert collect.kinds("hopper")[-2:] == ["medium-replay", "full-replay"]
+    assert set(collect.fingerprint("hopper-medium-replay-v2")) == {"series", "medium"}
+    with pytest.raises(ValueError, match="series.* has no snapshot up to step 1000"):
+        run("hopper-medium-replay-v2", 50, tmp_path / "x")
+    data, _ = read(run("hopper-full-replay-v2", 50, tmp_path / "x"))
+    assert "infos/policy_label" not in data  # one snapshot alone, no warm-up
+
+
+def test_shipped_series_reaches_from_the_start_to_the_shipped_levels():
+    manifest = json.loads((collect.POLICY_DIR / "manifest.json").read_text())
+    for name, facts in manifest.items():
+        path = collect.POLICY_DIR / name
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == facts["sha256"]
+        assert path.stat().st_size < 1.5e6
+        if facts["level"] == "series":
+            assert list(sac.load_series(path)) == facts["steps"]
+            assert len(facts["return_mean"]) == len(facts["steps"])
+            levels = [
+                other["step"]
+                for other in manifest.values()
+                if other["robot"] == facts["robot"] and other["level"] != "series"
+            ]
+            assert levels and max(levels) <= facts["steps"][-1]
+            assert facts["steps"][0] <= 0.1 * facts["steps"][-1]
+
+
+def test_series_keeps_every_policy_rounded_to_float16(tmp_path):
+    policies = {}
+    for step in (30, 4, 100):
+        make_policy(tmp_path / "one", seed=step)
+        policies[step] = sac.load_policy(tmp_path / "one")
+    sac.save_series(policies, tmp_path / "x.safetensors")
+    found = sac.load_series(tmp_path / "x.safetensors")
+    assert list(found) == [4, 30, 100]
+    for step, policy in policies.items():
+        for key, value in policy.state_dict().items():
+            assert torch.equal(found[step].state_dict()[key], value.half().float())
+
+
+def test_ship_series_writes_the_file_and_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(sac, "POLICY_DIR", tmp_path / "policies")
+    monkeypatch.setattr(sac, "sampled_returns", lambda *a, **k: np.array([1.0, 3.0]))
+    for step in (10, 20):
+        make_policy(tmp_path / f"policy_{step:07d}.safetensors", seed=step)
+    (tmp_path / "train.csv").write_text("step\n")
+    command = f"sac hopper --out {tmp_path} --level series --ship"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "20", "10"])
+    sac.main()
+    facts = json.loads((tmp_path / "policies/manifest.json").read_text())
+    facts = facts["hopper_series.safetensors"]
+    assert (facts["steps"], facts["return_mean"]) == ([10, 20], [2.0, 2.0])
+    assert (facts["level"], facts["warmup"]) == ("series", sac.WARMUP)
+    monkeypatch.setattr(sys, "argv", [*command.split(), "30"])
+    with pytest.raises(SystemExit, match="no snapshot of step 30 .* it has 10, 20"):
+        sac.main()
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def float64_density(policy, states, actions):
+    """Of a tanh-Gaussian, from the weights, without the code under test."""
+    x = states.astype(np.float64)
+    for i in (0, 2, 4):
+        weight, bias = policy.net[i].weight.numpy(), policy.net[i].bias.numpy()
+        x = x @ weight.astype(np.float64).T + bias
+        x = np.maximum(x, 0) if i < 4 else x
+    mean, log_std = np.split(x, 2, axis=1)
+    a = actions.astype(np.float64)
+    normal = -0.5 * ((np.arctanh(a) - mean) / np.exp(log_std)) ** 2
+    normal -= log_std + 0.5 * math.log(2 * math.pi)
+    return (normal - np.log1p(-(a**2))).sum(1)
+
+
+@pytest.mark.parametrize("mix", ["expert", "random"])
+def test_mixture_carries_labels_and_both_densities_in_every_row(
+    tmp_path, monkeypatch, mix
+):
+    ship(tmp_path, monkeypatch)
+    path = run("hopper-medium-v2", 1000, tmp_path / "m.hdf5", mix=mix, share=0.3)
+    data, attributes = read(path)
+    assert json.loads(attributes["policy_labels"]) == ["medium", mix]
+    label = data["infos/policy_label"]
+    assert label.sum() == 300 and len(label) == 1000
+    own = sac.load_policy(tmp_path / "hopper_medium.safetensors")
+    clear = (np.abs(data["actions"]) < 0.999).all(1)
+    assert clear.mean() > 0.8
+    states, actions = data["observations"][clear], data["actions"][clear]
+    expected = {"medium": float64_density(own, states, actions)}
+    if mix == "expert":
+        other = sac.load_policy(tmp_path / "hopper_expert.safetensors")
+        expected[mix] = float64_density(other, states, actions)
+    else:
+        expected[mix] = np.full(clear.sum(), -A * np.log(2))
+    columns = []
+    for level in ("medium", mix):
+        found = data[f"infos/log_probs/{level}"]
+        np.testing.assert_allclose(found[clear], expected[level], atol=1e-3, rtol=1e-4)
+        columns.append(found)
+    acting = np.where(label == 0, *columns)
+    np.testing.assert_array_equal(data["infos/action_log_probs"], acting)
+    # Where float32 actions round to the bound, the density of what was drawn is finite.
+    assert all(np.isfinite(column).all() for column in columns)
+    assert not [k for k in data if k.startswith("metadata")]
+    assert (attributes["mix"], attributes["share"]) == (mix, 0.3)
+
+
+def test_mixture_shuffles_whole_episodes(tmp_path, monkeypatch):
+    ship(tmp_path, monkeypatch)
+    path = run("hopper-medium-v2", 2000, tmp_path / "m.hdf5", mix="expert", share=0.5)
+    data, _ = read(path)
+    ends = data["terminals"] | data["timeouts"]
+    assert ends[-1]
+    inside = ~ends[:-1]
+    following = data["observations"][1:][inside]
+    np.testing.assert_array_equal(data["next_observations"][:-1][inside], following)
+    label = data["infos/policy_label"]
+    assert (label[1:] == label[:-1])[inside].all()
+    changes = (label[1:] != label[:-1]).sum()
+    assert changes > 0.25 * ends.sum()  # half of the seams, if the order is random
+    # The same rows as of the two policies alone, in another order.
+    for level, number in (("medium", 0), ("expert", 1)):
+        chosen = data["observations"][label == number]
+        policy = tmp_path / f"hopper_{level}.safetensors"
+        behavior = collect.Behavior(level, sac.load_policy(policy))
+        seed = np.random.SeedSequence([0, number, 0])
+        alone = collect.rollout(behavior, "hopper", 1000, seed)["observations"]
+        np.testing.assert_array_equal(np.sort(chosen, 0), np.sort(alone, 0))
+
+
+def test_policy_labels_of_medium_expert(tmp_path, monkeypatch):
+    ship(tmp_path, monkeypatch)
+    data, attributes = read(run("hopper-medium-expert-v2", 101, tmp_path / "x.hdf5"))
+    assert data["infos/policy_label"].tolist() == [0] * 50 + [1] * 51
+    assert json.loads(attributes["policy_labels"]) == ["medium", "expert"]
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("hopper-medium-v2", {"mix": "medium"}, "takes two different ones of random"),
+        ("hopper-medium-v2", {"mix": "best"}, "mix 'best' into hopper-medium-v2"),
+        ("hopper-medium-expert-v2", {"mix": "random"}, "two different ones"),
+        ("hopper-medium-v2", {"mix": "random", "share": 0.0}, "is 0 of 50 rows"),
+        ("hopper-medium-v2", {"mix": "random", "share": 1.0}, "is 50 of 50 rows"),
+        ("hopper-medium-v2", {"mix": "random", "share": -1.0}, "is -50 of 50"),
+        ("hopper-medium-v2", {"mix": "random", "share": math.nan}, "share is nan"),
+        ("hopper-medium-v2", {"mix": "expert"}, "hopper-expert-v2.*not shipped"),
+        ("walker2d-random-v2", {"mix": "medium"}, "walker2d-medium-v2.*not shipped"),
+        ("hopper-medium-v2", {"workers": 0}, "workers is 0; it must be at least 1"),
+    ],
+)
+def test_impossible_mixtures_are_refused(tmp_path, monkeypatch, task, options, message):
+    levels = ("medium",) if "medium-expert" not in task else ("medium", "expert")
+    ship(tmp_path, monkeypatch, levels=levels)
+    with pytest.raises(ValueError, match=message):
+        run(task, 50, tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
 
 
 def test_shipped_policy_is_used_with_its_training_step(tmp_path, monkeypatch):
@@ -338,9 +574,9 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
 
     create = h5py.Group.create_dataset
     monkeypatch.setattr(h5py.Group, "create_dataset", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RuntimeError, match="cannot write to .*no space left.*free some"):
         run("hopper-random-v2", 50, tmp_path / "data.hdf5")
-    assert leftovers(tmp_path) == []
+    assert [n for n in leftovers(tmp_path) if not n.endswith(".chunks")] == []
 
 
 def test_final_name_appears_only_with_a_complete_file(tmp_path, monkeypatch):
@@ -348,13 +584,88 @@ def test_final_name_appears_only_with_a_complete_file(tmp_path, monkeypatch):
 
     def watch(part, out):
         assert not out.exists() and part.parent == out.parent
-        seen.append(len(read(part)[0]["observations"]))
+        if out.name == "data.hdf5":
+            seen.append(len(read(part)[0]["observations"]))
         publish(part, out)
 
     publish = collect.publish
     monkeypatch.setattr(collect, "publish", watch)
     run("hopper-random-v2", 50, tmp_path / "data.hdf5")
     assert seen == [50] and leftovers(tmp_path) == ["data.hdf5"]
+
+
+def test_interrupted_collection_goes_on_from_its_finished_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "CHUNK", 100)
+    whole = run("hopper-random-v2", 350, tmp_path / "whole.hdf5")
+
+    def interrupted(*args):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(args)
+        return plain(*args)
+
+    made, plain, out = [], collect.rollout, tmp_path / "data.hdf5"
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "rollout", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("hopper-random-v2", 350, out)
+    assert not out.exists()
+    kept = list(tmp_path.glob("data.hdf5.*.chunks/*.npy"))
+    assert len(kept) == 2
+
+    def count(*args):
+        made.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(collect, "rollout", count)
+    assert collect.sha256(run("hopper-random-v2", 350, out)) == collect.sha256(whole)
+    assert len(made) == 4  # two before the interruption, two after
+    assert leftovers(tmp_path) == ["data.hdf5", "whole.hdf5"]
+
+
+def test_chunks_of_other_settings_or_versions_are_not_used(tmp_path, monkeypatch):
+    out = tmp_path / "data.hdf5"
+    folders = set()
+    for seed, version in ((0, "1"), (1, "1"), (0, "2")):
+        monkeypatch.setattr(mujoco, "__version__", version)
+        plan = collect.make_plan("hopper-random-v2", 50, seed)
+        folders.add(collect._chunk_folder(out, plan))
+    assert len(folders) == 3
+
+
+def test_chunks_join_at_whole_episodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "CHUNK", 60)
+    data, _ = read(run("hopper-random-v2", 400, tmp_path / "data.hdf5"))
+    assert len(data["rewards"]) == 400
+    ends = data["terminals"] | data["timeouts"]
+    assert not data["timeouts"].any()  # no chunk cuts an episode
+    following = data["observations"][1:][~ends[:-1]]
+    np.testing.assert_array_equal(data["next_observations"][:-1][~ends[:-1]], following)
+    starts = np.append(0, np.flatnonzero(ends[:-1]) + 1)
+    np.testing.assert_allclose(data["observations"][starts, 0], 1.25, atol=0.0051)
+
+
+def test_the_number_of_processes_does_not_change_a_byte(tmp_path, monkeypatch):
+    task, lines = "hopper-medium-expert-v2", []
+    one = run(task, 301, tmp_path / "one.hdf5", seed=3, workers=1)
+    plan = collect.make_plan(task, 301, 3)
+    out = tmp_path / "two.hdf5"
+    collect._chunk_folder(out, plan).mkdir()
+    collect._roll_out_in_processes(plan, out, 2, lines.append)
+    assert sum(lines) == 301
+    assert len(list(tmp_path.glob("two.hdf5.*.chunks/*.npy"))) == 2
+    monkeypatch.setattr(collect, "rollout", None)  # all is there already
+    two = run(task, 301, out, seed=3, workers=2)
+    assert collect.sha256(one) == collect.sha256(two)
+    assert leftovers(tmp_path) == ["one.hdf5", "two.hdf5"]
+
+
+def test_failing_process_is_one_line_and_keeps_what_is_done(tmp_path, policy, capfd):
+    plan = collect.make_plan("hopper-medium-v2", 50, policy=policy)
+    policy.write_bytes(b"no policy any more")
+    with pytest.raises(RuntimeError, match="exit code 1.*repeat the command"):
+        collect._roll_out_in_processes(plan, tmp_path / "x.hdf5", 1, lambda rows: None)
+    assert "error: policy file" in capfd.readouterr().err
 
 
 def test_remains_of_a_killed_process_do_not_harm(tmp_path):
@@ -394,6 +705,89 @@ def test_second_process_waits_and_finds_the_file(tmp_path, monkeypatch):
     for thread in work:
         thread.join(timeout=30)
     assert results == [out, out] and len(calls) == 1
+
+
+def test_two_real_processes_make_the_file_once(tmp_path):
+    out = tmp_path / "data.hdf5"
+    command = [sys.executable, "-m", "corl_dare.collect", "hopper-random-v2"]
+    command += ["--rows", "3000", "--out", str(out)]
+    root = str(Path(collect.__file__).parent.parent)
+    work = [
+        subprocess.Popen(
+            command,
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=100)[0] for process in work]
+    assert [process.returncode for process in work] == [0, 0]
+    digest = collect.sha256(out)
+    assert all(digest in text for text in printed)
+    assert leftovers(tmp_path) == ["data.hdf5"]
+
+
+# ---------------------------------------------------------------- places to write
+
+
+def test_folder_that_cannot_be_written_is_one_line_before_any_work(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(collect, "rollout", None)
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(
+            RuntimeError, match="cannot write to .*file.*mend its rights"
+        ):
+            run("hopper-random-v2", 50, folder / "data.hdf5")
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(RuntimeError, match="Permission denied.*CORL_DARE_CACHE") as e:
+        run("hopper-random-v2", 50, tmp_path / "new" / "data.hdf5")
+    assert "\n" not in str(e.value)
+
+
+def test_finished_file_in_a_read_only_folder_is_used(tmp_path, monkeypatch):
+    path = run("hopper-random-v2", 50, tmp_path / "data.hdf5")
+    monkeypatch.setattr(filelock, "FileLock", None)
+    assert run("hopper-random-v2", 50, path) == path
+
+
+def test_full_disk_is_refused_before_any_work(tmp_path, monkeypatch):
+    def usage(folder):
+        return shutil._ntuple_diskusage(100, 99, 1_000_000)
+
+    monkeypatch.setattr(collect, "rollout", None)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(RuntimeError, match="has 1 MB left, collecting 200000 rows"):
+        run("hopper-random-v2", 200_000, tmp_path / "data.hdf5")
+    assert leftovers(tmp_path) == []
+
+
+def test_space_estimate_covers_the_real_sizes(tmp_path, monkeypatch):
+    sizes = []
+
+    def measure(plan, folder):
+        sizes.extend(p.stat().st_size for p in folder.glob("*.npy"))
+        return plain(plan, folder)
+
+    plain = collect._assemble
+    monkeypatch.setattr(collect, "_assemble", measure)
+    path = run("hopper-random-v2", 5000, tmp_path / "data.hdf5")
+    used = sum(sizes) + path.stat().st_size
+
+    def usage(folder):
+        return shutil._ntuple_diskusage(used, 0, used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(RuntimeError, match="5000 rows of hopper needs"):
+        run("hopper-random-v2", 5000, tmp_path / "again.hdf5")
 
 
 # ---------------------------------------------------------------- refusals
@@ -483,6 +877,16 @@ def test_command_collects_and_prints_the_card(tmp_path, monkeypatch, capsys, pol
     assert "transitions from 300 rows" in printed.out
     assert "300/300" in printed.err and "rows/s" in printed.err
     assert read(out)[1]["seed"] == 1
+
+
+def test_command_makes_a_mixture_under_a_name_that_says_so(tmp_path, monkeypatch):
+    ship(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    command = "collect hopper-medium-v2 --rows 100 --mix expert --share 0.25"
+    monkeypatch.setattr(sys, "argv", command.split())
+    collect.main()
+    data, _ = read(tmp_path / "hopper-medium-v2-expert-0.25-self-collected.hdf5")
+    assert data["infos/policy_label"].sum() == 25
 
 
 def test_command_fails_with_one_line(tmp_path, monkeypatch):

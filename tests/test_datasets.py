@@ -1,18 +1,22 @@
 """D4RL's rules on made-up files, every bad input, and where data is looked for."""
 
 import hashlib
+import http.server
 import json
 import os
 import sys
+import threading
+import tracemalloc
 import types
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_dare import collect, datasets, envs
+from corl_dare import collect, convert, datasets, envs
 
 S, A = 11, 3  # hopper
 TASK = "hopper-medium-v2"
@@ -63,19 +67,10 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("CORL_DARE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(collect, "STAND_IN_ROWS", 60)
-    hide_package("d4rl", monkeypatch)
+    monkeypatch.setenv("CORL_DARE_D4RL_URL", "")
+    monkeypatch.setattr(datasets, "_unreachable", {})
     (tmp_path / "d4rl").mkdir()
     return tmp_path
-
-
-def hide_package(name, monkeypatch):
-    def version(asked):
-        if asked == name:
-            raise datasets.importlib.metadata.PackageNotFoundError(name)
-        return plain(asked)
-
-    plain = datasets.importlib.metadata.version
-    monkeypatch.setattr(datasets.importlib.metadata, "version", version)
 
 
 # ---------------------------------------------------------------- D4RL's rules
@@ -214,8 +209,8 @@ def test_equals_the_real_d4rl(tmp_path, monkeypatch):
         expected = d4rl.qlearning_dataset(env, dataset=raw)
         assert_same(datasets.qlearning_dataset(raw, horizon=7), expected)
     for task in envs.task_names():
-        url = d4rl.infos.DATASET_URLS[task]
-        assert url.endswith("/" + datasets.file_name(task))
+        monkeypatch.delenv("CORL_DARE_D4RL_URL", raising=False)
+        assert d4rl.infos.DATASET_URLS[task] == datasets.url(task)
         facts = envs.task(task)
         assert d4rl.infos.REF_MIN_SCORE[task] == facts.ref_min
         assert d4rl.infos.REF_MAX_SCORE[task] == facts.ref_max
@@ -391,6 +386,24 @@ def test_damaged_chunk_is_refused(tmp_path):
         datasets.load_hdf5(path, TASK)
 
 
+@pytest.mark.parametrize("dtype, allowed", [(np.float32, 2.1), (np.float64, 2.5)])
+def test_memory_while_loading_stays_near_the_arrays(home, dtype, allowed):
+    rng = np.random.default_rng(0)
+    raw = make_raw(*(rng.random((2, 50_000)) < 0.01))
+    for key in ("observations", "actions", "rewards", "next_observations"):
+        raw[key] = raw[key].astype(dtype)
+    path = write(home / "x.hdf5", raw)
+    datasets.resolve(TASK, path=path)  # what is imported or cached on the way
+    del raw
+    tracemalloc.start()
+    try:
+        found = datasets.resolve(TASK, path=path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < allowed * sum(v.nbytes for v in found.arrays.values())
+
+
 # ---------------------------------------------------------------- names and statistics
 
 
@@ -471,7 +484,7 @@ def test_order_of_sources(home, capsys, monkeypatch):
     assert last.provenance["source"] == "self-collected"
     printed = capsys.readouterr().out
     assert f"there is no {home / 'd4rl' / name}" in printed
-    assert "d4rl: the package is not installed" in printed
+    assert "d4rl: downloads are switched off (CORL_DARE_D4RL_URL is empty)" in printed
     assert last.provenance["message"] in printed
 
     folder = write(home / "d4rl" / name, v2_raw())
@@ -556,7 +569,8 @@ def test_cache_folder_argument_variable_and_default(home, monkeypatch):
 def test_new_policies_get_a_new_stand_in(home, monkeypatch):
     asked = []
     monkeypatch.setattr(collect, "collect", lambda task, rows, out: asked.append(out))
-    monkeypatch.setattr(datasets, "_from_file", lambda *args: None)
+    facts = {"source": "self-collected", "path": "", "label": ""}
+    monkeypatch.setattr(datasets, "_from_file", lambda *args: (v2_raw(), facts))
     for digest in ("a" * 64, "b" * 64):
         monkeypatch.setattr(collect, "fingerprint", lambda task, d=digest: {"medium": d})
         datasets.resolve(TASK, "self-collected")
@@ -569,7 +583,7 @@ def test_nothing_found_tells_all_that_was_tried(home):
     message = str(caught.value)
     for part in (
         "Ant_maze_hardest",
-        "d4rl: the package",
+        "d4rl: downloads are switched off",
         "self-collected:",
         "dataset_path",
     ):
@@ -590,7 +604,11 @@ def test_nothing_found_tells_all_that_was_tried(home):
         ({"source": "d4rl", "path": "x"}, ValueError, "'d4rl' does not read it"),
         ({"source": "file", "path": "minari:a/b-v0"}, ValueError, "is a Minari id"),
         ({"path": "none.hdf5"}, ValueError, "none.hdf5 does not exist"),
-        ({"source": "d4rl"}, RuntimeError, "no dataset for hopper-medium-v2; d4rl: the"),
+        (
+            {"source": "d4rl"},
+            RuntimeError,
+            "no dataset for hopper-medium-v2; d4rl: down",
+        ),
         ({"source": "self-collected", "rows": 1}, ValueError, "rows is 1|not shipped"),
     ],
 )
@@ -605,73 +623,145 @@ def test_file_without_a_usable_row_is_refused(home):
         datasets.resolve(TASK, path=path)
 
 
-# ---------------------------------------------------------------- the d4rl package
+# ---------------------------------------------------------------- D4RL's server
 
 
 @pytest.fixture
-def d4rl(home, monkeypatch):
-    """A package with d4rl's download interface, whose server is a folder."""
-    package, infos = types.ModuleType("d4rl"), types.ModuleType("d4rl.infos")
-    offline_env = types.ModuleType("d4rl.offline_env")
-    infos.DATASET_URLS = {TASK: f"http://nowhere/{FILE}"}
-    offline_env.DATASET_PATH = "before"
-    offline_env.served = write(home / "served.hdf5", v2_raw()).read_bytes()
+def server(home, monkeypatch):
+    """A folder behind HTTP in place of D4RL's server, which knows hopper-medium."""
+    (home / "served" / "gym_mujoco_v2").mkdir(parents=True)
+    path = write(home / "served" / "gym_mujoco_v2" / FILE, v2_raw())
+    digest, size = collect.sha256(path), path.stat().st_size
+    monkeypatch.setattr(datasets, "CHECKSUMS", f"hopper\nmedium {size} {digest}\n")
 
-    def set_dataset_path(path):
-        offline_env.DATASET_PATH = path
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=home / "served")
 
-    def download_dataset_from_url(url):
-        target = os.path.join(offline_env.DATASET_PATH, url.split("/")[-1])
-        with open(target, "wb") as handle:
-            handle.write(offline_env.served[:500])
-            if offline_env.served is BROKEN:
-                raise OSError("connection\nlost")
-            handle.write(offline_env.served[500:])
-        return target
+        def log_message(self, *args):
+            asked.append(args)
 
-    offline_env.set_dataset_path = set_dataset_path
-    offline_env.download_dataset_from_url = download_dataset_from_url
-    package.infos, package.offline_env = infos, offline_env
-    for module in (package, infos, offline_env):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(datasets.importlib.metadata, "version", lambda name: "1.1")
-    monkeypatch.setattr(datasets, "CHECKSUMS", "")
-    return package
+    asked = []
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, args=[0.01], daemon=True).start()
+    url = f"http://127.0.0.1:{running.server_address[1]}"
+    monkeypatch.setenv("CORL_DARE_D4RL_URL", url + "/")
+    yield types.SimpleNamespace(path=path, url=url, asked=asked)
+    running.shutdown()
+    running.server_close()
 
 
-BROKEN = b"x" * 600
+def test_addresses_are_d4rls(home, monkeypatch):
+    monkeypatch.delenv("CORL_DARE_D4RL_URL")
+    stem = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+    assert datasets.url(TASK) == f"{stem}/gym_mujoco_v2/{FILE}"
+    name = "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"
+    assert datasets.url("antmaze-umaze-v2") == f"{stem}/ant_maze_v2/{name}"
 
 
-def test_download_goes_to_d4rls_folder_once(home, d4rl, monkeypatch):
+def test_download_goes_to_d4rls_folder_once(home, server):
     found = datasets.resolve(TASK).provenance
     assert (found["source"], found["path"]) == ("d4rl", str(home / "d4rl" / FILE))
-    assert os.listdir(home / "d4rl") == [FILE]
-    assert d4rl.offline_env.DATASET_PATH == "before"
-    monkeypatch.setattr(d4rl.offline_env, "download_dataset_from_url", None)
+    assert found["recognised"] and "checksum matches" in found["label"]
+    assert [n for n in os.listdir(home / "d4rl") if n != FILE + ".lock"] == [FILE]
+    asked = len(server.asked)
     assert datasets.resolve(TASK).provenance["source"] == "d4rl_dir"
     assert datasets.resolve(TASK, "d4rl").provenance["source"] == "d4rl"
+    assert len(server.asked) == asked
 
 
-def test_interrupted_download_leaves_nothing_and_the_next_source_is_taken(
-    home, d4rl, monkeypatch, capsys
-):
-    d4rl.offline_env.served = BROKEN
-    task = "hopper-random-v2"
-    d4rl.infos.DATASET_URLS[task] = "http://nowhere/hopper_random-v2.hdf5"
-    found = datasets.resolve(task).provenance
+def test_file_that_the_server_lacks_falls_on_to_the_stand_in(home, server, capsys):
+    found = datasets.resolve("hopper-random-v2").provenance
     assert found["source"] == "self-collected"
-    assert "the download failed (OSError: connection lost)" in capsys.readouterr().out
-    assert os.listdir(home / "d4rl") == []
-    assert d4rl.offline_env.DATASET_PATH == "before"
-    with pytest.raises(RuntimeError, match="connection lost"):
-        datasets.resolve(task, "d4rl")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("HTTP 404" in line for line in lines) == 1
+    with pytest.raises(RuntimeError, match="d4rl: .*hopper_random-v2.hdf5: HTTP 404"):
+        datasets.resolve("hopper-random-v2", "d4rl")
+    # The server answers, so other files are still asked for.
+    assert datasets.resolve(TASK).provenance["source"] == "d4rl"
 
 
-def test_download_with_another_checksum_is_refused(home, d4rl, monkeypatch):
-    monkeypatch.setattr(datasets, "CHECKSUMS", f"hopper\nmedium 5 {'0' * 64}\n")
-    with pytest.raises(RuntimeError, match="not D4RL's checksum .* 5 bytes"):
+def test_download_with_another_checksum_is_refused(home, server):
+    content = server.path.read_bytes()
+    server.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RuntimeError, match="has sha256 .*, not D4RL's .* deleted"):
         datasets.resolve(TASK, "d4rl")
-    assert os.listdir(home / "d4rl") == []
+    server.path.write_bytes(content[:-1])
+    with pytest.raises(RuntimeError, match="bytes; D4RL's file has"):
+        datasets.resolve(TASK, "d4rl")
+    assert [n for n in os.listdir(home / "d4rl") if not n.endswith(".lock")] == []
+
+
+def test_unreachable_server_is_asked_once_per_process(home, monkeypatch, capsys):
+    calls = []
+
+    def refuse(*args, **options):
+        calls.append(args)
+        raise datasets.download.Unreachable(
+            "http://x: no connection (OSError: no route)"
+        )
+
+    monkeypatch.setattr(datasets.download, "download", refuse)
+    monkeypatch.setenv("CORL_DARE_D4RL_URL", "http://x")
+    for _ in range(3):
+        found = datasets.resolve("hopper-random-v2").provenance
+        assert found["source"] == "self-collected"
+    printed = capsys.readouterr().out
+    assert len(calls) == 1 and printed.count("no route") == 3
+    monkeypatch.setenv("CORL_DARE_D4RL_URL", "http://y")
+    with pytest.raises(RuntimeError, match="no connection"):
+        datasets.resolve(TASK, "d4rl")
+    assert len(calls) == 2
+
+
+def test_download_without_a_known_checksum_says_so(home, server, monkeypatch):
+    monkeypatch.setattr(datasets, "CHECKSUMS", "")
+    label = datasets.resolve(TASK).provenance["label"]
+    assert label.startswith("unknown file (not D4RL's checksum)")
+
+
+# ---------------------------------------------------------------- unfit places
+
+
+def test_cache_that_cannot_be_written_is_one_line(home, monkeypatch):
+    (home / "file").write_text("mine")
+    monkeypatch.setattr(collect, "rollout", None)
+    with pytest.raises(
+        RuntimeError, match="cannot write to .*CORL_DARE_CACHE"
+    ) as caught:
+        datasets.resolve("hopper-random-v2", cache_dir=home / "file" / "cache")
+    assert "\n" not in str(caught.value)
+    command = f"datasets hopper-random-v2 --cache_dir {home}/file/cache"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match="^error: cannot write to"):
+        datasets.main()
+
+
+def test_damaged_stand_in_in_the_cache_is_refused_and_named(home):
+    path = datasets.resolve("hopper-random-v2").provenance["path"]
+    with open(path, "r+b") as handle:
+        handle.truncate(os.path.getsize(path) - 200)
+    with pytest.raises(ValueError, match="is not a readable HDF5 file .*delete it"):
+        datasets.resolve("hopper-random-v2")
+
+
+def test_locomotion_file_without_time_outs_is_read_by_the_counter(home):
+    raw = make_raw([0] * 2500)  # as the v0 files of halfcheetah would be
+    path = write(home / "x.hdf5", {k: v for k, v in raw.items() if k != "timeouts"})
+    found = datasets.resolve(TASK, path=path)
+    assert_same(found.arrays, d4rl_loop(raw))
+    assert found.statistics["timeouts"] == 2 and found.provenance["rows"] == 2497
+    with pytest.raises(ValueError, match="known here for -v2 tasks only; pass the file"):
+        datasets.file_name("hopper-medium-v0")
+    assert datasets.resolve("hopper-medium-v0", path=path).provenance["rows"] == 2497
+
+
+def test_file_of_another_task_of_the_same_robot_is_named(home, monkeypatch):
+    path = write(home / FILE, v2_raw())
+    line = f"hopper\nexpert 99 {collect.sha256(path)}\n"
+    monkeypatch.setattr(datasets, "CHECKSUMS", line)
+    facts = datasets.resolve(TASK, path=path).provenance
+    assert not facts["recognised"] and "of hopper-expert-v2" in facts["label"]
 
 
 # ---------------------------------------------------------------- Minari
@@ -690,7 +780,7 @@ def minari_episode(n, seed, terminated, truncated):
     )
 
 
-def test_minari_episodes_keep_every_row_with_true_next_states(home, monkeypatch):
+def test_minari_episodes_keep_every_row_with_true_next_states(home, monkeypatch, capsys):
     ends = [(True, False), (False, True), (False, False)]
     episodes = [minari_episode(4 + i, i, *end) for i, end in enumerate(ends)]
     module = types.ModuleType("minari")
@@ -712,6 +802,9 @@ def test_minari_episodes_keep_every_row_with_true_next_states(home, monkeypatch)
     assert found.statistics["episodes"] == 3 and found.statistics["timeouts"] == 2
     assert found.provenance["source"] == "minari"
     assert "not D4RL data" in found.provenance["label"]
+    assert "gymnasium's v5 environments" in found.provenance["warning"]
+    assert f"WARNING: {found.provenance['warning']}" in capsys.readouterr().out
+    assert "\nwarning   other policies than D4RL's" in datasets.card(found)
     same = datasets.resolve(TASK, "minari", "mujoco/hopper/medium-v0")
     assert same.provenance["sha256"] == found.provenance["sha256"]
     episodes[0].rewards[0] += 1
@@ -721,7 +814,7 @@ def test_minari_episodes_keep_every_row_with_true_next_states(home, monkeypatch)
 
 def test_minari_missing_or_failing_is_one_line(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(RuntimeError, match='minari:a/b-v0 needs.*"minari\\[hdf5\\]"'):
+    with pytest.raises(RuntimeError, match="minari:a/b-v0 needs.*requirements-minari"):
         datasets.resolve(TASK, path="minari:a/b-v0")
 
     def missing(name, download):
@@ -732,6 +825,262 @@ def test_minari_missing_or_failing_is_one_line(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", module)
     with pytest.raises(RuntimeError, match="cannot load 'a/b-v0' \\(FileNotFoundError"):
         datasets.resolve(TASK, path="minari:a/b-v0")
+
+
+def test_caveats_follow_the_id():
+    assert "v5 environments" in convert.caveat("mujoco/walker2d/expert-v0")
+    assert "0.45" in convert.caveat("D4RL/antmaze/umaze-v1")
+    assert convert.caveat("mine/hopper-v0").startswith("not D4RL's own file")
+
+
+def test_minari_goal_observations_become_d4rls_state():
+    rng = np.random.default_rng(0)
+    n = 5
+    states = {
+        k: rng.normal(size=(n + 1, d))
+        for k, d in (("achieved_goal", 2), ("observation", 27), ("desired_goal", 2))
+    }
+    flags = np.zeros((2, n), bool)
+    episode = types.SimpleNamespace(
+        observations=states,
+        actions=rng.uniform(-1, 1, (n, 8)),
+        rewards=np.zeros(n),
+        terminations=flags[0],
+        truncations=flags[1],
+    )
+    raw = convert.stack_episodes([episode])
+    assert raw["observations"].shape == (n, 29)
+    np.testing.assert_array_equal(
+        raw["observations"][:, :2], states["achieved_goal"][:-1]
+    )
+    np.testing.assert_array_equal(
+        raw["next_observations"][:, 2:], states["observation"][1:]
+    )
+    assert raw["timeouts"].tolist() == [False] * 4 + [True] and not flags.any()
+    with pytest.raises(ValueError, match="no episode"):
+        convert.stack_episodes([])
+
+
+def as_episodes(buffers):
+    return [types.SimpleNamespace(**episode) for episode in buffers]
+
+
+BOUNDS = st.lists(st.integers(1, 6), min_size=1, max_size=8)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    BOUNDS,
+    st.lists(st.sampled_from(["terminals", "timeouts"]), min_size=8),
+    st.booleans(),
+)
+def test_rows_survive_the_way_to_episodes_and_back(lengths, ends, unfinished):
+    stops = np.cumsum(lengths)
+    flags = {
+        "terminals": np.zeros(stops[-1], bool),
+        "timeouts": np.zeros(stops[-1], bool),
+    }
+    for i, (stop, kind) in enumerate(zip(stops, ends, strict=False)):
+        if not (unfinished and i == len(stops) - 1):
+            flags[kind][stop - 1] = True
+    raw = make_raw(**flags)
+    bounds = np.append(0, stops)
+    found = convert.stack_episodes(as_episodes(convert._episodes(raw, bounds, "hopper")))
+    if unfinished:  # an episode with neither flag reads as cut by a reset
+        raw["timeouts"][-1] = True
+    for key, values in raw.items():
+        np.testing.assert_array_equal(found[key], values, err_msg=key)
+
+
+def test_antmaze_rows_lose_the_last_of_an_episode_whose_next_state_is_not_stored():
+    terminals = np.zeros(10, bool)
+    terminals[2:4] = True  # two rows at the goal, inside an episode
+    timeouts = np.arange(10) == 5
+    raw = make_raw(terminals, timeouts, state_dim=29, action_dim=8)
+    del raw["next_observations"]
+    episodes = as_episodes(convert._episodes(raw, np.array([0, 6, 10]), "antmaze"))
+    found = convert.stack_episodes(episodes)
+    kept = [0, 1, 2, 3, 4, 6, 7, 8]
+    expected = datasets.qlearning_dataset(raw)
+    for key, values in expected.items():
+        np.testing.assert_array_equal(found[key], values, err_msg=key)
+    np.testing.assert_array_equal(found["actions"], raw["actions"][kept])
+    assert np.flatnonzero(found["timeouts"]).tolist() == [4, 7]
+    with pytest.raises(ValueError, match="no next_observations"):
+        list(convert._episodes(raw, np.array([0, 6, 10]), "hopper"))
+
+
+def test_rows_that_are_no_episodes_are_not_exported():
+    raw = v2_raw()
+    raw["next_observations"][5] += 1
+    with pytest.raises(
+        ValueError, match="row 5 is not followed by its next observation"
+    ):
+        list(convert._episodes(raw, np.array([0, 4, 7, 8, 12]), "hopper"))
+
+
+@pytest.fixture
+def minari(home, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    reason = "minari is not installed (see requirements-minari.txt)"
+    return pytest.importorskip("minari", reason=reason)
+
+
+def test_round_trip_through_real_minari(home, minari, monkeypatch, capsys):
+    raw = v2_raw()
+    path = write(home / "x.hdf5", raw)
+    command = f"datasets {TASK} --path {path} --export minari mine/hopper/medium-v0"
+    monkeypatch.setattr(sys, "argv", command.split())
+    datasets.main()
+    assert f"wrote {home / 'minari/mine/hopper/medium-v0'}" in capsys.readouterr().out
+    stored = minari.load_dataset("mine/hopper/medium-v0")
+    assert (stored.total_episodes, stored.total_steps) == (4, 12)
+    score = minari.get_normalized_score(stored, np.array([1422.06]))
+    expected = envs.normalized_score(TASK, [1422.06]) / 100
+    np.testing.assert_allclose(score, expected)
+    assert stored.recover_environment(eval_env=True).spec.id == "Hopper-v4"
+    assert "mine/hopper/medium-v0" in minari.list_local_datasets()
+    assert [n for n in os.listdir(home / "minari") if n.startswith(".")] == []
+
+    found, facts = datasets.find(TASK, path="minari:mine/hopper/medium-v0")
+    raw["timeouts"][-1] = True
+    for key, values in raw.items():
+        np.testing.assert_array_equal(found[key], values, err_msg=key)
+        assert found[key].dtype == values.dtype
+    resolved = datasets.resolve(TASK, path="minari:mine/hopper/medium-v0")
+    assert resolved.provenance["rows"] == 12 and facts["minari_version"]
+
+    with pytest.raises(SystemExit, match="medium-v0 exists in"):
+        datasets.main()
+    # And back into a file of D4RL's schema.
+    out = home / "back.hdf5"
+    datasets.export(resolved, "d4rl", str(out))
+    again, _ = datasets.find(TASK, path=out)
+    for key, values in raw.items():
+        np.testing.assert_array_equal(again[key], values, err_msg=key)
+    label = datasets.resolve(TASK, path=out).provenance["label"]
+    assert "exported from Minari dataset mine/hopper/medium-v0" in label
+
+
+def test_real_minari_reads_what_its_own_recorder_format_holds(home, minari):
+    """Float64 values and goal dictionaries, written by minari itself."""
+    from minari.data_collector import EpisodeBuffer
+
+    rng, n = np.random.default_rng(0), 7
+    sizes = {"observation": 27, "achieved_goal": 2, "desired_goal": 2}
+    buffer = EpisodeBuffer(
+        observations={k: rng.normal(size=(n + 1, d)) for k, d in sizes.items()},
+        actions=rng.uniform(-1, 1, (n, 8)),
+        rewards=np.arange(n, dtype=np.float64),
+        terminations=np.zeros(n, bool),
+        truncations=np.arange(n) == n - 1,
+    )
+    box = gymnasium.spaces.Box
+    minari.create_dataset_from_buffers(
+        "mine/antmaze-v0",
+        [buffer],
+        observation_space=gymnasium.spaces.Dict(
+            {k: box(-np.inf, np.inf, (d,), np.float64) for k, d in sizes.items()}
+        ),
+        action_space=box(-1, 1, (8,), np.float64),
+    )
+    found = datasets.resolve("antmaze-umaze-v2", path="minari:mine/antmaze-v0")
+    states = np.concatenate(
+        [buffer.observations[k] for k in ("achieved_goal", "observation")], 1
+    )
+    expected = states.astype(np.float32)
+    np.testing.assert_array_equal(found.arrays["observations"], expected[:-1])
+    np.testing.assert_array_equal(found.arrays["next_observations"], expected[1:])
+    assert found.arrays["rewards"].dtype == np.float32
+
+
+def test_interrupted_minari_export_leaves_nothing(home, minari, monkeypatch):
+    def interrupted(*args, **options):
+        plain(*args, **options)
+        raise KeyboardInterrupt
+
+    plain = minari.create_dataset_from_buffers
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", interrupted)
+    found = datasets.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
+    with pytest.raises(KeyboardInterrupt):
+        datasets.export(found, "minari", "mine/hopper/medium-v0")
+    assert os.listdir(home / "minari") == []
+    assert os.environ["MINARI_DATASETS_PATH"] == str(home / "minari")
+    with pytest.raises(ValueError, match="Malformed dataset ID"):
+        datasets.export(found, "minari", "a name!")
+
+
+def test_missing_minari_dataset_is_one_line(home, minari, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def missing(name):
+        raise FileNotFoundError(f"no\n{name}")
+
+    monkeypatch.setattr(minari.storage.hosting, "download_dataset", missing)
+    with pytest.raises(
+        RuntimeError, match="cannot load 'a/b-v0' \\(FileNotFoundError: no"
+    ):
+        datasets.resolve(TASK, path="minari:a/b-v0")
+
+
+def test_export_without_minari_says_how_to_get_it(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    found = datasets.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
+    with pytest.raises(RuntimeError, match="requirements-minari.txt"):
+        datasets.export(found, "minari", "mine/x-v0")
+
+
+# ---------------------------------------------------------------- D4RL's schema
+
+
+def test_round_trip_of_a_stand_in_through_d4rls_schema(home, monkeypatch, capsys):
+    task, out = "hopper-random-v2", home / "out" / "x.hdf5"
+    monkeypatch.setattr(sys, "argv", f"datasets {task} --export d4rl {out}".split())
+    datasets.main()
+    assert f"wrote {out}" in capsys.readouterr().out
+    original = datasets.resolve(task)
+    copy = datasets.resolve(task, path=out)
+    assert_same(copy.arrays, original.arrays)
+    assert copy.provenance["label"] == original.provenance["label"]  # still a stand-in
+    with h5py.File(original.provenance["path"]) as a, h5py.File(out) as b:
+        keys = set()
+        a.visit(keys.add)
+        for key in keys:
+            if isinstance(a[key], h5py.Dataset):
+                np.testing.assert_array_equal(a[key][()], b[key][()], err_msg=key)
+                assert a[key].dtype == b[key].dtype
+        assert "infos/qpos" in keys and b.attrs["seed"] == 0
+        assert original.provenance["sha256"] in b.attrs["exported_from"]
+    before = out.read_bytes()
+    with pytest.raises(SystemExit, match="x.hdf5 exists; delete it"):
+        datasets.main()
+    assert out.read_bytes() == before and os.listdir(out.parent) == ["x.hdf5"]
+
+
+def test_exported_file_of_another_type_is_d4rls(home):
+    raw = v2_raw()
+    spoilt = {**raw, "observations": raw["observations"].astype(np.float64)}
+    spoilt["terminals"] = raw["terminals"].astype(np.float32)[:, None]
+    found = datasets.resolve(TASK, path=write(home / "x.hdf5", spoilt))
+    datasets.export(found, "d4rl", str(home / "y.hdf5"))
+    with h5py.File(home / "y.hdf5") as file:
+        assert file["observations"].dtype == np.float32
+        assert file["terminals"].dtype == bool and file["terminals"].shape == (12,)
+
+
+def test_export_to_an_unfit_place_is_one_line(home, monkeypatch):
+    found = datasets.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
+    (home / "file").write_text("mine")
+    with pytest.raises(RuntimeError, match="cannot write .*file/y.hdf5"):
+        datasets.export(found, "d4rl", str(home / "file" / "y.hdf5"))
+
+    def full(self, name, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", full)
+    with pytest.raises(RuntimeError, match="no space left"):
+        datasets.export(found, "d4rl", str(home / "y.hdf5"))
+    assert not [n for n in os.listdir(home) if n.startswith("y.hdf5")]
 
 
 # ---------------------------------------------------------------- card
@@ -755,6 +1104,117 @@ def test_card_shows_the_data_beside_d4rls_published_numbers(home):
         "1422.06 ± 378.95 (315.87 … 3222.36) raw, published"
     )
     assert "44.3 ± 11.6 (10.3 … 99.6) normalized" in text
+    assert f"h5py {h5py.__version__}" in lines["versions"]
+
+
+def test_card_of_a_stand_in_says_what_made_it(home):
+    text = datasets.card(datasets.resolve("hopper-random-v2"))
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines() if line[0] != " ")
+    assert lines["seed"] == "0" and lines["policies"] == "{}"
+    for package in ("gymnasium", "mujoco", "torch", "numpy"):
+        assert f"{package} " in lines["versions"]
+
+
+def test_plot_shows_every_return(home, monkeypatch):
+    import matplotlib.axes
+
+    drawn = []
+    plain = matplotlib.axes.Axes.hist
+
+    def hist(self, values, **options):
+        drawn.append(np.array(values))
+        return plain(self, values, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "hist", hist)
+    path, out = write(home / "x.hdf5", v2_raw()), home / "returns.png"
+    command = f"datasets {TASK} --path {path} --plot {out}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    datasets.main()
+    assert out.read_bytes().startswith(b"\x89PNG")
+    expected = datasets.resolve(TASK, path=path).statistics["return"]
+    np.testing.assert_allclose(drawn[0].mean(), expected["mean"], rtol=1e-6)
+    assert len(drawn[0]) == 3 and not list(home.glob(".*.part"))
+    monkeypatch.setattr(sys, "argv", command.replace(".png", ".xyz").split())
+    with pytest.raises(SystemExit, match="error: .*xyz"):
+        datasets.main()
+    assert not (home / "returns.xyz").exists() and not list(home.glob(".*.part"))
+    empty = write(home / "y.hdf5", make_raw([0] * 5, [0] * 5))
+    with pytest.raises(ValueError, match="no complete episode"):
+        datasets.plot_returns(datasets.resolve(TASK, path=empty), out)
+
+
+def test_overview_has_a_line_for_every_task_and_touches_nothing(
+    home, monkeypatch, capsys
+):
+    write(
+        home / "d4rl" / "walker2d_medium-v2.hdf5", make_raw([0] * 12, [0] * 12, 0, 17, 6)
+    )
+    (home / "d4rl" / "walker2d_expert-v2.hdf5").write_bytes(b"no file")
+    before = sorted(home.rglob("*"))
+    for name in ("collect", "rollout"):
+        monkeypatch.setattr(collect, name, None)
+    monkeypatch.setattr(datasets.download, "download", None)
+    monkeypatch.setattr(sys, "argv", ["datasets", "--all"])
+    datasets.main()
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line for line in lines[1:]}
+    assert list(table) == envs.task_names()
+    assert "d4rl/walker2d_medium-v2.hdf5" in table["walker2d-medium-v2"]
+    assert " 12 " in table["walker2d-medium-v2"]
+    assert "unreadable" in table["walker2d-expert-v2"]
+    assert "self-collected (not yet made)" in table["hopper-random-v2"]
+    assert "18.40 ± 17.45" in table["hopper-random-v2"]
+    assert " 1000000 " in table["antmaze-umaze-v2"]
+    assert "D4RL's server, if it answers" in table["antmaze-umaze-v2"]
+    assert sorted(home.rglob("*")) == before
+
+
+def test_overview_finds_a_stand_in_that_is_there(home):
+    path = datasets.resolve("hopper-random-v2").provenance["path"]
+    assert f"self-collected, {path}" in datasets.overview()
+
+
+def test_report_compares_every_stand_in_with_d4rls_figures(home, monkeypatch):
+    tasks = ["hopper-random-v2", "antmaze-umaze-v2", "halfcheetah-random-v2"]
+    monkeypatch.setattr(envs, "task_names", lambda: tasks)
+    out = home / "new" / "report.md"
+    command = f"datasets --report {out} --rows 400 --cache_dir {home}/cache"
+    monkeypatch.setattr(sys, "argv", command.split())
+    datasets.main()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in out.read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    assert [row[0] for row in rows] == ["task", *tasks[::2]]
+    hopper, cheetah = rows[1:]
+    stats = datasets.resolve(tasks[0], cache_dir=home / "cache", rows=400).statistics
+    assert hopper[1:3] == ["400", str(stats["episodes"])]
+    mean = stats["return"]["mean"]
+    assert hopper[3].startswith(f"{mean:.0f} ± ")
+    assert hopper[5:8] == ["1000000", "18 ± 17", "1.2"]
+    assert hopper[8] == ("yes" if abs(mean - 18.40) <= 17.45 else "**no**")
+    assert cheetah[3] == "no complete episode" and cheetah[8] == ""
+    text = out.read_text()
+    assert "No stand-in: antmaze-umaze-v2." in text and "mujoco 3" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "--all hopper-random-v2",
+        "--all --report x.md",
+        "--all --plot x.png",
+        "hopper-random-v2 --export pickle x",
+    ],
+)
+def test_impossible_commands_are_refused(home, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["datasets", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        datasets.main()
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_card_without_published_numbers_or_complete_episodes(home):

@@ -24,7 +24,9 @@ WALLS = {
     "corl_dare/hook.py": {"behavior", "guidance", "exchange"},
     "corl_dare/sac.py": {"envs"},
     "corl_dare/collect.py": {"envs", "sac", "datasets"},  # datasets: only for the card
-    "corl_dare/datasets.py": {"envs", "collect"},
+    "corl_dare/datasets.py": {"envs", "collect", "convert", "download"},
+    "corl_dare/convert.py": {"envs"},
+    "corl_dare/download.py": set(),
     "corl_dare/d4rl_shim.py": {"envs", "datasets"},
     "corl/*.py": {"datasets", "envs", "runs"},
     "algorithms/*.py": {"hook", "datasets", "envs", "runs"},

@@ -1,0 +1,182 @@
+"""Download of one file: resumable, checked, and never half under its final name.
+
+D4RL's server is slow and often out of reach. So an interrupted download goes on where it
+stopped, size and SHA-256 are compared before the file gets its name, and a server that does
+not answer is given up within seconds.
+"""
+
+import hashlib
+import http.client
+import os
+import queue
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import filelock
+from tqdm import tqdm
+
+TIMEOUT = 5.0  # seconds without an answer
+BLOCK = 1 << 20
+HDF5_START = b"\x89HDF\r\n\x1a\n"
+
+
+class DownloadError(Exception):
+    """A file cannot be had from a server; one line says why."""
+
+
+class Unreachable(DownloadError):
+    """There is no connection, so other files of this server are not worth a try."""
+
+
+def download(
+    url: str,
+    target: Path,
+    size: int | None = None,
+    digest: str | None = None,
+    timeout: float = TIMEOUT,
+    progress: bool = True,
+) -> Path:
+    """Fetch an HDF5 file to `target`, unless it is there; of two processes one waits.
+
+    The bytes gather in `target` + `.part`, which stays after a broken transfer, so that
+    the next call goes on there. A file without a known digest starts anew, because
+    nothing could tell that the parts belong together.
+
+    Args:
+        size: bytes of the right file, compared before the transfer.
+        digest: SHA-256 of the right file; a file with another one is deleted.
+        timeout: seconds without an answer after which the server is given up.
+
+    Raises:
+        Unreachable: no connection to the server.
+        DownloadError: broken transfer, HTTP error, wrong size, digest or type of file,
+            no room or no right to write.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.with_name(target.name + ".lock")):
+            if not target.exists():
+                part = target.with_name(target.name + ".part")
+                _fetch(url, part, size, digest, timeout, progress)
+                _check(part, digest)
+                os.replace(part, target)
+    except OSError as error:
+        raise DownloadError(f"cannot write {target} ({_one_line(error)})") from error
+    return target
+
+
+def _fetch(
+    url: str,
+    part: Path,
+    size: int | None,
+    digest: str | None,
+    timeout: float,
+    progress: bool,
+) -> None:
+    have = part.stat().st_size if part.exists() and digest else 0
+    if size is not None and have == size:
+        return
+    if size is not None and have > size:
+        have = 0
+    try:
+        answer = _open(url, have, timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the rest that was asked for does not exist
+            part.unlink(missing_ok=True)
+        raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
+    except Exception as error:  # name look-up, connection, proxy, protocol
+        raise Unreachable(f"{url}: no connection ({_one_line(error)})") from error
+    with answer:
+        if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # the server knows no ranges and sends the whole file
+        length = answer.headers.get("Content-Length")
+        total = size if length is None else have + int(length)
+        if size is not None and total != size:
+            raise DownloadError(f"{url} has {total} bytes; D4RL's file has {size}")
+        free = shutil.disk_usage(part.parent).free
+        if total is not None and free < total - have:
+            raise DownloadError(
+                f"{part.parent} has {free / 1e6:.0f} MB left, {url} needs "
+                f"{(total - have) / 1e6:.0f} MB more"
+            )
+        have = _copy(answer, part, have, total, progress)
+    if total is not None and have != total:
+        raise DownloadError(
+            f"{url}: the transfer broke off after {have} of {total} bytes; repeat to go on"
+        )
+
+
+def _open(url: str, have: int, timeout: float) -> http.client.HTTPResponse:
+    """`urlopen` in a thread: no socket timeout covers the look-up of the server's name."""
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request, answers = urllib.request.Request(url, headers=headers), queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=timeout))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer = answers.get(timeout=2 * timeout)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {2 * timeout:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _copy(
+    answer: http.client.HTTPResponse,
+    part: Path,
+    have: int,
+    total: int | None,
+    progress: bool,
+) -> int:
+    with (
+        open(part, "ab" if have else "wb") as handle,
+        tqdm(
+            total=total,
+            initial=have,
+            desc=f"download of {part.stem}",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar,
+    ):
+        while True:
+            try:
+                block = answer.read1(BLOCK)  # what is there, however little
+            except (OSError, http.client.HTTPException):
+                break  # what has come so far is kept; the size says the rest
+            if not block:
+                break
+            handle.write(block)
+            bar.update(len(block))
+        handle.flush()
+        os.fsync(handle.fileno())
+        return handle.tell()
+
+
+def _check(part: Path, digest: str | None) -> None:
+    with open(part, "rb") as handle:
+        start = handle.read(len(HDF5_START))
+        found = hashlib.sha256(start)
+        while block := handle.read(BLOCK):
+            found.update(block)
+    wrong = None
+    if start != HDF5_START:
+        wrong = "is not an HDF5 file"
+    elif digest is not None and found.hexdigest() != digest:
+        wrong = f"has sha256 {found.hexdigest()}, not D4RL's {digest}"
+    if wrong:
+        part.unlink()
+        raise DownloadError(f"the downloaded {part.stem} {wrong}; it was deleted")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -475,10 +475,10 @@ def get_return_to_go(
     total, endless = 0.0, False
     for row in range(len(values) - 1, -1, -1):
         if lasts[row]:
-            total = 0.0
             endless = config.is_sparse_reward and bool(rewards[row] == failure)
-            forever = values[row] / (1 - config.discount)
-        total = forever if endless else values[row] + config.discount * total
+            total = values[row] / (1 - config.discount) if endless else 0.0
+        if not endless:
+            total = values[row] + config.discount * total
         returns[row] = total
     return returns
 

@@ -871,6 +871,7 @@ def test_command_collects_and_prints_the_card(tmp_path, monkeypatch, capsys, pol
         f"collect hopper-medium-v2 --rows 300 --seed 1 --out {out} --policy {policy}"
     )
     monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     collect.main()
     printed = capsys.readouterr()
     assert "self-collected stand-in (not D4RL data)" in printed.out

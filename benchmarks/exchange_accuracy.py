@@ -832,7 +832,7 @@ class Laboratory:
 
 def run(settings: Settings, levels: list[str], folder: Path) -> dict:
     """All experiments of one seed; what the JSON file of a seed holds."""
-    start, result = time.process_time(), Result()
+    start, commit, result = time.process_time(), runs.git_commit(), Result()
     lab = Laboratory(settings, levels, folder)
     main_pair = tuple(levels[-2:])
     for pair in itertools.product(levels, repeat=2):
@@ -863,7 +863,7 @@ def run(settings: Settings, levels: list[str], folder: Path) -> dict:
         "machine": runs.machine(),
         "threads": torch.get_num_threads(),
         "versions": runs.versions(),
-        "commit": runs.git_commit(),
+        "commit": commit,
         "columns": Result.COLUMNS,
         "tables": result.tables,
     }

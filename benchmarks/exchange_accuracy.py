@@ -1270,8 +1270,8 @@ def draw_auc(store: Store, path: Path) -> None:
     axis.axvline(0.5, color="#666666", linewidth=1, linestyle=":")
     axis.set_yticks(range(len(store.scores)), store.scores)
     axis.invert_yaxis()
-    axis.set_xlabel("AUC: online rows against behavior rows")
-    axis.legend(title="behavior \u2192 online", fontsize=9)
+    axis.set_xlabel("AUC: online rows against behavior rows (behavior → online)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -1320,19 +1320,22 @@ def draw_reliability(store: Store, path: Path) -> None:
         ("policy ratio", "logistic of the ratio"),
         ("oracle ratio", "logistic of the ratio"),
     ]
-    figure, ((axis,),) = new_figure(6.5, 5.5)
+    figure, ((axis,),) = new_figure(6.5, 6.5)
     axis.plot([0, 1], [0, 1], color="#666666", ls=":", label="calibrated")
     seed = store.seeds[0]["settings"]["seed"]
     for i, (score, posterior_name) in enumerate(lines):
         where = {"behavior": b, "online": o, "score": score, "share": 0.3}
         found = store.values("reliability", "bins", posterior=posterior_name, **where)
-        bins = np.array(dict(found)[seed])
+        bins = np.array([b for b in dict(found)[seed] if b[2] >= 0.005])
         style = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 5}
         axis.plot(bins[:, 0], bins[:, 1], label=f"{score}, {posterior_name}", **style)
     axis.set_xlabel("stated P(behavior | d)")
     axis.set_ylabel("share of rows that the behavior made")
-    axis.set_title(f"{arrow((b, o))}, 30 % misplaced, seed {seed}", fontsize=10)
-    axis.legend(fontsize=9)
+    axis.set_title(
+        f"{arrow((b, o))}, 30 % misplaced, seed {seed}\nbins of at least 0.5 % of the rows",
+        fontsize=10,
+    )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -1350,6 +1353,7 @@ def draw_cost(store: Store, path: Path) -> None:
     axis.axhline(y, color="#000000", linewidth=1, label="oracle ratio, known share")
     axis.axhline(0.7, color="#666666", linewidth=1, ls=":", label="no exchange")
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("processor milliseconds per 1000 rows (small networks)")
     axis.set_ylabel("purity after the exchange\n(30 % misplaced, threshold rule)")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -29,6 +29,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -414,9 +415,9 @@ def last_lines(folder: Path, count: int = 5) -> list[str]:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    lines = [line.split("\r")[-1].rstrip() for line in text.split("\n")]
-    bar = re.compile(r"\|\s*\d+/\d+ \[")
-    return [line for line in lines if line and not bar.search(line)][-count:]
+    bar = re.compile(r".*\|\s*\d+/\d+ \[[^]]*\]")
+    lines = [bar.sub("", line.split("\r")[-1]).strip() for line in text.split("\n")]
+    return [line for line in lines if line][-count:]
 
 
 # ---------------------------------------------------------------- one cell, in its own process
@@ -571,8 +572,10 @@ class RayPool:
             options |= {"num_cpus": workers, "include_dashboard": False}
             options |= {"_node_ip_address": "127.0.0.1"}
         try:
+            if address not in (None, "auto"):
+                _knock(address)  # Ray itself would try for many minutes
             ray.init(address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise RuntimeError(
                 f"no Ray at {address or 'this machine'}: {text}"
@@ -614,6 +617,13 @@ class RayPool:
 
     def close(self) -> None:
         self.ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("write HOST:PORT or auto")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 # ---------------------------------------------------------------- the sweep

@@ -891,7 +891,7 @@ def test_command_makes_a_mixture_under_a_name_that_says_so(tmp_path, monkeypatch
 
 
 def test_command_fails_with_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["collect", "antmaze-umaze-v2"])
+    monkeypatch.setattr(sys, "argv", ["collect", "pen-human-v1"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="^error: no self-collected.*none$"):
         collect.main()

@@ -27,6 +27,7 @@ import json
 import os
 import re
 import runpy
+import secrets
 import shutil
 import signal
 import socket
@@ -559,6 +560,12 @@ class RayPool:
     """
 
     def __init__(self, address: str | None, workers: int | None, gpus: float):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address is None and "RAY_AUTH_MODE" not in os.environ:
+            # Of this Ray alone: it would otherwise leave a token in the home folder, which
+            # changes how every later Ray of this user starts.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         try:
             import ray
         except ImportError:
@@ -566,7 +573,6 @@ class RayPool:
                 f"a sweep needs Ray: python -m pip install -r {REQUIREMENTS}"
             ) from None
         self.ray, self.gpus = ray, gpus
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
             options |= {"num_cpus": workers, "include_dashboard": False}

@@ -10,8 +10,8 @@ import importlib.util
 import io
 import json
 import os
+import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -778,21 +778,24 @@ def test_a_sweep_killed_in_the_middle_and_restarted_gives_the_same_store(store):
 
 
 @needs_ray
-def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, monkeypatch):
+    port = 20000 + os.getpid() % 10000  # below those that connections are given
+    # A token of this cluster alone; the sweep reads it from the environment as any user's.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
     one = ["--num-cpus", "1", "--disable-usage-stats"]
     address = f"127.0.0.1:{port}"
     head = ["--head", "--port", str(port), "--include-dashboard", "false"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    nodes = [subprocess.Popen([*ray, *head, *one], **quiet)]
+    nodes = []
     try:
-        _wait_for(lambda: _answers(port), nodes[0])
-        time.sleep(5)
-        nodes.append(subprocess.Popen([*ray, "--address", address, *one], **quiet))
-        time.sleep(10)
+        for words in (head, ["--address", address]):
+            log = Path(f"node{len(nodes)}.txt")
+            with open(log, "w") as file:
+                words = [*ray, *words, *one]
+                node = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+            nodes.append(node)
+            _wait_for(lambda log=log: "--block" in log.read_text(), node)
         file = store(seeds=[0], settings={"pause": 0.1})
         output = _finish(_start(file, "--address", address))
         assert "3 of 3 done" in output
@@ -805,11 +808,6 @@ def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, tmp_path):
         for node in reversed(nodes):
             node.terminate()
             node.wait(timeout=60)
-
-
-def _answers(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @needs_ray

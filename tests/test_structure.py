@@ -20,6 +20,7 @@ WALLS = {
     "corl_dare/behavior.py": set(),
     "corl_dare/guidance.py": set(),
     "corl_dare/runs.py": set(),
+    "corl_dare/sweep.py": {"runs"},
     "corl_dare/envs.py": set(),
     "corl_dare/hook.py": {"behavior", "guidance", "exchange"},
     "corl_dare/sac.py": {"envs"},

@@ -162,12 +162,19 @@ def store(tmp_path, monkeypatch):
 
 
 class HerePool:
-    """Runs a cell at once, in this process."""
+    """Runs cells in this process, the latest start first: only the sweep keeps an order."""
 
     def __init__(self):
         self.started = []
 
     def start(self, cell):
+        self.started.append(cell)
+        return len(self.started) - 1
+
+    def ended(self, handles, seconds):
+        return [(handles[-1], self.run(self.started[handles[-1]]), "")]
+
+    def run(self, cell):
         code, shown = 0, io.StringIO()
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
             try:
@@ -181,11 +188,7 @@ class HerePool:
             code = 1
         with open(cell.folder / "log.txt", "a") as file:
             file.write(shown.getvalue())
-        self.started.append(cell)
-        return len(self.started), code
-
-    def ended(self, handles, seconds):
-        return [(handle, handle[1], "") for handle in handles]
+        return code
 
 
 class ProcessPool:

@@ -266,13 +266,14 @@ def make_plan(
         ]
     else:
         parts = _replay(facts, rows)
+    used = {b.level: b.sha256 for b, _ in parts if b.policy is not None}
     settings = {
         "source": "self-collected",
         "task": task,
         "rows": rows,
         "seed": seed,
         "policies": json.dumps(
-            {b.level: b.sha256 for b, _ in parts if b.policy is not None}, sort_keys=True
+            fingerprint(task) if "-replay-" in task else used, sort_keys=True
         ),
     }
     if mix is not None:
@@ -764,12 +765,13 @@ def _metadata(plan: Plan) -> dict:
     if behavior.policy is None or joined or plan.robot == "antmaze":
         return {}
     metadata = {"algorithm": np.bytes_("SAC")}
+    if not replay:
+        metadata["policy/nonlinearity"] = np.bytes_("relu")
+        metadata["policy/output_distribution"] = np.bytes_("tanh_gaussian")
     if behavior.step is not None:
         metadata["iteration"] = np.int32(behavior.step)
     if replay:
         return metadata
-    metadata["policy/nonlinearity"] = np.bytes_("relu")
-    metadata["policy/output_distribution"] = np.bytes_("tanh_gaussian")
     weights = {k: v.numpy() for k, v in behavior.policy.state_dict().items()}
     for kind in ("weight", "bias"):
         mean, log_std = np.split(weights[f"net.4.{kind}"], 2)

@@ -291,6 +291,8 @@ def test_replay_comes_in_training_order_from_the_nearest_snapshot(
     differ = [i for i in range(rows) if found[i] != expected[i]]
     assert len(differ) <= 2 * len(steps)  # rounding at the seams
     assert names == list(dict.fromkeys(expected))
+    levels = ["medium", "series"] if kind == "medium-replay" else ["series"]
+    assert sorted(json.loads(attributes["policies"])) == levels
     assert data["metadata/iteration"] == (900 if kind == "medium-replay" else 2000)
     # The exact density under the snapshot that acted, in the row it acted in.
     states, actions = (torch.from_numpy(data[k]) for k in ("observations", "actions"))
@@ -871,6 +873,7 @@ def test_command_collects_and_prints_the_card(tmp_path, monkeypatch, capsys, pol
         f"collect hopper-medium-v2 --rows 300 --seed 1 --out {out} --policy {policy}"
     )
     monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     collect.main()
     printed = capsys.readouterr()
     assert "self-collected stand-in (not D4RL data)" in printed.out

@@ -30,6 +30,7 @@ WALLS = {
     "corl_dare/datasets.py": {"envs", "collect", "convert", "download"},
     "corl_dare/convert.py": {"envs"},
     "corl_dare/download.py": {"progress"},
+    "corl_dare/sweep.py": {"runs"},
     "corl_dare/d4rl_shim.py": {"envs", "datasets"},
     "corl_dare/stats.py": set(),
     "corl_dare/figures.py": set(),

@@ -70,8 +70,10 @@ class Settings:
     diffusion_width: float = 0.25  # paper: 1
     diffusion_updates: int = 6_000  # paper: 600 000
     diffusion_batch: int = 512  # paper: 4096
+    diffusion_lr: float = 3e-3  # paper: 1e-4
     density_updates: int = 4_000  # of the Gaussian and the mixture
     density_batch: int = 256
+    density_lr: float = 1e-3
     q_updates: int = 2_000
     energy_updates: int = 1_500  # paper: 1 000 000
     energy_states: int = 64  # per update; paper: 256
@@ -164,7 +166,11 @@ def collect_rows(
         torch.from_numpy(returns_to_go(raw)),
     )
     ends = np.flatnonzero(raw["terminals"] | raw["timeouts"]) + 1
-    episodes = np.add.reduceat(raw["rewards"], [0, *ends])[: len(ends)]
+    if not len(ends):
+        raise ValueError(
+            f"{rows} rows of {task} hold no finished episode; raise fit_rows"
+        )
+    episodes = np.add.reduceat(raw["rewards"], [0, *ends[:-1]])
     source = {
         "source": "self-collected",
         "task": task,
@@ -259,7 +265,7 @@ def fit_classifier(off: Rows, on: Rows, updates: int, seed: int) -> Regressor:
 
 
 class Guidance(NamedTuple):
-    """An energy network and the spread of the Q that it follows, for the record."""
+    """An energy network and how well it was fitted."""
 
     energy: EnergyNetwork
     loss: float  # cross-entropy of the last updates, nats
@@ -285,9 +291,9 @@ def fit_guidance(
     q = regress(known, targets, F.mse_loss, settings.q_updates, settings.seed)
 
     generator = torch.Generator().manual_seed(settings.seed)
-    index = torch.randint(len(rows.states), (4096,), generator=generator)
-    states = rows.states[index]  # (4096, S)
-    support = sample_clipped(behavior, states, 16, generator)  # (4096, 16, A)
+    index = torch.randint(len(rows.states), (2048,), generator=generator)
+    states = rows.states[index]  # (2048, S)
+    support = sample_clipped(behavior, states, 16, generator)  # (2048, 16, A)
     repeated = states.repeat_interleave(16, 0)
     values = (q(repeated, support.flatten(0, 1)) * std).view(-1, 16) * 1000.0 / span
     energy = EnergyNetwork(
@@ -299,7 +305,7 @@ def fit_guidance(
     optimizer = torch.optim.Adam(energy.parameters(), lr=1e-3, fused=True)
     losses = []
     for _ in range(settings.energy_updates):
-        index = torch.randint(4096, (settings.energy_states,), generator=generator)
+        index = torch.randint(2048, (settings.energy_states,), generator=generator)
         loss = contrastive_loss(
             energy,
             support[index],
@@ -569,7 +575,7 @@ def swap(log_odds: torch.Tensor) -> torch.Tensor:
 
 def auc(off: torch.Tensor, on: torch.Tensor) -> float:
     """Chance that a row of `on` (M,) scores above one of `off` (N,); a tie counts half."""
-    ordered = off.sort().values
+    ordered, on = off.sort().values, on.contiguous()
     below = torch.searchsorted(ordered, on, right=False).double()
     not_above = torch.searchsorted(ordered, on, right=True).double()
     return ((below + not_above) / 2.0 / len(off)).mean().item()
@@ -723,7 +729,7 @@ class Laboratory:
         self.policies = {x: load_policy(settings.robot, x) for x in levels}
         self.fit_off, self.fit_on, self.pool_off, self.pool_on = {}, {}, {}, {}
         self.sources, self.returns, self.clamped, self.fits = [], {}, {}, {}
-        for number, level in enumerate(levels):
+        for level in levels:
             parts = []
             # Two collections: no episode is both fitted and scored. Far more rows than are
             # scored, so that neighbours in time are rare.
@@ -734,7 +740,7 @@ class Laboratory:
                 )
                 self.sources.append(source)
                 self.returns.setdefault(level, source["episode_returns"])
-                rng = np.random.default_rng([settings.seed, number, part])
+                rng = np.random.default_rng([settings.seed, LEVELS.index(level), part])
                 wanted = (settings.fit_rows, settings.pool_rows)[part]
                 parts += split(found, [wanted] * 2, rng)
             self.fit_off[level], self.fit_on[level] = parts[:2]
@@ -753,7 +759,7 @@ class Laboratory:
             rows.actions,
             updates=s.diffusion_updates if diffusion else s.density_updates,
             batch_size=s.diffusion_batch if diffusion else s.density_batch,
-            lr=1e-3,
+            lr=s.diffusion_lr if diffusion else s.density_lr,
             seed=s.seed,
             dataset_hash=f"{name} {json.dumps(self.sources)}",
             cache_dir=self.folder / "behavior",
@@ -774,11 +780,7 @@ class Laboratory:
         returns = [self.returns[level] for level in (behavior, online)]
         span = max(r[2] for r in returns) - min(r[0] for r in returns)
         guidance = fit_guidance(nu[0], off, on, span, self.settings)
-        self.fits[f"{tag} / {tag_on}"] = {
-            "energy_loss": guidance.loss,
-            "energy_label_entropy": guidance.entropy,
-        }
-        return Models(
+        models = Models(
             self.policies[behavior],
             self.policies[online],
             *nu,
@@ -787,6 +789,18 @@ class Laboratory:
             self.classifier(behavior, online, share),
             self.settings,
         )
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        states = self.pool_off[behavior].states[:256]
+        clipped = [
+            (models.references(x, states, 1, generator).abs() == 1).float().mean().item()
+            for x in ("diffusion", "small_guidance_scale", "guidance_scale")
+        ]
+        self.fits[f"{tag} / {tag_on}"] = {
+            "energy_loss": guidance.loss,
+            "energy_label_entropy": guidance.entropy,
+            "references_clipped": clipped,  # share of coordinates: unguided, small, large
+        }
+        return models
 
     def classifier(self, behavior: str, online: str, share: float) -> Regressor:
         """Of the two buffers as they are: a share of each comes from the other policy."""
@@ -818,7 +832,7 @@ class Laboratory:
 
 def run(settings: Settings, levels: list[str], folder: Path) -> dict:
     """All experiments of one seed; what the JSON file of a seed holds."""
-    start, result = time.process_time(), Result()
+    start, commit, result = time.process_time(), runs.git_commit(), Result()
     lab = Laboratory(settings, levels, folder)
     main_pair = tuple(levels[-2:])
     for pair in itertools.product(levels, repeat=2):
@@ -849,7 +863,7 @@ def run(settings: Settings, levels: list[str], folder: Path) -> dict:
         "machine": runs.machine(),
         "threads": torch.get_num_threads(),
         "versions": runs.versions(),
-        "commit": runs.git_commit(),
+        "commit": commit,
         "columns": Result.COLUMNS,
         "tables": result.tables,
     }
@@ -910,16 +924,14 @@ class Store:
         if not paths:
             raise ValueError(f"no seed_*.json in {folder}; run the benchmark first")
         self.seeds = [json.loads(path.read_text()) for path in paths]
-        self.tables: dict[str, list[dict]] = {}
+        self.rows: dict[tuple[str, str], list[dict]] = {}  # by table and score
         for seed in self.seeds:
+            number = {"seed": seed["settings"]["seed"]}
             for name, rows in seed["tables"].items():
                 columns = seed["columns"][name]
-                self.tables.setdefault(name, []).extend(
-                    {**dict(zip(columns, row, strict=True)), "seed": number}
-                    for row, number in zip(
-                        rows, itertools.repeat(seed["settings"]["seed"]), strict=False
-                    )
-                )
+                for row in rows:
+                    named = dict(zip(columns, row, strict=True)) | number
+                    self.rows.setdefault((name, named["score"]), []).append(named)
         first = self.seeds[0]
         self.main_pair, self.levels = tuple(first["main_pair"]), first["levels"]
         self.pairs = list(itertools.permutations(self.levels, 2))
@@ -928,11 +940,11 @@ class Store:
             0.0  # largest range over seeds of what was read since it was set to 0
         )
 
-    def values(self, table: str, column: str, **where) -> list[tuple[int, float]]:
+    def values(self, table: str, column: str, score: str, **where) -> list[tuple]:
         """(seed, value) of the rows where every named column equals its value."""
         return [
             (row["seed"], row[column])
-            for row in self.tables[table]
+            for row in self.rows[table, score]
             if row[column] is not None and all(row[k] == v for k, v in where.items())
         ]
 
@@ -1258,8 +1270,8 @@ def draw_auc(store: Store, path: Path) -> None:
     axis.axvline(0.5, color="#666666", linewidth=1, linestyle=":")
     axis.set_yticks(range(len(store.scores)), store.scores)
     axis.invert_yaxis()
-    axis.set_xlabel("AUC: online rows against behavior rows")
-    axis.legend(title="behavior \u2192 online", fontsize=9)
+    axis.set_xlabel("AUC: online rows against behavior rows (behavior → online)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -1308,19 +1320,22 @@ def draw_reliability(store: Store, path: Path) -> None:
         ("policy ratio", "logistic of the ratio"),
         ("oracle ratio", "logistic of the ratio"),
     ]
-    figure, ((axis,),) = new_figure(6.5, 5.5)
+    figure, ((axis,),) = new_figure(6.5, 6.5)
     axis.plot([0, 1], [0, 1], color="#666666", ls=":", label="calibrated")
     seed = store.seeds[0]["settings"]["seed"]
     for i, (score, posterior_name) in enumerate(lines):
         where = {"behavior": b, "online": o, "score": score, "share": 0.3}
         found = store.values("reliability", "bins", posterior=posterior_name, **where)
-        bins = np.array(dict(found)[seed])
+        bins = np.array([b for b in dict(found)[seed] if b[2] >= 0.005])
         style = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 5}
         axis.plot(bins[:, 0], bins[:, 1], label=f"{score}, {posterior_name}", **style)
     axis.set_xlabel("stated P(behavior | d)")
     axis.set_ylabel("share of rows that the behavior made")
-    axis.set_title(f"{arrow((b, o))}, 30 % misplaced, seed {seed}", fontsize=10)
-    axis.legend(fontsize=9)
+    axis.set_title(
+        f"{arrow((b, o))}, 30 % misplaced, seed {seed}\nbins of at least 0.5 % of the rows",
+        fontsize=10,
+    )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -1338,6 +1353,7 @@ def draw_cost(store: Store, path: Path) -> None:
     axis.axhline(y, color="#000000", linewidth=1, label="oracle ratio, known share")
     axis.axhline(0.7, color="#666666", linewidth=1, ls=":", label="no exchange")
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("processor milliseconds per 1000 rows (small networks)")
     axis.set_ylabel("purity after the exchange\n(30 % misplaced, threshold rule)")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -193,6 +193,10 @@ class TrainConfig:
             )
         if not 0.0 < self.mixing_ratio < 1.0:
             raise ValueError(f"mixing_ratio must lie in (0, 1), not {self.mixing_ratio}")
+        if self.is_sparse_reward and not self.discount < 1.0:
+            raise ValueError(
+                "is_sparse_reward needs a discount below 1: r / (1 - discount)"
+            )
         if not (self.batch_size * self.mixing_ratio).is_integer():
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split by mixing_ratio "

@@ -11,12 +11,16 @@ of the map, one cell is 4 wide. The goal is a mocap body, so MuJoCo's state hold
 import functools
 import xml.etree.ElementTree as ElementTree
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.envs.mujoco.mujoco_env import expand_model_path
+
+from corl_dare import envs
 
 CELL = 4.0  # width of a cell
 WALL_HEIGHT = 2.0
@@ -24,9 +28,7 @@ GOAL_RADIUS = 0.5  # distance of torso and goal, in the plane, that counts as re
 TORQUE = 30.0  # of the action 1
 FRAME_SKIP, TIMESTEP = 5, 0.02  # 0.1 s per action
 GOAL_NOISE = (1.0, 0.5)  # widths of the two uniform draws that are added per axis
-START_NOISE = (
-    1.0  # width of the draw added per axis to a random start, none to the fixed
-)
+START_NOISE = 1.0  # width of the draw added per axis to a drawn start, none to the map's
 POSE_NOISE = 0.1  # of joint positions (uniform) and velocities (standard deviation)
 
 Cell = tuple[int, int]  # row, column
@@ -37,8 +39,7 @@ class Maze:
     """A map: `#` wall, `R` start, `G` goal of the evaluation, `.` free."""
 
     rows: tuple[str, ...]
-    # Cells among which D4RL's collector drew the goals of its walks.
-    collect_goals: tuple[Cell, ...]
+    play_goals: tuple[Cell, ...]  # of the walks that D4RL's data come from
 
     def cells(self, kinds: str) -> list[Cell]:
         """The cells whose mark is among `kinds`, row by row."""
@@ -49,14 +50,18 @@ class Maze:
             if mark in kinds
         ]
 
-    @property
+    @functools.cached_property
     def free(self) -> list[Cell]:
         return self.cells("RG.")
 
+    @functools.cached_property
+    def start(self) -> Cell:
+        return self.cells("R")[0]
+
     def position(self, cell: Cell) -> np.ndarray:
         """Centre (2,) of a cell."""
-        (row, column), (start_row, start_column) = cell, self.cells("R")[0]
-        return CELL * np.array([column - start_column, row - start_row], np.float64)
+        row, column = cell[0] - self.start[0], cell[1] - self.start[1]
+        return CELL * np.array([column, row], np.float64)
 
     def cell(self, xy: np.ndarray) -> Cell:
         """The cell that D4RL's collector takes a position (2,) to be in.
@@ -64,9 +69,8 @@ class Maze:
         Its rule rounds down from cell *centres*, because its waypoints and goals lie beyond
         the centre. So a cell begins in its middle, and the result may be a wall.
         """
-        start_row, start_column = self.cells("R")[0]
-        x, y = np.maximum(xy, 0.0) // CELL
-        return start_row + int(y), start_column + int(x)
+        x, y = (max(float(v), 0.0) // CELL for v in xy)
+        return self.start[0] + int(y), self.start[1] + int(x)
 
     def next_cell(self, cell: Cell, goal: Cell) -> Cell:
         """The neighbour of a cell, itself possibly a wall, that is nearest to the goal.
@@ -183,6 +187,13 @@ def maze_xml(maze: Maze | None, asset: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
+def load_model(maze: Maze | None) -> mujoco.MjModel:
+    """The compiled model of `maze_xml`, with D4RL's contact margins on every MuJoCo."""
+    model = mujoco.MjModel.from_xml_string(maze_xml(maze, expand_model_path("ant.xml")))
+    envs.restore_contact_margin(model)
+    return model
+
+
 class AntMaze(MujocoEnv):
     """D4RL's antmaze -v2: reward 1 and the end where the ant comes within 0.5 of the goal.
 
@@ -193,8 +204,9 @@ class AntMaze(MujocoEnv):
 
     Args:
         size: `umaze`, `medium` or `large`.
-        collect: the collector's variant: a goal among the maze's `collect_goals`, no end at it.
-        random_start: start in any free cell but the collector's goal cells (D4RL's multistart).
+        goals: cells among which a reset draws the goal; episodes then go on at the goal, as
+            in D4RL's collection. By default the map's one goal, which ends the episode.
+        starts: cells among which a reset draws the start; by default the map's.
     """
 
     metadata = {
@@ -205,18 +217,18 @@ class AntMaze(MujocoEnv):
     def __init__(
         self,
         size: str,
-        collect: bool = False,
-        random_start: bool = False,
+        goals: Sequence[Cell] | None = None,
+        starts: Sequence[Cell] | None = None,
         render_mode: str | None = None,
     ):
         if size not in MAZES:
             raise ValueError(f"maze {size!r} is not one of {', '.join(MAZES)}")
-        self.maze, self.collect, self.random_start = MAZES[size], collect, random_start
+        self.maze, self.goals, self.starts = MAZES[size], goals, starts
         space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
         super().__init__("ant.xml", FRAME_SKIP, space, render_mode=render_mode)
 
     def _initialize_simulation(self):
-        model = mujoco.MjModel.from_xml_string(maze_xml(self.maze, self.fullpath))
+        model = load_model(self.maze)
         return model, mujoco.MjData(model)
 
     def _set_action_space(self):
@@ -234,7 +246,7 @@ class AntMaze(MujocoEnv):
 
     def draw_goal(self) -> np.ndarray:
         """A goal (2,) by D4RL's rule: a goal cell's centre plus one-sided noise."""
-        cells = self.maze.collect_goals if self.collect else self.maze.cells("G")
+        cells = self.maze.cells("G") if self.goals is None else self.goals
         cell = cells[self.np_random.integers(len(cells))]
         noise = sum(self.np_random.uniform(0.0, width, 2) for width in GOAL_NOISE)
         return np.maximum(self.maze.position(cell) + noise, 0.0)
@@ -244,10 +256,8 @@ class AntMaze(MujocoEnv):
         rng = self.np_random
         qpos = self.init_qpos + rng.uniform(-POSE_NOISE, POSE_NOISE, self.model.nq)
         qvel = self.init_qvel + POSE_NOISE * rng.standard_normal(self.model.nv)
-        if self.random_start:
-            goals = self.maze.collect_goals
-            cells = [cell for cell in self.maze.free if cell not in goals]
-            start = self.maze.position(cells[rng.integers(len(cells))])
+        if self.starts is not None:
+            start = self.maze.position(self.starts[rng.integers(len(self.starts))])
             qpos[:2] = np.maximum(start + rng.uniform(0.0, START_NOISE, 2), 0.0)
         self.set_state(qpos, qvel)
         return self._observation()
@@ -264,5 +274,5 @@ class AntMaze(MujocoEnv):
         if self.render_mode == "human":
             self.render()
         reached = self.reached()
-        ends = reached and not self.collect
-        return self._observation(), float(reached), ends, False, {}
+        terminated = reached and self.goals is None
+        return self._observation(), float(reached), terminated, False, {}

@@ -4,7 +4,8 @@ Shipped SAC policies (`policies/`, trained by `sac.py`) are rolled out in the ta
 environment the way D4RL's locomotion sets were made: actions are sampled, their exact
 log-density is stored, an episode that reaches the time limit ends by `timeouts` even if
 the robot fell in that very step, and the file is cut at its last row. Replay data comes
-from a series of snapshots of one training, in training order.
+from a series of snapshots of one training, in training order. Antmaze is
+`antmaze_collect.py`'s.
 
     python -m corl_dare.collect hopper-medium-v2 --rows 200000 --out hopper.hdf5
     python -m corl_dare.collect hopper-medium-v2 --mix expert --share 0.3
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from corl_dare import __version__, envs, sac
+from corl_dare import __version__, ant_walker, antmaze_collect, envs, sac
 from corl_dare.progress import progress_bar
 
 POLICY_DIR = Path(__file__).parent / "policies"
@@ -56,6 +57,7 @@ LEVELS = {  # what is shipped -> which kinds it makes
     "medium-expert": ("medium", "expert"),
     "medium-replay": ("series", "medium"),
     "full-replay": ("series",),
+    **{kind: ("walker",) for kind in envs.ANTMAZES},
 }
 
 
@@ -127,12 +129,13 @@ def publish(part: Path, out: Path) -> None:
 
 def kinds(robot: str) -> list[str]:
     """The dataset kinds that can be collected for a robot with the shipped policies."""
-    if robot not in envs.ROBOTS or not envs.ROBOTS[robot].env_id:
-        return []
+    known = envs.ROBOTS[robot].kinds if robot in envs.ROBOTS else ()
     levels = {
         facts["level"] for facts in _manifest().values() if facts["robot"] == robot
     }
-    return [kind for kind, needed in LEVELS.items() if levels.issuperset(needed)]
+    return [
+        k for k, needed in LEVELS.items() if k in known and levels.issuperset(needed)
+    ]
 
 
 def fingerprint(task: str) -> dict[str, str]:
@@ -202,12 +205,13 @@ def _load(path: Path, level: str, task: envs.Task, facts: dict) -> list[Behavior
         raise ValueError(
             f"policy file {path} is not a policy written by corl_dare.sac ({error!r})"
         ) from error
+    inputs = ant_walker.FEATURES if level == "walker" else task.state_dim
     for _, _, policy in named:
         dims = policy.net[0].in_features, policy.net[-1].out_features // 2
-        if dims != (task.state_dim, task.action_dim):
+        if dims != (inputs, task.action_dim):
             raise ValueError(
                 f"policy file {path} maps {dims[0]} state to {dims[1]} action "
-                f"dimensions; {task.robot} has {task.state_dim} and {task.action_dim}"
+                f"dimensions; {task.robot} has {inputs} and {task.action_dim}"
             )
     return [Behavior(name, policy, digest, step) for name, step, policy in named]
 
@@ -252,6 +256,8 @@ def make_plan(
         parts = _mixture(facts, rows, policy, mix, share)
     elif facts.kind in SINGLE:
         parts = [(_single(facts, facts.kind, policy), rows)]
+    elif facts.robot == "antmaze":
+        parts = [(_single(facts, "walker"), rows)]
     elif facts.kind == "medium-expert":
         halves = rows // 2, rows - rows // 2
         parts = [
@@ -260,13 +266,14 @@ def make_plan(
         ]
     else:
         parts = _replay(facts, rows)
+    used = {b.level: b.sha256 for b, _ in parts if b.policy is not None}
     settings = {
         "source": "self-collected",
         "task": task,
         "rows": rows,
         "seed": seed,
         "policies": json.dumps(
-            {b.level: b.sha256 for b, _ in parts if b.policy is not None}, sort_keys=True
+            fingerprint(task) if "-replay-" in task else used, sort_keys=True
         ),
     }
     if mix is not None:
@@ -484,15 +491,25 @@ def roll_out(
             if path.exists():
                 continue
             words = [plan.settings["seed"], chunk.part, chunk.number]
-            table = rollout(
-                chunk.behavior,
-                plan.robot,
-                chunk.rows,
-                np.random.SeedSequence(words),
-                advance,
-                judges,
-                chunk.whole,
-            )
+            seed = np.random.SeedSequence(words)
+            if plan.robot == "antmaze":
+                kind, policy = (
+                    envs.task(plan.settings["task"]).kind,
+                    chunk.behavior.policy,
+                )
+                table = antmaze_collect.rollout(
+                    kind, policy, chunk.rows, seed, advance, chunk.whole
+                )
+            else:
+                table = rollout(
+                    chunk.behavior,
+                    plan.robot,
+                    chunk.rows,
+                    seed,
+                    advance,
+                    judges,
+                    chunk.whole,
+                )
             part = path.with_suffix(".part")
             with open(part, "wb") as handle:
                 np.save(handle, table, allow_pickle=False)
@@ -614,7 +631,7 @@ def collect(
     collection are used by the next; of two processes the second waits for the first.
 
     Args:
-        task: D4RL name of a locomotion task, -v2.
+        task: D4RL name of a locomotion or antmaze task, -v2.
         rows: transitions in the file, at least 2.
         policy: safetensors file of `sac.save_policy` in place of the shipped one.
         mix: random, medium or expert: mixes whole episodes of this policy in; every row
@@ -741,18 +758,20 @@ def _write(out: Path, plan: Plan, data: dict[str, np.ndarray]) -> None:
 
 
 def _metadata(plan: Plan) -> dict:
-    """What D4RL stores of the policy: nothing of random and joined data, of replays the
-    training step. Mean and log-std are two layers on one trunk."""
+    """What D4RL stores of the policy: nothing of random, joined and antmaze data, of replays
+    the training step. Mean and log-std are two layers on one trunk."""
     behavior, replay = plan.parts[-1][0], "-replay-" in plan.settings["task"]
-    if behavior.policy is None or (len(plan.parts) > 1 and not replay):
+    joined = len(plan.parts) > 1 and not replay
+    if behavior.policy is None or joined or plan.robot == "antmaze":
         return {}
     metadata = {"algorithm": np.bytes_("SAC")}
+    if not replay:
+        metadata["policy/nonlinearity"] = np.bytes_("relu")
+        metadata["policy/output_distribution"] = np.bytes_("tanh_gaussian")
     if behavior.step is not None:
         metadata["iteration"] = np.int32(behavior.step)
     if replay:
         return metadata
-    metadata["policy/nonlinearity"] = np.bytes_("relu")
-    metadata["policy/output_distribution"] = np.bytes_("tanh_gaussian")
     weights = {k: v.numpy() for k, v in behavior.policy.state_dict().items()}
     for kind in ("weight", "bias"):
         mean, log_std = np.split(weights[f"net.4.{kind}"], 2)

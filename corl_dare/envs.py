@@ -174,7 +174,7 @@ def make_robot(robot: str) -> gym.Env:
         env = gym.make(ROBOTS[robot].env_id)
     finally:
         gym.logger.min_level = logger_level
-    restore_contact_margin(env)
+    restore_contact_margin(env.unwrapped.model)
     return ClipAction(env)
 
 
@@ -191,19 +191,16 @@ def make_antmaze(facts: Task) -> gym.Env:
             f"{facts.name}: only antmaze's -v2 environments are here (-v0 and -v1 keep one "
             f"goal for good); use antmaze-{facts.kind}-v2"
         )
-    env = gym.wrappers.TimeLimit(
-        antmaze.AntMaze(facts.kind.partition("-")[0]), facts.horizon
-    )
-    restore_contact_margin(env)
-    return ClipAction(env)
+    maze = antmaze.AntMaze(facts.kind.partition("-")[0])
+    return ClipAction(gym.wrappers.TimeLimit(maze, facts.horizon))
 
 
-def restore_contact_margin(env: gym.Env) -> None:
+def restore_contact_margin(model: Any) -> None:
     """Halve the geom margins on MuJoCo >= 3.5, where a pair's margin became the sum of both."""
     import mujoco
 
     if tuple(int(v) for v in mujoco.__version__.split(".")[:2]) >= (3, 5):
-        env.unwrapped.model.geom_margin[:] *= 0.5
+        model.geom_margin[:] *= 0.5
 
 
 class OldGymEnv(gym.Env):

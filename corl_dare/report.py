@@ -80,9 +80,9 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
                 "repeat it; run it again from a git checkout with the data at hand"
             )
     label = label or str(config["name"])
-    if not re.fullmatch(r"\w[\w.+=-]*", label):
+    if not re.fullmatch(r"\w[\w.,+=-]*", label):
         raise ValueError(
-            f"label {label!r} must be letters, digits and . _ + = -, no sign first; give "
+            f"label {label!r} must be letters, digits and . , _ + = -, no sign first; give "
             "another one with --as"
         )
     evaluations = _read_evaluations(folder / "evaluations.csv")
@@ -104,8 +104,8 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
         "dataset": data,
         "machine": summary["machine"],
         "versions": summary["versions"],
-        "config": {k: v for k, v in config.items() if k not in PLACES},
-        "before": _before(evaluations, str(config.get("load_model") or "")),
+        "config": _plain({k: v for k, v in config.items() if k not in PLACES}),
+        "before": _before(evaluations, _offline_runs(summary, config)),
         "evaluations": evaluations,
         "metrics": _thin_metrics(folder / "metrics.csv", config["offline_iterations"]),
         "updates": summary["updates"],
@@ -143,20 +143,38 @@ def _read_evaluations(path: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _before(evaluations: list[dict], load_model: str) -> dict[str, Any] | None:
+def _offline_runs(summary: Mapping, config: Mapping) -> list[tuple[Path, float]]:
+    """Folders where the run of the loaded model may be, and the step it was loaded at."""
+    found = []
+    if summary.get("offline_run"):  # a sweep says it
+        found.append((Path(summary["offline_run"]).expanduser(), math.inf))
+    if config.get("load_model"):
+        file = Path(str(config["load_model"])).expanduser()
+        number = re.fullmatch(r"checkpoint_(\d+)\.pt", file.name)
+        step = int(number.group(1)) + 1 if number else math.inf
+        for folder in (file.parent, file.parent / "run", file.parent.parent):
+            found.append((folder, step))
+    return found
+
+
+def _before(evaluations: list[dict], sources: list) -> dict[str, Any] | None:
     """The evaluation of the offline model: of this run, or of the run it was loaded from."""
     offline = [e for e in evaluations if e["phase"] == "offline"]
-    if not offline and load_model:
-        file = Path(load_model).expanduser()
-        number = re.fullmatch(r"checkpoint_(\d+)\.pt", file.name)
-        last = int(number.group(1)) + 1 if number else math.inf
-        for folder in (file.parent, file.parent.parent):
-            if (folder / "evaluations.csv").is_file():
-                entries = _read_evaluations(folder / "evaluations.csv")
-                offline = [e for e in entries if e["phase"] == "offline"]
-                offline = [e for e in offline if e["step"] <= last]
-                break
+    for folder, step in sources:
+        if not offline and (folder / "evaluations.csv").is_file():
+            entries = _read_evaluations(folder / "evaluations.csv")
+            offline = [e for e in entries if e["phase"] == "offline"]
+            offline = [e for e in offline if e["step"] <= step]
     return offline[-1] if offline else None
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON can hold them: an infinite bound as text."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def _thin_metrics(path: Path, switch: int) -> dict[str, list]:

@@ -27,8 +27,10 @@ import json
 import os
 import re
 import runpy
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -414,9 +416,9 @@ def last_lines(folder: Path, count: int = 5) -> list[str]:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    lines = [line.split("\r")[-1].rstrip() for line in text.split("\n")]
-    bar = re.compile(r"\|\s*\d+/\d+ \[")
-    return [line for line in lines if line and not bar.search(line)][-count:]
+    bar = re.compile(r".*\|\s*\d+/\d+ \[[^]]*\]")
+    lines = [bar.sub("", line.split("\r")[-1]).strip() for line in text.split("\n")]
+    return [line for line in lines if line][-count:]
 
 
 # ---------------------------------------------------------------- one cell, in its own process
@@ -558,6 +560,12 @@ class RayPool:
     """
 
     def __init__(self, address: str | None, workers: int | None, gpus: float):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address is None and "RAY_AUTH_MODE" not in os.environ:
+            # Of this Ray alone: it would otherwise leave a token in the home folder, which
+            # changes how every later Ray of this user starts.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         try:
             import ray
         except ImportError:
@@ -565,14 +573,15 @@ class RayPool:
                 f"a sweep needs Ray: python -m pip install -r {REQUIREMENTS}"
             ) from None
         self.ray, self.gpus = ray, gpus
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
             options |= {"num_cpus": workers, "include_dashboard": False}
             options |= {"_node_ip_address": "127.0.0.1"}
         try:
+            if address not in (None, "auto"):
+                _knock(address)  # Ray itself would try for many minutes
             ray.init(address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise RuntimeError(
                 f"no Ray at {address or 'this machine'}: {text}"
@@ -614,6 +623,13 @@ class RayPool:
 
     def close(self) -> None:
         self.ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("write HOST:PORT or auto")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 # ---------------------------------------------------------------- the sweep

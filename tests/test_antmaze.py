@@ -72,8 +72,8 @@ def test_map_start_and_goal_are_d4rls(size):
     assert shown == rows
     assert maze.position(maze.cells("R")[0]).tolist() == [0, 0]
     assert maze.position(maze.cells("G")[0]).tolist() == list(GOALS[size])
-    assert set(maze.collect_goals) == COLLECT[size]
-    assert len(maze.collect_goals) == len(COLLECT[size])
+    assert set(maze.play_goals) == COLLECT[size]
+    assert len(maze.play_goals) == len(COLLECT[size])
     assert COLLECT[size] <= set(maze.free)
 
 
@@ -256,16 +256,21 @@ def test_a_seed_repeats_goal_and_start_and_numpys_global_stream_plays_no_part():
 
 
 @pytest.mark.parametrize("size", MAPS)
-def test_collectors_resets_cover_its_goals_and_every_other_free_cell(size):
-    env = antmaze.AntMaze(size, collect=True, random_start=True)
+def test_resets_draw_from_the_given_goals_and_starts(size):
+    maze, starts, goals = antmaze.MAZES[size], set(), set()
+    wanted = set(maze.free) - COLLECT[size]
+    env = antmaze.AntMaze(size, goals=maze.play_goals, starts=sorted(wanted))
     env.reset(seed=0)
-    maze, starts, goals = env.maze, set(), set()
-    for _ in range(60 * len(maze.free) if size == "umaze" else 400):
+    for _ in range(400):
         state, _ = env.reset()
-        starts.add(maze.cell(state[:2]))
+        cell = maze.cell(state[:2])
+        assert (
+            (0 <= state[:2] - maze.position(cell))
+            & (state[:2] - maze.position(cell) <= 1)
+        ).all()
+        starts.add(cell)
         goals.add(maze.cell(env.goal))
-    assert goals == COLLECT[size]
-    assert starts == set(maze.free) - COLLECT[size]
+    assert goals == COLLECT[size] and starts == wanted
 
 
 # ---------------------------------------------------------------- reward, end, limit
@@ -293,8 +298,8 @@ def test_the_radius_includes_its_border():
         assert env.reached() is reached
 
 
-def test_the_collectors_episode_goes_on_at_the_goal():
-    env = antmaze.AntMaze("umaze", collect=True)
+def test_an_episode_with_given_goals_goes_on_at_the_goal():
+    env = antmaze.AntMaze("umaze", goals=[(3, 1)])
     env.reset(seed=0)
     env.goal = env.data.qpos[:2].copy()
     assert env.step(np.zeros(8, np.float32))[1:4] == (1.0, False, False)
@@ -395,6 +400,15 @@ def test_a_way_leads_out_of_a_wall_and_none_into_it():
         maze.next_cell((1, 1), (2, 2))
     with pytest.raises(ValueError, match=r"no way from cell \(0, 0\)"):
         maze.next_cell((0, 0), (3, 1))
+
+
+@pytest.mark.parametrize("size", MAPS)
+def test_a_way_leads_on_from_wherever_the_ant_can_stand(size):
+    maze = antmaze.MAZES[size]
+    for cell in maze.free:
+        for corner in [(-1.9, -1.9), (-1.9, 1.9), (1.9, -1.9), (1.9, 1.9)]:
+            here = maze.cell(maze.position(cell) + corner)
+            assert maze.next_cell(here, maze.cells("G")[0]) in maze.free
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)

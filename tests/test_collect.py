@@ -291,6 +291,8 @@ def test_replay_comes_in_training_order_from_the_nearest_snapshot(
     differ = [i for i in range(rows) if found[i] != expected[i]]
     assert len(differ) <= 2 * len(steps)  # rounding at the seams
     assert names == list(dict.fromkeys(expected))
+    levels = ["medium", "series"] if kind == "medium-replay" else ["series"]
+    assert sorted(json.loads(attributes["policies"])) == levels
     assert data["metadata/iteration"] == (900 if kind == "medium-replay" else 2000)
     # The exact density under the snapshot that acted, in the row it acted in.
     states, actions = (torch.from_numpy(data[k]) for k in ("observations", "actions"))
@@ -891,7 +893,7 @@ def test_command_makes_a_mixture_under_a_name_that_says_so(tmp_path, monkeypatch
 
 
 def test_command_fails_with_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["collect", "antmaze-umaze-v2"])
+    monkeypatch.setattr(sys, "argv", ["collect", "pen-human-v1"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="^error: no self-collected.*none$"):
         collect.main()

@@ -577,7 +577,8 @@ def test_new_policies_get_a_new_stand_in(home, monkeypatch):
     assert [p.name for p in asked] == [f"{TASK}-60-{c * 8}.hdf5" for c in "ab"]
 
 
-def test_nothing_found_tells_all_that_was_tried(home):
+def test_nothing_found_tells_all_that_was_tried(home, monkeypatch):
+    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
     with pytest.raises(ValueError) as caught:
         datasets.resolve("antmaze-large-play-v2")
     message = str(caught.value)
@@ -1175,6 +1176,7 @@ def test_overview_finds_a_stand_in_that_is_there(home):
 
 
 def test_report_compares_every_stand_in_with_d4rls_figures(home, monkeypatch):
+    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
     tasks = ["hopper-random-v2", "antmaze-umaze-v2", "halfcheetah-random-v2"]
     monkeypatch.setattr(envs, "task_names", lambda: tasks)
     out = home / "new" / "report.md"

@@ -160,6 +160,12 @@ def test_metrics_are_thinned_to_the_means_of_bins(make_run, tmp_path):
     assert set(record["metrics"]) == {"step", "exchanged", "q_loss"}
 
 
+def test_infinite_bounds_are_settings_too(make_run, tmp_path):
+    (path,) = report.add([make_run(lr=-np.inf)], tmp_path / "x", "iql,lr=-inf")
+    assert json.loads(path.read_text())["config"]["lr"] == "-inf"
+    assert path.parent.name == "iql,lr=-inf"  # a sweep's name of a method
+
+
 def test_gaps_in_metrics_stay_gaps(make_run):
     bare = report.read_run(make_run(metrics={"exchanged": float("nan")}))["metrics"]
     assert bare == {"step": [10, 20, 30, 40, 50]}
@@ -288,6 +294,14 @@ def test_the_offline_score_comes_from_the_run_that_was_loaded(make_run, tmp_path
         assert record["before"]["step"] == step
         first = report.read_run(offline)["evaluations"][step // 10 - 1]
         assert record["before"] == first
+    sweep = tmp_path / "cell"  # as a sweep leaves it: model.pt beside the folder run
+    sweep.mkdir()
+    offline.rename(sweep / "run")
+    swept = make_run(load_model=str(sweep / "model.pt"), **loaded)
+    assert report.read_run(swept)["before"]["step"] == 20
+    told = make_run(load_model=str(tmp_path / "gone" / "model.pt"), **loaded)
+    change_summary(told, offline_run=str(sweep / "run"))
+    assert report.read_run(told)["before"]["step"] == 20
     unknown = make_run(load_model=str(tmp_path / "gone" / "model.pt"), **loaded)
     assert report.read_run(unknown)["before"] is None
 

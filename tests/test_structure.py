@@ -21,7 +21,8 @@ WALLS = {
     "corl_dare/guidance.py": set(),
     "corl_dare/progress.py": set(),
     "corl_dare/runs.py": {"progress"},
-    "corl_dare/envs.py": set(),
+    "corl_dare/envs.py": {"antmaze"},
+    "corl_dare/antmaze.py": set(),
     "corl_dare/hook.py": {"behavior", "guidance", "exchange", "progress"},
     "corl_dare/sac.py": {"envs", "progress"},
     # datasets: only for the card
@@ -29,6 +30,7 @@ WALLS = {
     "corl_dare/datasets.py": {"envs", "collect", "convert", "download"},
     "corl_dare/convert.py": {"envs"},
     "corl_dare/download.py": {"progress"},
+    "corl_dare/sweep.py": {"runs"},
     "corl_dare/d4rl_shim.py": {"envs", "datasets"},
     "corl_dare/stats.py": set(),
     "corl_dare/figures.py": set(),

@@ -74,9 +74,12 @@ HIGHEST = Gait(12.0, 1.2, 1.1, 0.6, 0.4, 5.0, 0.6, 1.5)
 
 
 def yaw(state: np.ndarray) -> float:
-    """Angle (rad) of the torso about the vertical."""
+    """Angle (rad) of the torso about the vertical; the quaternion may have any length.
+
+    MuJoCo leaves the noise of a reset in it until the first step.
+    """
     w, x, y, z = state[3:7]
-    return math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    return math.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
 
 
 def features(states: np.ndarray, directions: np.ndarray) -> np.ndarray:

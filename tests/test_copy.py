@@ -85,13 +85,21 @@ def test_exchange_copied_alone_works_on_foreign_buffers(tmp_path):
 
 
 def test_the_hook_around_foreign_buffers(tmp_path):
-    (tmp_path / "program.py").write_text(BLOCKS[1] + HOOK)
+    block = BLOCKS[1].replace("updates=2000", "updates=200")
+    assert block != BLOCKS[1]
+    (tmp_path / "program.py").write_text(block + HOOK)
     done = run([sys.executable, "program.py"], tmp_path, PYTHONPATH=str(ROOT))
     assert done.stdout.strip() == "ok", done.stderr
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The dataset is collected once; the second file finds it."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.parametrize("file", ["algorithms/dare_iql.py", "algorithms/dare_cal_ql.py"])
-def test_an_algorithm_file_copied_alone_runs(file, tmp_path):
+def test_an_algorithm_file_copied_alone_runs(file, tmp_path, cache):
     """Only corl_dare is importable, as after `pip install .`; no corl/, no configs."""
     site = tmp_path / "site"
     site.mkdir()
@@ -106,7 +114,7 @@ def test_an_algorithm_file_copied_alone_runs(file, tmp_path):
         [sys.executable, Path(file).name, *small.split()],
         tmp_path,
         PYTHONPATH=str(site),
-        CORL_DARE_CACHE=str(tmp_path / "cache"),
+        CORL_DARE_CACHE=cache,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "offline score" in done.stdout and "curves.png" in done.stdout

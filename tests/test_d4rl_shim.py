@@ -381,7 +381,7 @@ def test_a_foreign_class_in_a_checkpoint_is_refused_in_a_script(tmp_path):
     [
         (["nothing.py"], "nothing.py does not exist"),
         (["SCRIPT", "hopper-medium-v7"], "unknown task"),
-        (["SCRIPT", "antmaze-umaze-v2"], "antmaze-umaze-v2"),
+        (["SCRIPT", "pen-human-v1"], "pen-human-v1"),
         (["--dataset_path", "nothing.hdf5", "SCRIPT", TASK], "nothing.hdf5"),
     ],
 )

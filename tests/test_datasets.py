@@ -1155,6 +1155,7 @@ def test_overview_has_a_line_for_every_task_and_touches_nothing(
     for name in ("collect", "rollout"):
         monkeypatch.setattr(collect, name, None)
     monkeypatch.setattr(datasets.download, "download", None)
+    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
     monkeypatch.setattr(sys, "argv", ["datasets", "--all"])
     datasets.main()
     lines = capsys.readouterr().out.splitlines()

@@ -386,7 +386,7 @@ def test_damaged_chunk_is_refused(tmp_path):
         datasets.load_hdf5(path, TASK)
 
 
-@pytest.mark.parametrize("dtype, allowed", [(np.float32, 2.1), (np.float64, 2.5)])
+@pytest.mark.parametrize("dtype, allowed", [(np.float32, 1.9), (np.float64, 2.5)])
 def test_memory_while_loading_stays_near_the_arrays(home, dtype, allowed):
     rng = np.random.default_rng(0)
     raw = make_raw(*(rng.random((2, 50_000)) < 0.01))
@@ -895,7 +895,7 @@ def test_rows_survive_the_way_to_episodes_and_back(lengths, ends, unfinished):
 
 def test_antmaze_rows_lose_the_last_of_an_episode_whose_next_state_is_not_stored():
     terminals = np.zeros(10, bool)
-    terminals[2:4] = True  # two rows at the goal, inside an episode
+    terminals[3:5] = True  # at the goal, up to the row before the time-out
     timeouts = np.arange(10) == 5
     raw = make_raw(terminals, timeouts, state_dim=29, action_dim=8)
     del raw["next_observations"]

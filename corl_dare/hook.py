@@ -475,6 +475,14 @@ class DareHook:
             batch = reorder(batch, result.order)
         return batch, result.weight, {**result.stats, **log}
 
+    def first_released(self, batch_size: int) -> int | None:
+        """Row of a batch of `sample` from which on hard weights are 0; before it they are 1.
+
+        None with soft weights. A loss of weight 0 need not be computed.
+        """
+        hard = self.config.weights == "hard"
+        return int(batch_size * self.mixing_ratio) if hard else None
+
     def score(
         self, states: torch.Tensor, actions: torch.Tensor, rows: list
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -567,11 +567,6 @@ class ValueFunction(nn.Module):
         return self.v(state)
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    params = optimizer.param_groups[0]["params"]
-    compiled.step(optimizer, torch.autograd.grad(loss, params, allow_unused=True))
-
-
 class ImplicitQLearning:
     def __init__(
         self,
@@ -684,7 +679,7 @@ class ImplicitQLearning:
             residual = weight.sqrt() * adv  # the loss is quadratic in the residual
         v_loss = asymmetric_l2_loss(residual, expectile)
         log_dict["value_loss"] = v_loss.detach()
-        descend(self.v_optimizer, v_loss)
+        compiled.descend(v_loss, self.v_optimizer)
         return adv
 
     def _update_q(
@@ -700,7 +695,7 @@ class ImplicitQLearning:
         q1, q2 = self.qf.both(observations, actions)
         q_loss = (F.mse_loss(q1, y) + F.mse_loss(q2, y)) / 2
         log_dict["q_loss"] = q_loss.detach()
-        descend(self.q_optimizer, q_loss)
+        compiled.descend(q_loss, self.q_optimizer)
         soft_update(self.q_target, self.qf, self.tau)
 
     def _update_policy(
@@ -727,7 +722,7 @@ class ImplicitQLearning:
             policy_losses = weight * policy_losses + (1.0 - weight) * released
         policy_loss = policy_losses.mean()
         log_dict["actor_loss"] = policy_loss.detach()
-        descend(self.actor_optimizer, policy_loss)
+        compiled.descend(policy_loss, self.actor_optimizer)
 
     def train(
         self,
@@ -944,6 +939,7 @@ def make_hook(
         max_action=trainer.max_action,
         device=trainer.device,
         seed=config.seed,
+        compile=config.compile,
     )
 
 
@@ -1091,7 +1087,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         hook_args = (dataset, state_mean, state_std)
         if config.dare.enabled:
             untrained = new_behavior(config.dare, *dims, config.seed, device)
-            probe = make_hook(config, trainer, buffer, buffer, untrained, *hook_args)
+            eager = dataclasses.replace(config, compile=False)
+            probe = make_hook(eager, trainer, buffer, buffer, untrained, *hook_args)
             update_seconds = seconds_per_update(config, probe, dims, device)
             seconds["online"] = config.online_iterations * config.utd * update_seconds
             seconds.update(seconds_to_prepare(probe))

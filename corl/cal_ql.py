@@ -640,14 +640,6 @@ class FullyConnectedQFunction(nn.Module):
         return self.network(torch.cat((observations, actions), dim=-1)).squeeze(-1)
 
 
-def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    parts = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
-    gradients = torch.autograd.grad(loss, sum(parts, []), allow_unused=True)
-    for optimizer, part in zip(optimizers, parts, strict=True):
-        compiled.step(optimizer, gradients[: len(part)])
-        gradients = gradients[len(part) :]
-
-
 class CalQL:
     def __init__(
         self,
@@ -902,7 +894,7 @@ class CalQL:
             alpha_prime = (
                 alpha_prime.detach()
             )  # the critics see the value before the step
-            descend(alpha_prime_loss, self.alpha_prime_optimizer)
+            compiled.descend(alpha_prime_loss, self.alpha_prime_optimizer)
             penalties = [alpha_prime * self.cql_alpha * e for e in excess]
         else:
             penalties = [diff * self.cql_alpha for diff in diffs]
@@ -965,9 +957,9 @@ class CalQL:
         )
         # Every loss is computed before the first of these steps.
         if self.use_automatic_entropy_tuning:
-            descend(alpha_loss, self.alpha_optimizer)
-        descend(policy_loss, self.actor_optimizer)
-        descend(qf_loss, self.critic_1_optimizer, self.critic_2_optimizer)
+            compiled.descend(alpha_loss, self.alpha_optimizer)
+        compiled.descend(policy_loss, self.actor_optimizer)
+        compiled.descend(qf_loss, self.critic_1_optimizer, self.critic_2_optimizer)
         if move_targets:
             self.update_target_network(self.soft_target_update_rate)
         return log_dict

@@ -512,11 +512,6 @@ class ValueFunction(nn.Module):
         return self.v(state)
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    params = optimizer.param_groups[0]["params"]
-    compiled.step(optimizer, torch.autograd.grad(loss, params, allow_unused=True))
-
-
 class ImplicitQLearning:
     def __init__(
         self,
@@ -566,7 +561,7 @@ class ImplicitQLearning:
         residual, expectile = adv, self.iql_tau
         v_loss = asymmetric_l2_loss(residual, expectile)
         log_dict["value_loss"] = v_loss.detach()
-        descend(self.v_optimizer, v_loss)
+        compiled.descend(v_loss, self.v_optimizer)
         return adv
 
     def _update_q(
@@ -582,7 +577,7 @@ class ImplicitQLearning:
         q1, q2 = self.qf.both(observations, actions)
         q_loss = (F.mse_loss(q1, y) + F.mse_loss(q2, y)) / 2
         log_dict["q_loss"] = q_loss.detach()
-        descend(self.q_optimizer, q_loss)
+        compiled.descend(q_loss, self.q_optimizer)
         soft_update(self.q_target, self.qf, self.tau)
 
     def _update_policy(
@@ -601,7 +596,7 @@ class ImplicitQLearning:
         policy_losses = exp_adv * bc_losses  # (B,)
         policy_loss = policy_losses.mean()
         log_dict["actor_loss"] = policy_loss.detach()
-        descend(self.actor_optimizer, policy_loss)
+        compiled.descend(policy_loss, self.actor_optimizer)
 
     def train(
         self,

@@ -646,9 +646,11 @@ class TanhGaussianPolicy(nn.Module):
         repeat: Optional[int] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Actions (B, A), or (B, repeat, A), and their log-densities."""
-        if repeat is not None:
-            observations = extend_and_repeat(observations, 1, repeat)
         mean, log_std = self._parameters_of(observations)
+        if (
+            repeat is not None
+        ):  # the network sees a state once, its copies share the output
+            mean, log_std = (extend_and_repeat(x, 1, repeat) for x in (mean, log_std))
         actions, log_probs = self.tanh_gaussian(mean, log_std, deterministic)
         return self.max_action * actions, log_probs
 

@@ -639,12 +639,11 @@ class ImplicitQLearning:
 
         0 for the rows before `first_released`, whose weight is 1.
         """
+        next_observations = next_observations[first_released:]
         policy_out = self.actor(next_observations)
-        actions, _ = self._propose(policy_out, noise)  # (n, B, A)
-        repeated = next_observations[first_released:].repeat(
-            len(actions), 1
-        )  # (n B', S)
-        q = self.q_target(repeated, actions[:, first_released:].flatten(0, 1))
+        actions, _ = self._propose(policy_out, noise[:, first_released:])  # (n, B', A)
+        repeated = next_observations.repeat(len(actions), 1)  # (n B', S)
+        q = self.q_target(repeated, actions.flatten(0, 1))
         return F.pad(q.view(len(actions), -1).amax(0), (first_released, 0))
 
     def _released_losses(

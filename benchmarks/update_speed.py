@@ -35,6 +35,7 @@ S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
 LIKELIHOOD = {**RATIO, "score": "likelihood"}
 PAPER = {"behavior": "diffusion", "guidance_scale": 8.0}
+FAST = {**RATIO, "backup_actions": 1}  # of DARE-IQL, as in configs/iql/quick_start.yaml
 CACHED = {**PAPER, "energy_update_freq": 10, "reference_max_age": 1_000_000_000}
 FILES = {  # baseline, twin, settings, variants: name -> DARE's fields (None: baseline), compiled
     "iql": (
@@ -47,6 +48,8 @@ FILES = {  # baseline, twin, settings, variants: name -> DARE's fields (None: ba
             "DARE-IQL, policy ratio": (RATIO, False),
             "DARE-IQL, policy ratio, compiled": (RATIO, True),
             "DARE-IQL, likelihood, compiled": (LIKELIHOOD, True),
+            "DARE-IQL, policy ratio, 1 backup action": (FAST, False),
+            "DARE-IQL, policy ratio, 1 backup action, compiled (fast)": (FAST, True),
             "DARE-IQL, unguided references": ({"guidance_scale": 0.0}, False),
             "DARE-IQL, guided references cached, energy every 10": (CACHED, False),
             "DARE-IQL, guided references, energy every 10": (
@@ -64,7 +67,7 @@ FILES = {  # baseline, twin, settings, variants: name -> DARE's fields (None: ba
             "Cal-QL": (None, False),
             "Cal-QL, compiled": (None, True),
             "DARE-Cal-QL, policy ratio": (RATIO, False),
-            "DARE-Cal-QL, policy ratio, compiled": (RATIO, True),
+            "DARE-Cal-QL, policy ratio, compiled (fast)": (RATIO, True),
             "DARE-Cal-QL, guided references, energy every update (paper)": (
                 PAPER,
                 False,

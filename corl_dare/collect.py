@@ -562,6 +562,7 @@ def _roll_out_in_processes(
                     stdout=subprocess.PIPE,
                     text=True,
                     env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,  # Ctrl-C is ours; `finally` ends them
                 )
             )
 
@@ -848,8 +849,6 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        if args.worker:  # the process that started it has the word
-            raise SystemExit(1) from None
         raise SystemExit(INTERRUPTED) from None
 
 

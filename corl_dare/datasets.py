@@ -848,8 +848,9 @@ def report(out: Path, cache_dir: Path | str | None, rows: int | None) -> None:
 
     if out.is_dir():
         raise ValueError(f"--report {out} is a folder; a file is needed")
-    with _writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)  # before hours are spent
+    with _writing(out) as part:  # a try, before the work is spent
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
     robots, mazes, missing = [], [], []
     for task in envs.task_names():
         try:

@@ -1240,12 +1240,20 @@ def test_report_counts_rows_at_the_goal_of_antmaze(home, monkeypatch):
     assert rows[-1][:6] == ["antmaze-umaze-v2", "1404", "2", "5 ± 5", "50%", "1000000"]
 
 
-def test_report_to_an_unfit_place_is_one_line(home, monkeypatch):
+def test_report_to_an_unfit_place_is_one_line_before_any_work(home, monkeypatch):
     (home / "file").write_text("mine")
     with pytest.raises(SystemExit, match="^error: cannot write .*file/report.md"):
         report(home, monkeypatch, [], home / "file" / "report.md")
     with pytest.raises(SystemExit, match="^error: --report .*is a folder"):
         report(home, monkeypatch, [], home)
+
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(type(home), "touch", refuse)
+    monkeypatch.setattr(datasets, "resolve", None)
+    with pytest.raises(SystemExit, match="^error: cannot write .*Read-only"):
+        report(home, monkeypatch, ["hopper-random-v2"], home / "report.md")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,7 @@ CHUNK = (
 )
 ENVS = 16  # that share a policy call; twice the speed of one, more gain little
 SINGLE = ("random", "medium", "expert")  # kinds that one policy makes
+INTERRUPTED = "interrupted; finished chunks are kept, repeat the command to go on"
 LEVELS = {  # what is shipped -> which kinds it makes
     "random": (),
     "medium": ("medium",),
@@ -122,6 +123,27 @@ def publish(part: Path, out: Path) -> None:
     with open(part, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(part, out)
+
+
+def write_hdf5(out: Path, fill: Callable[[h5py.File], object]) -> None:
+    """Make an HDF5 file by `fill`; it gets its name when it is complete.
+
+    Raises:
+        OSError: no room or no right to write.
+    """
+    # In memory first: on a full disk HDF5's own writing ends with a crash, not an error.
+    memory = {"driver": "core", "backing_store": False, "block_size": 1 << 24}
+    with h5py.File(str(out), "w", **memory) as file:
+        fill(file)
+        file.flush()
+        image = file.id.get_file_image()
+    part = out.with_name(out.name + ".part")
+    try:
+        part.write_bytes(image)
+        publish(part, out)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 # ---------------------------------------------------------------- behavior policies
@@ -540,6 +562,7 @@ def _roll_out_in_processes(
                     stdout=subprocess.PIPE,
                     text=True,
                     env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,  # Ctrl-C is ours; `finally` ends them
                 )
             )
 
@@ -741,20 +764,18 @@ def _check_same(out: Path, settings: dict) -> None:
 
 
 def _write(out: Path, plan: Plan, data: dict[str, np.ndarray]) -> None:
-    part = out.with_name(out.name + ".part")
     behaviors = [behavior for behavior, _ in plan.parts]
-    try:
-        with h5py.File(part, "w") as file:
-            file.attrs.update({**plan.settings, **versions()})
-            for name, values in data.items():
-                file.create_dataset(name, data=values, compression="gzip", shuffle=True)
-            if len(behaviors) > 1:
-                file.attrs["policy_labels"] = json.dumps([b.level for b in behaviors])
-            for name, value in _metadata(plan).items():
-                file[f"metadata/{name}"] = value
-        publish(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+
+    def fill(file: h5py.File) -> None:
+        file.attrs.update({**plan.settings, **versions()})
+        for name, values in data.items():
+            file.create_dataset(name, data=values, compression="gzip", shuffle=True)
+        if len(behaviors) > 1:
+            file.attrs["policy_labels"] = json.dumps([b.level for b in behaviors])
+        for name, value in _metadata(plan).items():
+            file[f"metadata/{name}"] = value
+
+    write_hdf5(out, fill)
 
 
 def _metadata(plan: Plan) -> dict:
@@ -795,7 +816,8 @@ def _work(plan: Plan, out: Path, worker: str) -> None:
             print(waiting, flush=True)
             waiting = 0
 
-    roll_out(plan, _chunk_folder(out, plan), advance, number, workers)
+    with _writing_to(out.parent):
+        roll_out(plan, _chunk_folder(out, plan), advance, number, workers)
     print(waiting, flush=True)
 
 
@@ -826,6 +848,8 @@ def main() -> None:
         print(datasets.card(datasets.resolve(args.task, source="file", path=out)))
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

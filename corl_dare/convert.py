@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import gymnasium
 import h5py
 import numpy as np
 
-from corl_dare import envs
+from corl_dare import collect, envs
 
 INSTALL = "pip install -r requirements-minari.txt"
 CAVEATS = {
@@ -241,25 +241,21 @@ def to_d4rl(
     """
     if out.exists():
         raise ValueError(f"{out} exists; delete it or choose another file")
-    part = out.with_name(out.name + ".part")
+
+    def fill(file: h5py.File) -> None:
+        for key, values in raw.items():
+            file.create_dataset(key, data=values, compression="gzip", shuffle=True)
+        if original is not None:
+            with h5py.File(original) as source:
+                for key in sorted(set(source) - set(raw)):
+                    source.copy(source[key], file, key)
+                file.attrs.update(source.attrs)
+        file.attrs["exported_from"] = about
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(part, "w") as file:
-            for key, values in raw.items():
-                file.create_dataset(key, data=values, compression="gzip", shuffle=True)
-            if original is not None:
-                with h5py.File(original) as source:
-                    for key in set(source) - set(raw):
-                        source.copy(source[key], file, key)
-                    file.attrs.update(source.attrs)
-            file.attrs["exported_from"] = about
-        with open(part, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(part, out)
+        collect.write_hdf5(out, fill)
     except OSError as error:
         line = " ".join(str(error).split())
         raise RuntimeError(f"cannot write {out} ({line})") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
     return out

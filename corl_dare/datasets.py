@@ -17,7 +17,8 @@ makes every stand-in and compares it with what D4RL published.
 import argparse
 import hashlib
 import os
-import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ OPTIONAL = ("timeouts", "next_observations")
 FLAGS = ("terminals", "timeouts")
 FORMATS = ("d4rl", "minari")  # of --export
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+TORSO_HEIGHT = 0.7  # walker2d falls at 0.8, halfcheetah's is measured from its start
 ACTION_BOUND = 1.0 + 1e-3  # D4RL's boxes are [-1, 1]; room for rounding only
 
 ANTMAZE_FILE = "Ant_maze_{}_noisy_multistart_{}_multigoal_{}_sparse_fixed.hdf5"
@@ -271,7 +273,21 @@ def _clean(
             outside = np.abs(cast) > ACTION_BOUND
             _reject(outside, values, key, path, "actions must be within [-1, 1]")
         clean[key] = cast
+    _check_torso(clean["observations"], envs.task(task), path)
     return clean
+
+
+def _check_torso(observations: np.ndarray, facts: envs.Task, path: Path | str) -> None:
+    """halfcheetah and walker2d have the same widths, but only the walker stands upright."""
+    if facts.robot not in ("halfcheetah", "walker2d"):
+        return
+    height = np.median(observations[:, 0])
+    robot = "walker2d" if height > TORSO_HEIGHT else "halfcheetah"
+    if robot != facts.robot:
+        raise ValueError(
+            f"{path}: the torso's height, observations[:, 0], is {height:.2f} in the "
+            f"median, as {robot}'s; {facts.name} needs data of {facts.robot}"
+        )
 
 
 def _reject(
@@ -620,7 +636,8 @@ def _from_file(
 
 def _label(task: str, source: str, path: Path, known: str | None, made: dict) -> str:
     if known is not None:
-        return f"D4RL's own file of {known} (checksum matches)"
+        label = f"D4RL's own file of {known} (checksum matches)"
+        return label if known == task else f"{label}, NOT of {task}"
     if made.get("source") == "self-collected":
         label = "self-collected stand-in (not D4RL data)"
         if "mix" in made:
@@ -729,6 +746,7 @@ def plot_returns(dataset: Dataset, out: Path) -> None:
 
     Raises:
         ValueError: no complete episode, or a type of picture that nobody can draw.
+        RuntimeError: no room or no right to write.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -752,12 +770,22 @@ def plot_returns(dataset: Dataset, out: Path) -> None:
     axes.set_title(dataset.task)
     figure.legend(loc="outside lower center", fontsize=7)
     form = out.suffix.removeprefix(".") or "png"
-    part = out.with_name(f".{out.name}.part")
-    try:
+    with _writing(out) as part:
         figure.savefig(part, dpi=150, format=form)
         collect.publish(part, out)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[Path]:
+    """A name beside `out` to write to; nothing stays under it, errors get one line."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        yield part
+    except OSError as error:
+        raise RuntimeError(f"cannot write {out} ({error})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 # ---------------------------------------------------------------- all tasks
@@ -810,41 +838,69 @@ def _would_come_from(task: str, cache_dir: Path | str | None) -> tuple[str, str]
 
 
 def report(out: Path, cache_dir: Path | str | None, rows: int | None) -> None:
-    """Make every stand-in there can be, and write a table of them against D4RL's data."""
-    head = "| task | rows | episodes | return, mean ± std (min … max) | normalized | "
-    lines = [
-        "# Self-collected stand-ins beside D4RL's data",
-        "",
-        "Returns of complete episodes, raw and D4RL-normalized. `within` says whether the",
-        "stand-in's mean lies within D4RL's mean ± 1 std.",
-        "",
-        head + "D4RL's rows | D4RL's mean ± std | normalized | within | sha256 |",
-        "|---" * 10 + "|",
-    ]
-    missing = []
+    """Make every stand-in there can be, and write a table of them against D4RL's data.
+
+    Raises:
+        ValueError: `out` is a folder; else as of `resolve`.
+        RuntimeError: no room or no right to write; else as of `resolve`.
+    """
+    from corl_dare import runs  # of it only the names of commit and machine
+
+    if out.is_dir():
+        raise ValueError(f"--report {out} is a folder; a file is needed")
+    with _writing(out) as part:  # a try, before the work is spent
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    robots, mazes, missing = [], [], []
     for task in envs.task_names():
         try:
             collect.fingerprint(task)
         except collect.NotCollectable:
             missing.append(task)
             continue
-        lines.append(_report_row(resolve(task, "self-collected", None, cache_dir, rows)))
+        dataset = resolve(task, "self-collected", None, cache_dir, rows)
+        if envs.task(task).robot == "antmaze":
+            mazes.append(_maze_row(dataset))
+        else:
+            robots.append(_robot_row(dataset))
     size = "" if rows is None else f" --rows {rows}"
-    lines += [
+    made = {k[:-8]: v for k, v in collect.versions().items()}
+    machine = runs.machine()
+    lines = [
+        "# Self-collected stand-ins beside D4RL's data",
+        "",
+        f"Command: `python -m corl_dare.datasets --report {runs.tidy_path(out)}{size}`, "
+        f"commit {runs.git_commit()}, {', '.join(f'{k} {v}' for k, v in made.items())}, "
+        f"{machine['processor']}, {machine['cores']} cores.",
+        "",
+        "## Locomotion",
+        "",
+        "Returns of complete episodes, raw and D4RL-normalized. `within`: the stand-in's",
+        "mean lies within D4RL's published mean ± 1 std.",
+        "",
+        "| task | rows | episodes | return, mean ± std (min … max) | normalized | "
+        "D4RL's rows | D4RL's mean ± std | normalized | within | sha256 |",
+        "|---" * 10 + "|",
+        *robots,
+        "",
+        "## Antmaze",
+        "",
+        "Episodes go on at the goal, so a return counts rows at the goal that rewards are",
+        "computed for and is no score. D4RL publishes no such figures.",
+        "",
+        "| task | rows | episodes | rows at the goal per episode, mean ± std | "
+        "episodes that get there | D4RL's rows | sha256 |",
+        "|---" * 7 + "|",
+        *mazes,
         "",
         f"No stand-in: {', '.join(missing) or 'none is missing'}.",
-        "",
-        f"Command: `python -m corl_dare.datasets --report {out}{size}`, "
-        + ", ".join(f"{k[:-8]} {v}" for k, v in collect.versions().items())
-        + f", {platform.machine()}.",
     ]
-    part = out.with_name(out.name + ".part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text("\n".join(lines) + "\n")
-    collect.publish(part, out)
+    with _writing(out) as part:
+        part.write_text("\n".join(lines) + "\n")
+        collect.publish(part, out)
 
 
-def _report_row(dataset: Dataset) -> str:
+def _robot_row(dataset: Dataset) -> str:
     stats, task = dataset.statistics, dataset.task
     mine, published = stats["return"], D4RL_RETURNS.get(task.removesuffix("-v2"))
     own, own_score = "no complete episode", ""
@@ -858,19 +914,23 @@ def _report_row(dataset: Dataset) -> str:
         their_score = f"{envs.normalized_score(task, mean):.1f}"
         if mine["mean"] is not None:
             within = "yes" if abs(mine["mean"] - mean) <= std else "**no**"
-    cells = [
-        task,
-        str(stats["rows"]),
-        str(stats["episodes"]),
-        own,
-        own_score,
-        str(D4RL_ROWS[task.removesuffix("-v2")]),
-        theirs,
-        their_score,
-        within,
-        f"`{dataset.provenance['sha256'][:12]}`",
-    ]
-    return f"| {' | '.join(cells)} |"
+    return _table_row(dataset, [own, own_score], [theirs, their_score, within])
+
+
+def _maze_row(dataset: Dataset) -> str:
+    own = ["no complete episode", ""]
+    if len(dataset.returns):
+        mean, std = dataset.returns.mean(), dataset.returns.std()
+        own = [f"{mean:.0f} ± {std:.0f}", f"{(dataset.returns > 0).mean():.0%}"]
+    return _table_row(dataset, own, [])
+
+
+def _table_row(dataset: Dataset, mine: list[str], theirs: list[str]) -> str:
+    stats, task = dataset.statistics, dataset.task
+    counts = [task, str(stats["rows"]), str(stats["episodes"])]
+    published = [str(D4RL_ROWS[task.removesuffix("-v2")]), *theirs]
+    digest = f"`{dataset.provenance['sha256'][:12]}`"
+    return f"| {' | '.join([*counts, *mine, *published, digest])} |"
 
 
 # ---------------------------------------------------------------- command line
@@ -931,6 +991,8 @@ def main() -> None:
             _one_task(args)
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(collect.INTERRUPTED) from None
 
 
 def _one_task(args: argparse.Namespace) -> None:

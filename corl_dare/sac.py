@@ -327,7 +327,7 @@ def train(
             )
 
 
-def ship(robot: str, out: Path, step: int, level: str) -> None:
+def ship(robot: str, out: Path, step: int, level: str, seed: int = 0) -> None:
     """Make the snapshot of `step` the shipped policy of a level and write it to the manifest.
 
     The float16 policy is the one that is evaluated and that collects data: 100 episodes of
@@ -338,10 +338,10 @@ def ship(robot: str, out: Path, step: int, level: str) -> None:
     save_policy(load_policy(snapshot(out, step)), POLICY_DIR / name, half=True)
     policy = load_policy(POLICY_DIR / name)
     facts = {"step": step, **_evaluated(robot, policy, episodes=100)}
-    _to_manifest(robot, level, out, facts, f"snapshot {step}")
+    _to_manifest(robot, level, out, seed, facts, f"snapshot {step}")
 
 
-def ship_series(robot: str, out: Path, steps: list[int]) -> None:
+def ship_series(robot: str, out: Path, steps: list[int], seed: int = 0) -> None:
     """Make the snapshots of `steps` the shipped series of a robot and write it to the manifest.
 
     Ten episodes of sampled actions per float16 policy say where the training stood.
@@ -357,7 +357,8 @@ def ship_series(robot: str, out: Path, steps: list[int]) -> None:
     facts = {"steps": steps, "warmup": WARMUP, "episodes": 10}
     for key in ("return_mean", "return_std"):
         facts[key] = [evaluated[key] for evaluated in returns]
-    _to_manifest(robot, "series", out, facts, "series of the snapshots in steps")
+    what = "series of the snapshots in steps"
+    _to_manifest(robot, "series", out, seed, facts, what)
 
 
 def snapshot(out: Path, step: int) -> Path:
@@ -385,7 +386,12 @@ def _evaluated(robot: str, policy: TanhGaussianPolicy, episodes: int) -> dict:
     }
 
 
-def _to_manifest(robot: str, level: str, out: Path, facts: dict, what: str) -> None:
+def _to_manifest(
+    robot: str, level: str, out: Path, seed: int, facts: dict, what: str
+) -> None:
+    with open(out / "train.csv", newline="") as handle:
+        # A snapshot's episodes draw noise, so their interval is part of the recipe.
+        every = next(csv.DictReader(handle))["step"]
     name = f"{robot}_{level}.safetensors"
     path = POLICY_DIR / "manifest.json"
     manifest = json.loads(path.read_text()) if path.exists() else {}
@@ -394,7 +400,8 @@ def _to_manifest(robot: str, level: str, out: Path, facts: dict, what: str) -> N
         "level": level,
         **facts,
         "sha256": hashlib.sha256((POLICY_DIR / name).read_bytes()).hexdigest(),
-        "command": f"python -m corl_dare.sac {robot} --seed 0, {what}",
+        "command": f"python -m corl_dare.sac {robot} --seed {seed} "
+        f"--snapshot_every {every}, {what}",
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
@@ -430,9 +437,9 @@ def main() -> None:
     if args.ship is not None:
         try:
             if args.level == "series":
-                ship_series(args.robot, args.out, args.ship)
+                ship_series(args.robot, args.out, args.ship, args.seed)
             else:
-                ship(args.robot, args.out, args.ship[0], args.level)
+                ship(args.robot, args.out, args.ship[0], args.level, args.seed)
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         return

@@ -361,14 +361,17 @@ def test_ship_series_writes_the_file_and_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(sac, "sampled_returns", lambda *a, **k: np.array([1.0, 3.0]))
     for step in (10, 20):
         make_policy(tmp_path / f"policy_{step:07d}.safetensors", seed=step)
-    (tmp_path / "train.csv").write_text("step\n")
-    command = f"sac hopper --out {tmp_path} --level series --ship"
+    (tmp_path / "train.csv").write_text("step\n10\n20\n")
+    command = f"sac hopper --out {tmp_path} --seed 3 --level series --ship"
     monkeypatch.setattr(sys, "argv", [*command.split(), "20", "10"])
     sac.main()
     facts = json.loads((tmp_path / "policies/manifest.json").read_text())
     facts = facts["hopper_series.safetensors"]
     assert (facts["steps"], facts["return_mean"]) == ([10, 20], [2.0, 2.0])
     assert (facts["level"], facts["warmup"]) == ("series", sac.WARMUP)
+    made = "python -m corl_dare.sac hopper --seed 3 --snapshot_every 10, series"
+    assert facts["command"].startswith(made)
+    assert (tmp_path / "policies/hopper_train.csv").read_text() == "step\n10\n20\n"
     monkeypatch.setattr(sys, "argv", [*command.split(), "30"])
     with pytest.raises(SystemExit, match="no snapshot of step 30 .* it has 10, 20"):
         sac.main()
@@ -668,6 +671,54 @@ def test_failing_process_is_one_line_and_keeps_what_is_done(tmp_path, policy, ca
     with pytest.raises(RuntimeError, match="exit code 1.*repeat the command"):
         collect._roll_out_in_processes(plan, tmp_path / "x.hdf5", 1, lambda rows: None)
     assert "error: policy file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["rollout", "_assemble"])
+def test_disk_that_fills_up_meanwhile_is_one_line_and_no_crash(tmp_path, at):
+    """A limit on the size of files is met for real, at the chunk or at the finished file."""
+    script = f"""
+import resource
+from corl_dare import collect
+plain = collect.{at}
+def limited(*args):
+    result = plain(*args)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+    return result
+collect.{at} = limited
+collect.main()
+"""
+    command = [sys.executable, "-c", script, "hopper-random-v2", "--rows", "500"]
+    command += ["--out", str(tmp_path / "data.hdf5")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot write to {tmp_path} (")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+    left = leftovers(tmp_path)
+    assert all(name.endswith(".chunks") for name in left)
+    assert len(left) == (at == "_assemble")  # finished chunks are kept
+    run("hopper-random-v2", 500, tmp_path / "data.hdf5")
+    assert leftovers(tmp_path) == ["data.hdf5"]
+
+
+def test_worker_that_cannot_write_says_so_in_one_line(tmp_path, policy, monkeypatch):
+    (tmp_path / "file").write_text("in the way of a folder")
+    out = tmp_path / "file" / "x.hdf5"
+    command = f"collect hopper-random-v2 --rows 50 --out {out} --worker 0/1"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match="^error: cannot write to .*file .*--out"):
+        collect.main()
+
+
+def test_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect, "rollout", interrupted)
+    command = f"collect hopper-random-v2 --rows 50 --out {tmp_path / 'x.hdf5'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match="^interrupted; .*repeat the command"):
+        collect.main()
+    assert leftovers(tmp_path) == []
 
 
 def test_remains_of_a_killed_process_do_not_harm(tmp_path):

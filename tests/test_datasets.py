@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_dare import collect, convert, datasets, envs
+from corl_dare import collect, convert, datasets, envs, runs
 
 S, A = 11, 3  # hopper
 TASK = "hopper-medium-v2"
@@ -762,7 +762,24 @@ def test_file_of_another_task_of_the_same_robot_is_named(home, monkeypatch):
     line = f"hopper\nexpert 99 {collect.sha256(path)}\n"
     monkeypatch.setattr(datasets, "CHECKSUMS", line)
     facts = datasets.resolve(TASK, path=path).provenance
-    assert not facts["recognised"] and "of hopper-expert-v2" in facts["label"]
+    assert not facts["recognised"] and "own file of hopper-expert-v2" in facts["label"]
+    assert facts["label"].endswith(f", NOT of {TASK}")
+
+
+def test_halfcheetah_and_walker2d_are_told_apart(home):
+    """Their widths are the same; rolled out here, so the heights are the real ones."""
+    robot, other, paths = "walker2d", "halfcheetah", {}
+    for name in (robot, other):
+        paths[name] = collect.collect(
+            f"{name}-random-v2", 1200, home / f"{name}.hdf5", progress=False, workers=1
+        )
+        raw = datasets.load_hdf5(paths[name], f"{name}-medium-v2")
+        assert len(raw["rewards"]) == 1200
+    for name, wrong in ((robot, other), (other, robot)):
+        with pytest.raises(
+            ValueError, match=f"{wrong}.hdf5.* as {wrong}'s; {name}-medium-v2 needs"
+        ):
+            datasets.load_hdf5(paths[wrong], f"{name}-medium-v2")
 
 
 # ---------------------------------------------------------------- Minari
@@ -1176,21 +1193,24 @@ def test_overview_finds_a_stand_in_that_is_there(home):
     assert f"self-collected, {path}" in datasets.overview()
 
 
-def test_report_compares_every_stand_in_with_d4rls_figures(home, monkeypatch):
-    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
-    tasks = ["hopper-random-v2", "antmaze-umaze-v2", "halfcheetah-random-v2"]
+def report(home, monkeypatch, tasks, out, rows=400):
+    """Writes the report of some tasks by the command; its text and rows of cells."""
     monkeypatch.setattr(envs, "task_names", lambda: tasks)
-    out = home / "new" / "report.md"
-    command = f"datasets --report {out} --rows 400 --cache_dir {home}/cache"
+    command = f"datasets --report {out} --rows {rows} --cache_dir {home}/cache"
     monkeypatch.setattr(sys, "argv", command.split())
     datasets.main()
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in out.read_text().splitlines()
-        if line.startswith("| ")
-    ]
-    assert [row[0] for row in rows] == ["task", *tasks[::2]]
-    hopper, cheetah = rows[1:]
+    text = (home / out).read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return text, [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+
+
+def test_report_compares_every_stand_in_with_d4rls_figures(home, monkeypatch):
+    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
+    monkeypatch.chdir(home)
+    tasks = ["hopper-random-v2", "antmaze-umaze-v2", "halfcheetah-random-v2"]
+    text, rows = report(home, monkeypatch, tasks, "new/report.md")
+    assert [row[0] for row in rows] == ["task", *tasks[::2], "task"]
+    hopper, cheetah = rows[1:3]
     stats = datasets.resolve(tasks[0], cache_dir=home / "cache", rows=400).statistics
     assert hopper[1:3] == ["400", str(stats["episodes"])]
     mean = stats["return"]["mean"]
@@ -1198,8 +1218,42 @@ def test_report_compares_every_stand_in_with_d4rls_figures(home, monkeypatch):
     assert hopper[5:8] == ["1000000", "18 ± 17", "1.2"]
     assert hopper[8] == ("yes" if abs(mean - 18.40) <= 17.45 else "**no**")
     assert cheetah[3] == "no complete episode" and cheetah[8] == ""
-    text = out.read_text()
-    assert "No stand-in: antmaze-umaze-v2." in text and "mujoco 3" in text
+    assert "No stand-in: antmaze-umaze-v2." in text
+    made = text.splitlines()[2]
+    assert made.startswith(
+        "Command: `python -m corl_dare.datasets --report new/report.md --rows 400`"
+    )
+    assert f"commit {runs.git_commit()}, " in made and "mujoco 3" in made
+    assert str(home) not in text and f"{runs.machine()['cores']} cores" in made
+    assert not list(home.glob("new/*.part"))
+
+
+def test_report_counts_rows_at_the_goal_of_antmaze(home, monkeypatch):
+    monkeypatch.chdir(home)
+    labelled = make_raw([0] * 1404, [0] * 1404, 0, 29, 8)
+    labelled["timeouts"][[700, 1401]] = 1
+    labelled["rewards"][:] = 0
+    labelled["rewards"][800:810] = 1
+    path = write(home / "maze.hdf5", labelled)
+    monkeypatch.setattr(collect, "collect", lambda *args: path)
+    _, rows = report(home, monkeypatch, ["antmaze-umaze-v2"], "report.md")
+    assert rows[-1][:6] == ["antmaze-umaze-v2", "1404", "2", "5 ± 5", "50%", "1000000"]
+
+
+def test_report_to_an_unfit_place_is_one_line_before_any_work(home, monkeypatch):
+    (home / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="^error: cannot write .*file/report.md"):
+        report(home, monkeypatch, [], home / "file" / "report.md")
+    with pytest.raises(SystemExit, match="^error: --report .*is a folder"):
+        report(home, monkeypatch, [], home)
+
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(type(home), "touch", refuse)
+    monkeypatch.setattr(datasets, "resolve", None)
+    with pytest.raises(SystemExit, match="^error: cannot write .*Read-only"):
+        report(home, monkeypatch, ["hopper-random-v2"], home / "report.md")
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,30 @@ def test_observation_reward_and_termination_are_those_of_gym_v2(robot):
     assert ends == 0 if robot == "halfcheetah" else ends > 3
 
 
+@pytest.mark.parametrize(
+    "robot, mean, error, episodes",
+    [("hopper", 18.6, 0.3, 300), ("walker2d", 2.84, 0.11, 300)]
+    + [("halfcheetah", -295.0, 20.0, 10)],
+)
+def test_uniform_actions_earn_what_was_measured_before(robot, mean, error, episodes):
+    """Mean and standard error of another measurement of gymnasium's v4 classes; D4RL's random
+    files have 18.40, 1.87 and -288.80."""
+    env = envs.make(f"{robot}-random-v2")
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    returns, total = [], 0.0
+    while len(returns) < episodes:
+        _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+        total += reward
+        if terminated or truncated:
+            returns.append(total)
+            total = 0.0
+            env.reset()
+    own = np.std(returns) / np.sqrt(episodes)
+    assert own < 1.5 * max(error, 1.0)  # else the comparison says little
+    assert abs(np.mean(returns) - mean) < 3 * np.hypot(own, error)
+
+
 def test_actions_are_clipped_before_the_control_cost():
     outside = np.array([5.0, -5.0, 0.5, 2.0, -0.5, -7.0], np.float32)
     results = []

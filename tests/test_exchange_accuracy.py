@@ -325,8 +325,8 @@ def test_a_shipped_policy_samples_from_its_density():
 
 
 def test_an_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="no expert policy of walker2d"):
-        bench.load_policy("walker2d", "expert")
+    with pytest.raises(ValueError, match="no novice policy of walker2d"):
+        bench.load_policy("walker2d", "novice")
 
 
 class Linear(bench.Policy):

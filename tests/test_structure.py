@@ -32,8 +32,9 @@ WALLS = {
     "corl_dare/collect.py": {
         *("ant_walker", "antmaze_collect", "envs", "sac", "datasets", "progress"),
     },
-    "corl_dare/datasets.py": {"envs", "collect", "convert", "download"},
-    "corl_dare/convert.py": {"envs"},
+    # runs: only for the report's commit and machine
+    "corl_dare/datasets.py": {"envs", "collect", "convert", "download", "runs"},
+    "corl_dare/convert.py": {"envs", "collect"},  # collect writes HDF5 files
     "corl_dare/download.py": {"progress"},
     "corl_dare/sweep.py": {"runs"},
     "corl_dare/d4rl_shim.py": {"envs", "datasets"},

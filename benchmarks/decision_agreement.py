@@ -47,7 +47,7 @@ class Settings:
 
     env: str = "hopper-medium-v2"
     seed: int = 0
-    dataset_rows: int = 50_000
+    dataset_rows: int = 15_000  # few, since support actions are sampled once per row
     offline_updates: int = 10_000
     online_rows: int = 5_000
     behavior_updates: int = 3_000  # paper: 600 000

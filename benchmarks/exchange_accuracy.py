@@ -12,7 +12,7 @@ the posterior, cost. docs/exchange_accuracy.md says what each number means and w
 
 The behavior models are small and trained for minutes, not for the paper's 600 000 updates of 4096
 rows; every size is a flag and part of the result. Scores and rules that the hook does not have
-(resampled support, the nearest of K references, a classifier, an estimated share) live here.
+(resampled support, the nearest of K references, a classifier) live here.
 """
 
 import argparse
@@ -42,7 +42,12 @@ from corl_dare.behavior import (
     fit_cached,
     noise_schedule,
 )
-from corl_dare.exchange import alignment_score, exchange, posterior_offline
+from corl_dare.exchange import (
+    alignment_score,
+    exchange,
+    misplaced_share,
+    posterior_offline,
+)
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 
 ROOT = Path(__file__).parent.parent
@@ -517,8 +522,7 @@ def decide(scores: torch.Tensor, rule: str, ratio: bool = False, share: float = 
     """Order (R, 2N) of the exchanged rows, as of `exchange`, for scores (R, 2N).
 
     Beyond the hook's rules:
-        estimated share: the misplaced share of each half by maximum a posteriori from
-            scores that are a log-density ratio, then the Bayes decision per row.
+        estimated share: the hook's rule `share`.
         known share: the Bayes decision with the true share; the best there is.
 
     Raises:
@@ -534,7 +538,7 @@ def decide(scores: torch.Tensor, rule: str, ratio: bool = False, share: float = 
         if rule == "known share":
             prior = torch.full((len(scores), 2), share, dtype=scores.dtype)
         else:
-            prior = estimate_share(log_odds.view(-1, 2, n))
+            prior = misplaced_share(log_odds.view(-1, 2, n))
         log_odds = log_odds + prior.logit().repeat_interleave(n, 1)
         return swap(log_odds)
     cap = 32 if rule == "threshold, cap 32" else None
@@ -542,19 +546,6 @@ def decide(scores: torch.Tensor, rule: str, ratio: bool = False, share: float = 
     return torch.vmap(lambda off, on: exchange(off, on, cap, name).order)(
         scores[:, :n], scores[:, n:]
     )
-
-
-def estimate_share(log_odds: torch.Tensor, strength: float = 10.0) -> torch.Tensor:
-    """Misplaced share of each half from log-odds (..., N) of being misplaced at even odds.
-
-    Maximum a posteriori by expectation maximisation, under a prior that weighs as
-    `strength` rows that are in place: where the scores say nothing, nothing is misplaced.
-    """
-    share = torch.full(log_odds.shape[:-1], 0.5, dtype=log_odds.dtype)
-    for _ in range(100):
-        misplaced = (log_odds + share.logit().unsqueeze(-1)).sigmoid()
-        share = misplaced.sum(-1) / (log_odds.shape[-1] + strength)
-    return share
 
 
 def swap(log_odds: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ from typing import NamedTuple
 import torch
 
 ALIGNMENTS = ("gaussian_kl", "distance", "log_distance", "kernel", "softmax_kl")
-RULES = ("threshold", "posterior", "direct", "random")
+RULES = ("threshold", "posterior", "direct", "share", "random")
 WEIGHTS = ("hard", "soft")
 SQUARED_DISTANCE_MIN = 1e-12  # floor of log_distance: float32 cannot tell such actions
 
@@ -258,6 +258,10 @@ def exchange(
             Gaussians of different width meet twice.
         direct (the paper's ablation): the N_off lowest scores of all rows become
             offline-like; on a tie rows stay where they are.
+        share (ours): for scores that are a log-density ratio log pi(a|s) - log nu(a|s),
+            in nats. The misplaced share of each half is estimated (`misplaced_share`),
+            then each row is decided as Bayes would. It fits no Gaussian and swaps
+            nothing where the scores say nothing.
         random: M as the threshold rule has it, rows drawn uniformly in each half: the
             control for whether it matters *which* rows are swapped.
 
@@ -267,7 +271,7 @@ def exchange(
     Args:
         scores_off, scores_on: alignment scores (N_off,), (N_on,); no gradient flows.
         cap: n, most pairs to swap; None: no cap; 0: nothing is swapped.
-        rule: threshold, posterior, direct or random.
+        rule: threshold, posterior, direct, share or random.
         weights: hard, 1 for the first N_off rows and 0 for the others; or soft,
             P(offline-like | d) by the fits to the halves as drawn.
         skip_inverted: swap nothing if the online mean is not above the offline mean.
@@ -301,6 +305,10 @@ def exchange(
     elif rule == "direct":
         # The sort is stable and offline rows come first, so on a tie they stay.
         leaves_off, leaves_on = index[n_off:] < n_off, index[:n_off] >= n_off
+    elif rule == "share":
+        off, on = scores[:n_off], -scores[n_off:]  # log-odds of being misplaced
+        leaves_off = off + misplaced_share(off).logit() > 0
+        leaves_on = on + misplaced_share(on).logit() > 0
     if rule == "random":
         rank_off = torch.randperm(n_off, generator=generator, device=device)
         rank_on = torch.randperm(n_on, generator=generator, device=device)
@@ -339,6 +347,32 @@ def exchange(
         "inverted": inverted,
     }
     return Exchange(order, weight, {k: v.to(scores.dtype) for k, v in stats.items()})
+
+
+def misplaced_share(log_odds: torch.Tensor, strength: float = 10.0) -> torch.Tensor:
+    """Share of misplaced rows of a half, estimated from how each row looks.
+
+    The most probable weight c of a two-part mixture, under a prior that weighs as `strength`
+    rows in their place: the root of sum_i sigmoid(l_i + logit c) = c (N + strength), or 0
+    where there is none. The posterior is log-concave in c, so bisection finds it.
+
+    Args:
+        log_odds: (..., N), nats, of a row being misplaced if half of the rows were: the
+            log-density ratio of the other half's policy to this half's.
+        strength: rows.
+
+    Returns:
+        (...), from 0 to N / (N + strength).
+    """
+    low = torch.zeros_like(log_odds[..., 0])
+    width = 0.5
+    for _ in range(25):  # to 3e-8
+        middle = low + width
+        misplaced = (log_odds + middle.logit().unsqueeze(-1)).sigmoid().sum(-1)
+        above = misplaced > middle * (log_odds.shape[-1] + strength)
+        low = torch.where(above, middle, low)
+        width /= 2
+    return low
 
 
 def reorder(batch: Iterable[torch.Tensor], order: torch.Tensor) -> list[torch.Tensor]:

@@ -42,7 +42,7 @@ from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 from corl_dare.progress import progress_bar
 
 SCORES = ("reference", "likelihood", "policy_ratio")
-RULES = ("threshold", "posterior", "direct", "random")
+RULES = ("threshold", "posterior", "direct", "share", "random")
 BEHAVIORS = ("diffusion", "gaussian", "mixture")
 LOGS = (  # every metric that `sample` and `follow` can return
     "exchanged",
@@ -77,7 +77,7 @@ class DareConfig:
     references: int = 1  # reference actions per row; the paper takes 1
     reference_max_age: int = 0  # updates a cached reference may serve; 0: always fresh
     # Exchange
-    rule: str = "threshold"  # threshold (paper), posterior, direct, random
+    rule: str = "threshold"  # threshold (paper), posterior, direct, share, random
     cap: Optional[int] = None  # n, most pairs exchanged per batch; none: no cap
     weights: str = "hard"  # hard: 1 and 0; soft: posterior P(offline-like | d)
     skip_inverted: bool = (
@@ -141,6 +141,11 @@ class DareConfig:
                 raise ValueError(
                     f"dare.{field} must not be negative, not {getattr(self, field)}"
                 )
+        if self.rule == "share" and self.score != "policy_ratio":
+            raise ValueError(
+                f"dare.rule share needs log-density ratios, not dare.score {self.score}; "
+                "set dare.score to policy_ratio"
+            )
         if self.score != "reference" and self.behavior == "diffusion":
             raise ValueError(
                 f"dare.score {self.score} needs the behavior's density, which the diffusion "

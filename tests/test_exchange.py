@@ -25,6 +25,7 @@ from corl_dare.exchange import (
     alignment_score,
     exchange,
     fit_gaussian,
+    misplaced_share,
     posterior_offline,
     reorder,
     separation_point,
@@ -773,7 +774,7 @@ def test_inverted_batch_swaps_nearly_everything_without_the_guard():
 @pytest.mark.parametrize("row", [0, 5, 8])
 @pytest.mark.parametrize("skip_inverted", [False, True])
 def test_a_score_that_is_not_finite_stops_the_exchange(rule, bad, row, skip_inverted):
-    pool = torch.tensor([9.0, 1.0, 8.0, 2.0, 7.0, 2.0, 2.5, 1.5, 2.0, 2.2, 6.0])
+    pool = torch.tensor([4.0, -4, 3, -3, 2, -3, -2.5, -3.5, -3, -2.8, 1])
     off, on = pool[:5], pool[5:]
     assert run(off, on, rule=rule).stats["exchanged"] > 0
     pool[row] = bad
@@ -807,7 +808,8 @@ def test_one_row_per_half(rule):
     low, high = torch.tensor([1.0]), torch.tensor([3.0])
     assert run(low, high, rule=rule).order.tolist() == [0, 1]
     order, weight, stats = run(high, low, rule=rule, weights="soft")
-    if rule == "posterior":  # each row is its own law, so it belongs where it is
+    if rule in ("posterior", "share"):
+        # Each row is its own law, so it belongs where it is; one row is no share.
         assert order.tolist() == [0, 1] and weight.tolist() == [1.0, 0.0]
     else:
         assert order.tolist() == [1, 0] and weight.tolist() == [0.0, 1.0]
@@ -939,3 +941,53 @@ def test_the_file_works_alone(tmp_path):
         elif isinstance(node, ast.ImportFrom):
             imported.add("." * node.level + (node.module or "").split(".")[0])
     assert imported - sys.stdlib_module_names == {"torch"}
+
+
+# ---------------------------------------------------------------- the share rule
+
+
+def log_ratio_rows(n, share, gap, generator):
+    """Exact log-ratios of N(gap, 1) to N(0, 1) in two halves, and who is misplaced."""
+    wrong = torch.arange(n) < round(share * n)
+    online = torch.cat([wrong, ~wrong])
+    x = torch.randn(2 * n, generator=generator, dtype=torch.float64) + gap * online
+    return gap * x - gap**2 / 2, torch.cat([wrong, wrong])
+
+
+@properties
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=40), st.floats(0.1, 20))
+def test_the_misplaced_share_is_the_most_probable_one(log_odds, strength):
+    """Against the logarithm of the posterior on a fine grid."""
+    log_odds = torch.tensor(log_odds, dtype=torch.float64)
+    grid = torch.linspace(0, 0.9999, 4001, dtype=torch.float64).unsqueeze(1)
+    rows = torch.log(1 - grid + grid * log_odds.exp()).sum(1)
+    objective = rows + strength * torch.log(1 - grid[:, 0])
+    best = grid[objective.argmax(), 0].item()
+    assert misplaced_share(log_odds, strength).item() == pytest.approx(best, abs=6e-4)
+
+
+def test_the_share_rule_decides_nearly_as_bayes_does():
+    generator = torch.Generator().manual_seed(0)
+    n, gap = 4000, 2.0
+    for share in (0.05, 0.2, 0.4):
+        d, wrong = log_ratio_rows(n, share, gap, generator)
+        order, _, stats = exchange(d[:n], d[n:], rule="share")
+        moved = torch.cat([order[:n] >= n, order[n:] < n])
+        errors = (moved != wrong).double().mean().item()
+        # Bayes error of two Gaussians with this prior, from their distribution function.
+        edge = gap / 2 + math.log((1 - share) / share) / gap
+        phi = torch.distributions.Normal(0.0, 1.0).cdf
+        right, left = phi(torch.tensor(-edge)), phi(torch.tensor(edge - gap))
+        bayes = ((1 - share) * right + share * left).item()
+        assert errors == pytest.approx(bayes, abs=0.01)
+        assert stats["exchanged"] < 1.3 * share * n
+
+
+def test_the_share_rule_leaves_equal_policies_alone():
+    """Where the threshold rule swaps a third of the rows: both halves score alike."""
+    generator = torch.Generator().manual_seed(0)
+    off, on = (0.1 * torch.randn(128, generator=generator) for _ in range(2))
+    assert exchange(off, on)[2]["exchanged"] > 30
+    assert exchange(off, on, rule="share")[2]["exchanged"] == 0
+    zeros = torch.zeros(128)
+    assert exchange(zeros, zeros, rule="share")[2]["exchanged"] == 0

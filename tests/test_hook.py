@@ -292,6 +292,7 @@ def test_q_scale_brings_returns_to_a_span_of_1000():
         ({"cap": -1}, "dare.cap"),
         ({"score": "kl"}, "dare.score must be one of reference"),
         ({"rule": "best"}, "dare.rule"),
+        ({"rule": "share"}, "dare.rule share needs log-density ratios"),
         ({"weights": "smooth"}, "dare.weights"),
         ({"behavior": "vae"}, "dare.behavior must be"),
         ({"references": 0}, "dare.references"),

@@ -57,7 +57,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl_dare import datasets, envs, runs
+from corl_dare import compiled, datasets, envs, runs
 from corl_dare.hook import (
     LOGS,
     DareConfig,
@@ -187,7 +187,8 @@ class TrainConfig:
     dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
     log_freq: int = 500  # updates between two rows of metrics.csv
-    threads: int = 1  # torch CPU threads
+    threads: int = 1  # torch CPU threads; small networks gain little from more
+    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
     runs_dir: str = "runs"  # where run folders are made
     resume: Optional[str] = None  # run folder to go on with
     wandb_mode: str = "disabled"  # disabled, offline, online
@@ -221,6 +222,8 @@ class TrainConfig:
                     raise ValueError(
                         f"{field} must be at least {bound}, not {getattr(self, field)}"
                     )
+        if self.compile:
+            compiled.check()
         if not self.cql_temp > 0:
             raise ValueError(f"cql_temp must be positive, not {self.cql_temp}")
         if not self.cql_clip_diff_min <= self.cql_clip_diff_max:
@@ -246,12 +249,13 @@ class TrainConfig:
             )
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     # Two products and a sum, as upstream: a fused lerp rounds differently.
     for target_param, source_param in zip(
         target.parameters(), source.parameters(), strict=True
     ):
-        target_param.data.copy_((1 - tau) * target_param.data + tau * source_param.data)
+        target_param.copy_((1 - tau) * target_param + tau * source_param)
 
 
 def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.ndarray]:
@@ -642,9 +646,11 @@ class TanhGaussianPolicy(nn.Module):
         repeat: Optional[int] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Actions (B, A), or (B, repeat, A), and their log-densities."""
-        if repeat is not None:
-            observations = extend_and_repeat(observations, 1, repeat)
         mean, log_std = self._parameters_of(observations)
+        if (
+            repeat is not None
+        ):  # the network sees a state once, its copies share the output
+            mean, log_std = (extend_and_repeat(x, 1, repeat) for x in (mean, log_std))
         actions, log_probs = self.tanh_gaussian(mean, log_std, deterministic)
         return self.max_action * actions, log_probs
 
@@ -675,14 +681,6 @@ class FullyConnectedQFunction(nn.Module):
         if actions.ndim == 3 and observations.ndim == 2:
             observations = extend_and_repeat(observations, 1, actions.shape[1])
         return self.network(torch.cat((observations, actions), dim=-1)).squeeze(-1)
-
-
-def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
 
 
 class CalQL:
@@ -750,6 +748,15 @@ class CalQL:
         self.total_it = 0
         self._calibration_enabled = True
 
+    def optimizers(self) -> List[torch.optim.Optimizer]:
+        return [
+            self.critic_1_optimizer,
+            self.critic_2_optimizer,
+            self.actor_optimizer,
+            self.alpha_optimizer,
+            self.alpha_prime_optimizer,
+        ]
+
     def update_target_network(self, soft_target_update_rate: float) -> None:
         soft_update(self.target_critic_1, self.critic_1, soft_target_update_rate)
         soft_update(self.target_critic_2, self.critic_2, soft_target_update_rate)
@@ -788,14 +795,11 @@ class CalQL:
         new_actions: torch.Tensor,
         alpha: torch.Tensor,
         log_pi: torch.Tensor,
+        cloning: bool,
     ) -> torch.Tensor:
-        if self.total_it > self.bc_steps:
+        if not cloning:
             critics = (self.critic_1, self.critic_2)
-            for critic in critics:  # nobody reads the critics' gradient here
-                critic.requires_grad_(False)
             goal = torch.minimum(*(c(observations, new_actions) for c in critics))
-            for critic in critics:
-                critic.requires_grad_(True)
         elif self.compat:  # upstream scores a new sample instead of the data's action
             goal = self.actor(observations)[1]
         else:
@@ -874,6 +878,42 @@ class CalQL:
         gap = soft_maximum - q_predicted
         return gap.clamp(self.cql_clip_diff_min, self.cql_clip_diff_max)
 
+    def _conservative_gaps(
+        self,
+        predicted: List[torch.Tensor],
+        observations: torch.Tensor,
+        next_observations: torch.Tensor,
+        mc_returns: torch.Tensor,
+        dim: int,
+        log_dict: Dict,
+        first_released: Optional[int] = None,
+    ) -> List[torch.Tensor]:
+        """Both critics' conservative gaps, each (B,)."""
+        rows = len(observations)
+        if first_released is not None:  # weight 0 from there: the gap need not be known
+            observations, next_observations, mc_returns, *predicted = (
+                x[:first_released]
+                for x in (observations, next_observations, mc_returns, *predicted)
+            )
+        proposals = self._proposals(observations, next_observations, dim)
+        gaps = [
+            self._conservative_gap(
+                number,
+                critic,
+                q,
+                observations,
+                proposals,
+                mc_returns,
+                log_dict,
+            )
+            for number, critic, q in zip(
+                (1, 2), (self.critic_1, self.critic_2), predicted, strict=True
+            )
+        ]
+        if first_released is not None:
+            gaps = [F.pad(gap, (0, rows - first_released)) for gap in gaps]
+        return gaps
+
     def _q_loss(
         self,
         observations: torch.Tensor,
@@ -885,24 +925,21 @@ class CalQL:
         alpha: torch.Tensor,
         log_dict: Dict,
         weight: Optional[torch.Tensor] = None,
+        first_released: Optional[int] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         critics = (self.critic_1, self.critic_2)
         predicted = [critic(observations, actions) for critic in critics]
         td_target, next_q = self._td_target(next_observations, rewards, dones, alpha)
         td_losses = [F.mse_loss(q, td_target) for q in predicted]
-        proposals = self._proposals(observations, next_observations, actions.shape[-1])
-        gaps = [
-            self._conservative_gap(
-                number,
-                critic,
-                q,
-                observations,
-                proposals,
-                mc_returns,
-                log_dict,
-            )
-            for number, critic, q in zip((1, 2), critics, predicted, strict=True)
-        ]
+        gaps = self._conservative_gaps(
+            predicted,
+            observations,
+            next_observations,
+            mc_returns,
+            actions.shape[-1],
+            log_dict,
+            first_released,
+        )
         if weight is not None:
             gaps = [weight * gap for gap in gaps]
         diffs = [gap.mean() for gap in gaps]
@@ -914,7 +951,7 @@ class CalQL:
             alpha_prime = (
                 alpha_prime.detach()
             )  # the critics see the value before the step
-            descend(alpha_prime_loss, self.alpha_prime_optimizer)
+            compiled.descend(alpha_prime_loss, self.alpha_prime_optimizer)
             penalties = [alpha_prime * self.cql_alpha * e for e in excess]
         else:
             penalties = [diff * self.cql_alpha for diff in diffs]
@@ -934,13 +971,40 @@ class CalQL:
         self,
         batch: TensorBatch,
         weight: Optional[torch.Tensor] = None,
+        first_released: Optional[int] = None,
     ) -> Dict[str, torch.Tensor]:
+        """One update; `weight` (B,) is 1 before row `first_released` and 0 from there, if given.
+
+        What would be multiplied by 0 is then not computed.
+        """
         self.total_it += 1
-        observations, actions, rewards, next_observations, dones, mc_returns = batch
+        cloning = self.total_it <= self.bc_steps
+        move_targets = self.total_it % self.target_update_period == 0
+        return self._update(
+            *batch,
+            cloning,
+            move_targets,
+            weight,
+            first_released,
+        )
+
+    def _update(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        next_observations: torch.Tensor,
+        dones: torch.Tensor,
+        mc_returns: torch.Tensor,
+        cloning: bool,
+        move_targets: bool,
+        weight: Optional[torch.Tensor] = None,
+        first_released: Optional[int] = None,
+    ) -> Dict[str, torch.Tensor]:
         new_actions, log_pi = self.actor(observations)
         alpha, alpha_loss = self._alpha_and_alpha_loss(observations, log_pi)
         policy_loss = self._policy_loss(
-            observations, actions, new_actions, alpha, log_pi
+            observations, actions, new_actions, alpha, log_pi, cloning
         )
         log_dict = {
             "log_pi": log_pi.detach().mean(),
@@ -958,13 +1022,14 @@ class CalQL:
             alpha,
             log_dict,
             weight,
+            first_released,
         )
         # Every loss is computed before the first of these steps.
         if self.use_automatic_entropy_tuning:
-            descend(alpha_loss, self.alpha_optimizer)
-        descend(policy_loss, self.actor_optimizer)
-        descend(qf_loss, self.critic_1_optimizer, self.critic_2_optimizer)
-        if self.total_it % self.target_update_period == 0:
+            compiled.descend(alpha_loss, self.alpha_optimizer)
+        compiled.descend(policy_loss, self.actor_optimizer)
+        compiled.descend(qf_loss, self.critic_1_optimizer, self.critic_2_optimizer)
+        if move_targets:
             self.update_target_network(self.soft_target_update_rate)
         return log_dict
 
@@ -991,7 +1056,7 @@ def make_trainer(
     actor = TanhGaussianPolicy(
         state_dim, action_dim, max_action, orthogonal_init=config.orthogonal_init
     ).to(device)
-    return CalQL(
+    trainer = CalQL(
         critic_1=critic_1,
         critic_1_optimizer=torch.optim.Adam(critic_1.parameters(), config.qf_lr),
         critic_2=critic_2,
@@ -1020,6 +1085,9 @@ def make_trainer(
         device=device,
         compat=config.compat,
     )
+    if config.compile:
+        trainer._update = compiled.CompiledUpdate(trainer._update, trainer.optimizers())
+    return trainer
 
 
 class OnlineCollector:
@@ -1086,7 +1154,7 @@ def update(trainer: CalQL, source: Any, config: TrainConfig) -> Dict:
     """One gradient step on a fresh batch of the source."""
     if isinstance(source, DareHook):
         batch, weight, dare_log = source.sample(config.batch_size)
-        log_dict = trainer.train(batch, weight)
+        log_dict = trainer.train(batch, weight, source.first_released(len(weight)))
         return {**log_dict, **dare_log, **source.follow()}
     batch = source.sample(config.batch_size)
     return trainer.train(batch)
@@ -1118,6 +1186,7 @@ def make_hook(
         max_action=trainer.actor.max_action,
         device=trainer.device,
         seed=config.seed,
+        compile=config.compile,
     )
 
 
@@ -1173,6 +1242,8 @@ def seconds_per_update(
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
     streams = runs.rng_state()
+    # Not compiled: that would cost more time than it measures.
+    config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
     update(probe, source, config)  # warms up
     start, count = time.perf_counter(), 0
@@ -1271,7 +1342,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         hook_args = (dataset, state_mean, state_std)
         if config.dare.enabled:
             untrained = new_behavior(config.dare, *dims, config.seed, device)
-            probe = make_hook(config, trainer, buffer, buffer, untrained, *hook_args)
+            eager = dataclasses.replace(config, compile=False)
+            probe = make_hook(eager, trainer, buffer, buffer, untrained, *hook_args)
             update_seconds = seconds_per_update(config, probe, dims, device)
             seconds["online"] = config.online_iterations * config.utd * update_seconds
             seconds.update(seconds_to_prepare(probe))

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from corl_dare import datasets, envs, runs
+from corl_dare import compiled, datasets, envs, runs
 from corl_dare.hook import (
     LOGS,
     DareConfig,
@@ -157,7 +157,8 @@ class TrainConfig:
     dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
     log_freq: int = 500  # updates between two rows of metrics.csv
-    threads: int = 1  # torch CPU threads; small networks gain nothing from more
+    threads: int = 1  # torch CPU threads; small networks gain little from more
+    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
     runs_dir: str = "runs"  # where run folders are made
     resume: Optional[str] = None  # run folder to go on with
     wandb_mode: str = "disabled"  # disabled, offline, online
@@ -187,6 +188,8 @@ class TrainConfig:
         for field in ("offline_iterations", "online_iterations", "online_warmup"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative")
+        if self.compile:
+            compiled.check()
         if not 0.0 < self.iql_tau < 1.0:
             raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
         if self.dare.enabled and self.mixing_ratio is None:
@@ -206,12 +209,13 @@ class TrainConfig:
                 )
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     # Two products and a sum, as upstream: a fused lerp rounds differently.
     for target_param, source_param in zip(
         target.parameters(), source.parameters(), strict=True
     ):
-        target_param.data.copy_((1 - tau) * target_param.data + tau * source_param.data)
+        target_param.copy_((1 - tau) * target_param + tau * source_param)
 
 
 def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.ndarray]:
@@ -563,12 +567,6 @@ class ValueFunction(nn.Module):
         return self.v(state)
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 class ImplicitQLearning:
     def __init__(
         self,
@@ -603,46 +601,65 @@ class ImplicitQLearning:
             dare_generator  # private: the baseline's draws stay the same
         )
 
+    def optimizers(self) -> List[torch.optim.Optimizer]:
+        return [self.q_optimizer, self.v_optimizer, self.actor_optimizer]
+
     def start_online(self, actor_lr: Optional[float] = None) -> None:
         """End the cosine schedule: online the actor's rate is constant, by default the first."""
         self.anneal = False
         for group in self.actor_optimizer.param_groups:
             group["lr"] = actor_lr or group["initial_lr"]
 
+    def _noise(
+        self, actions: torch.Tensor, weight: Optional[torch.Tensor]
+    ) -> Optional[torch.Tensor]:
+        """Normal noise of all policy samples of one update, (1 + backup_actions, B, A)."""
+        if weight is None:
+            return None
+        shape = (1 + self.dare.backup_actions, *actions.shape)
+        return torch.randn(shape, generator=self.dare_generator, device=actions.device)
+
     def _propose(
-        self, policy_out: Union[Normal, torch.Tensor], count: int
+        self, policy_out: Union[Normal, torch.Tensor], noise: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Executable policy actions (count, B, A) and their log-densities (count, B)."""
+        """Executable policy actions (n, B, A) and log-densities (n, B) for noise (n, B, A)."""
         if isinstance(policy_out, torch.Tensor):
             return policy_out.unsqueeze(0), torch.zeros_like(policy_out[:, 0]).unsqueeze(
                 0
             )
-        mean, std = policy_out.mean, policy_out.stddev
-        noise = torch.randn(
-            (count, *mean.shape), generator=self.dare_generator, device=mean.device
-        )
-        actions = mean + std * noise
+        actions = policy_out.mean + policy_out.stddev * noise
         log_prob = policy_out.log_prob(actions).sum(-1)
         return actions.clamp(-self.max_action, self.max_action), log_prob
 
     @torch.no_grad()
-    def _max_backup(self, next_observations: torch.Tensor) -> torch.Tensor:
-        """max over policy actions of min(Q1, Q2) of the target network, (B,); Eq. 15."""
+    def _max_backup(
+        self, next_observations: torch.Tensor, noise: torch.Tensor, first_released: int
+    ) -> torch.Tensor:
+        """max over policy actions of min(Q1, Q2) of the target network, (B,); Eq. 15.
+
+        0 for the rows before `first_released`, whose weight is 1.
+        """
+        next_observations = next_observations[first_released:]
         policy_out = self.actor(next_observations)
-        actions, _ = self._propose(policy_out, self.dare.backup_actions)  # (n, B, A)
-        repeated = next_observations.repeat(len(actions), 1)  # (n B, S)
+        actions, _ = self._propose(policy_out, noise[:, first_released:])  # (n, B', A)
+        repeated = next_observations.repeat(len(actions), 1)  # (n B', S)
         q = self.q_target(repeated, actions.flatten(0, 1))
-        return q.view(len(actions), -1).amax(0)
+        return F.pad(q.view(len(actions), -1).amax(0), (first_released, 0))
 
     def _released_losses(
-        self, observations: torch.Tensor, policy_out: Union[Normal, torch.Tensor]
+        self,
+        observations: torch.Tensor,
+        policy_out: Union[Normal, torch.Tensor],
+        noise: torch.Tensor,
+        first_released: int,
     ) -> torch.Tensor:
-        """SAC policy loss alpha log pi - min(Q1, Q2), (B,); Eq. 16."""
-        actions, log_prob = self._propose(policy_out, 1)
-        self.qf.requires_grad_(False)  # nobody reads the critic's gradient here
-        q = self.qf(observations, actions[0])
-        self.qf.requires_grad_(True)
-        return self.dare.entropy_alpha * log_prob[0] - q
+        """SAC policy loss alpha log pi - min(Q1, Q2), (B,); Eq. 16. 0 before `first_released`."""
+        actions, log_prob = self._propose(policy_out, noise)
+        q = self.qf(observations[first_released:], actions[0, first_released:])
+        return F.pad(
+            self.dare.entropy_alpha * log_prob[0, first_released:] - q,
+            (first_released, 0),
+        )
 
     def _update_v(
         self,
@@ -661,7 +678,7 @@ class ImplicitQLearning:
             residual = weight.sqrt() * adv  # the loss is quadratic in the residual
         v_loss = asymmetric_l2_loss(residual, expectile)
         log_dict["value_loss"] = v_loss.detach()
-        descend(self.v_optimizer, v_loss)
+        compiled.descend(v_loss, self.v_optimizer)
         return adv
 
     def _update_q(
@@ -677,7 +694,7 @@ class ImplicitQLearning:
         q1, q2 = self.qf.both(observations, actions)
         q_loss = (F.mse_loss(q1, y) + F.mse_loss(q2, y)) / 2
         log_dict["q_loss"] = q_loss.detach()
-        descend(self.q_optimizer, q_loss)
+        compiled.descend(q_loss, self.q_optimizer)
         soft_update(self.q_target, self.qf, self.tau)
 
     def _update_policy(
@@ -687,6 +704,8 @@ class ImplicitQLearning:
         actions: torch.Tensor,
         log_dict: Dict,
         weight: Optional[torch.Tensor] = None,
+        first_released: Optional[int] = None,
+        noise: Optional[torch.Tensor] = None,
     ) -> None:
         policy_out = self.actor(observations)
         if isinstance(policy_out, Normal):
@@ -696,26 +715,51 @@ class ImplicitQLearning:
         exp_adv = (self.beta * adv.detach()).exp().clamp(max=EXP_ADV_MAX)  # (B,)
         policy_losses = exp_adv * bc_losses  # (B,)
         if weight is not None and self.dare.policy == "sac":
-            released = self._released_losses(observations, policy_out)
+            released = self._released_losses(
+                observations, policy_out, noise[:1], first_released or 0
+            )
             policy_losses = weight * policy_losses + (1.0 - weight) * released
         policy_loss = policy_losses.mean()
         log_dict["actor_loss"] = policy_loss.detach()
-        descend(self.actor_optimizer, policy_loss)
-        if self.anneal:
-            self.actor_lr_schedule.step()
+        compiled.descend(policy_loss, self.actor_optimizer)
 
     def train(
         self,
         batch: TensorBatch,
         weight: Optional[torch.Tensor] = None,
+        first_released: Optional[int] = None,
     ) -> Dict[str, torch.Tensor]:
+        """One update; `weight` (B,) is 1 before row `first_released` and 0 from there, if given.
+
+        What would be multiplied by 0 is then not computed.
+        """
         self.total_it += 1
-        observations, actions, rewards, next_observations, dones = batch
+        log_dict = self._update(
+            *batch,
+            weight,
+            first_released,
+            self._noise(batch[1], weight),
+        )
+        if self.anneal:
+            self.actor_lr_schedule.step()
+        return log_dict
+
+    def _update(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        next_observations: torch.Tensor,
+        dones: torch.Tensor,
+        weight: Optional[torch.Tensor] = None,
+        first_released: Optional[int] = None,
+        noise: Optional[torch.Tensor] = None,
+    ) -> Dict[str, torch.Tensor]:
         log_dict: Dict[str, torch.Tensor] = {}
         with torch.no_grad():
             next_v = self.vf(next_observations)
         if weight is not None:
-            next_q = self._max_backup(next_observations)
+            next_q = self._max_backup(next_observations, noise[1:], first_released or 0)
             next_v = weight * next_v + (1.0 - weight) * next_q
         adv = self._update_v(
             observations,
@@ -731,6 +775,8 @@ class ImplicitQLearning:
             actions,
             log_dict,
             weight,
+            first_released,
+            noise,
         )
         return log_dict
 
@@ -762,7 +808,7 @@ def make_trainer(
     actor = policy(state_dim, action_dim, max_action, dropout=config.actor_dropout).to(
         device
     )
-    return ImplicitQLearning(
+    trainer = ImplicitQLearning(
         max_action=max_action,
         actor=actor,
         actor_optimizer=torch.optim.Adam(actor.parameters(), lr=config.actor_lr),
@@ -779,6 +825,9 @@ def make_trainer(
         dare=config.dare,
         dare_generator=torch.Generator(device).manual_seed(config.seed),
     )
+    if config.compile:
+        trainer._update = compiled.CompiledUpdate(trainer._update, trainer.optimizers())
+    return trainer
 
 
 class OnlineCollector:
@@ -858,7 +907,7 @@ def update(trainer: ImplicitQLearning, source: Any, config: TrainConfig) -> Dict
     """One gradient step on a fresh batch of the source."""
     if isinstance(source, DareHook):
         batch, weight, dare_log = source.sample(config.batch_size)
-        log_dict = trainer.train(batch, weight)
+        log_dict = trainer.train(batch, weight, source.first_released(len(weight)))
         return {**log_dict, **dare_log, **source.follow()}
     batch = source.sample(config.batch_size)
     return trainer.train(batch)
@@ -889,6 +938,7 @@ def make_hook(
         max_action=trainer.max_action,
         device=trainer.device,
         seed=config.seed,
+        compile=config.compile,
     )
 
 
@@ -944,6 +994,8 @@ def seconds_per_update(
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
     streams = runs.rng_state()
+    # Not compiled: that would cost more time than it measures.
+    config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
     update(probe, source, config)  # warms up
     start, count = time.perf_counter(), 0
@@ -1034,7 +1086,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         hook_args = (dataset, state_mean, state_std)
         if config.dare.enabled:
             untrained = new_behavior(config.dare, *dims, config.seed, device)
-            probe = make_hook(config, trainer, buffer, buffer, untrained, *hook_args)
+            eager = dataclasses.replace(config, compile=False)
+            probe = make_hook(eager, trainer, buffer, buffer, untrained, *hook_args)
             update_seconds = seconds_per_update(config, probe, dims, device)
             seconds["online"] = config.online_iterations * config.utd * update_seconds
             seconds.update(seconds_to_prepare(probe))

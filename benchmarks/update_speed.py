@@ -1,14 +1,16 @@
-"""Updates per second of IQL and DARE-IQL; ratios of one run on this machine.
+"""Updates per second of the baselines and their DARE twins; ratios of one run on this machine.
 
-    python benchmarks/update_speed.py [--seconds 3] [--device auto] [--out results/speed/FILE.json]
+    python benchmarks/update_speed.py [--corl PATH] [--algorithms iql cal_ql] [--threads 2]
+                                      [--seconds 2] [--device auto] [--out results/speed/FILE.json]
 
 Every variant makes whole updates (batch, hook, losses, optimizers, energy) at batch 256 and
-hopper sizes with the paper's networks, on random data. The variants take turns, round by round,
-so that a machine that gets slower hits all of them; the first round warms up and is dropped.
-Quoted: median over rounds, with the smallest and the largest. The networks are untrained, which
-changes no cost. `cached` references live for ever and the offline buffer is small enough that
-the warm-up fills most of the cache: it is the cost that a long run tends to, not that of its
-start.
+hopper sizes with the paper's networks, on random data. The ratio is to upstream CORL's file where
+`--corl` names a checkout, else to our eager baseline. The variants take turns, round by round, so
+that a machine that gets slower hits all of them; the first round warms up and compiles, and is
+dropped. Quoted: median over rounds, with the smallest and the largest. The networks are
+untrained, which changes no cost. `cached` references live for ever and the offline buffer is
+small enough that the warm-up fills most of the cache: it is the cost that a long run tends to,
+not that of its start.
 """
 
 import argparse
@@ -24,34 +26,60 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import dare_iql
-from corl import iql
-from corl_dare import hook, runs
+from algorithms import dare_cal_ql, dare_iql
+from benchmarks import parity
+from corl import cal_ql, iql
+from corl_dare import compiled, hook, runs
 
 S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
-FAITHFUL = {"behavior": "diffusion", "guidance_scale": 8.0}
-DENSITY = {"behavior": "mixture", "guidance_scale": 0.0}
-VARIANTS = {
-    "IQL (baseline)": None,
-    "DARE-IQL, policy ratio": {**DENSITY, "score": "policy_ratio"},
-    "DARE-IQL, likelihood": {**DENSITY, "score": "likelihood"},
-    "DARE-IQL, fresh unguided references": {"guidance_scale": 0.0},
-    "DARE-IQL, fresh guided references, energy every 10": {
-        **FAITHFUL,
-        "energy_update_freq": 10,
-    },
-    "DARE-IQL, fresh guided references, energy every update (paper)": FAITHFUL,
-    "DARE-IQL, cached guided references, energy every 10": {
-        **FAITHFUL,
-        "energy_update_freq": 10,
-        "reference_max_age": 1_000_000_000,
-    },
+RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
+LIKELIHOOD = {**RATIO, "score": "likelihood"}
+PAPER = {"behavior": "diffusion", "guidance_scale": 8.0}
+FAST = {**RATIO, "backup_actions": 1}  # of DARE-IQL, as in configs/iql/quick_start.yaml
+CACHED = {**PAPER, "energy_update_freq": 10, "reference_max_age": 1_000_000_000}
+FILES = {  # baseline, twin, settings, variants: name -> DARE's fields (None: baseline), compiled
+    "iql": (
+        iql,
+        dare_iql,
+        {},
+        {
+            "IQL": (None, False),
+            "IQL, compiled": (None, True),
+            "DARE-IQL, policy ratio": (RATIO, False),
+            "DARE-IQL, policy ratio, compiled": (RATIO, True),
+            "DARE-IQL, likelihood, compiled": (LIKELIHOOD, True),
+            "DARE-IQL, policy ratio, 1 backup action": (FAST, False),
+            "DARE-IQL, policy ratio, 1 backup action, compiled (fast)": (FAST, True),
+            "DARE-IQL, unguided references": ({"guidance_scale": 0.0}, False),
+            "DARE-IQL, guided references cached, energy every 10": (CACHED, False),
+            "DARE-IQL, guided references, energy every 10": (
+                {**PAPER, "energy_update_freq": 10},
+                False,
+            ),
+            "DARE-IQL, guided references, energy every update (paper)": (PAPER, False),
+        },
+    ),
+    "cal_ql": (
+        cal_ql,
+        dare_cal_ql,
+        {"q_n_hidden_layers": 3, "bc_steps": 0},
+        {
+            "Cal-QL": (None, False),
+            "Cal-QL, compiled": (None, True),
+            "DARE-Cal-QL, policy ratio": (RATIO, False),
+            "DARE-Cal-QL, policy ratio, compiled (fast)": (RATIO, True),
+            "DARE-Cal-QL, guided references, energy every update (paper)": (
+                PAPER,
+                False,
+            ),
+        },
+    ),
 }
 
 
-def random_buffer(device: str, seed: int) -> iql.ReplayBuffer:
+def random_buffer(module, device: str, seed: int):
     rng = np.random.default_rng(seed)
-    buffer = iql.ReplayBuffer(S, A, ROWS, device)
+    buffer = module.ReplayBuffer(S, A, ROWS, device)
     buffer.load_d4rl_dataset(
         {
             "observations": rng.normal(size=(ROWS, S)),
@@ -59,31 +87,53 @@ def random_buffer(device: str, seed: int) -> iql.ReplayBuffer:
             "rewards": rng.normal(size=ROWS),
             "next_observations": rng.normal(size=(ROWS, S)),
             "terminals": np.zeros(ROWS),
+            "mc_returns": rng.normal(size=ROWS),
         }
     )
     return buffer
 
 
-def make_update(fields: dict | None, device: str):
+def upstream_update(algorithm: str, corl: Path, device: str):
+    """A callable that makes one online update of an upstream file."""
+    module = parity.load(corl / "algorithms" / "finetune" / f"{algorithm}.py")
+    baseline, _, settings, _ = FILES[algorithm]
+    config = baseline.TrainConfig(env=TASK, device=device, **settings)
+    make = parity.iql_trainer if algorithm == "iql" else parity.cql_trainer
+    trainer = make(module, config)
+    buffer = random_buffer(module, device, 0)
+    return lambda: trainer.train([x.to(device) for x in buffer.sample(256)])
+
+
+def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     """A callable that makes one online update of a variant."""
     torch.manual_seed(0)
-    offline, online = random_buffer(device, 0), random_buffer(device, 1)
+    baseline, twin, settings, _ = FILES[algorithm]
+    module = baseline if fields is None else twin
+    offline, online = (random_buffer(module, device, seed) for seed in (0, 1))
+    if fields is not None:
+        block = next(f for f in dataclasses.fields(twin.TrainConfig) if f.name == "dare")
+        settings = {**settings, "dare": block.type(**fields)}
+    config = module.TrainConfig(env=TASK, mixing_ratio=0.5, compile=compile, **settings)
+    trainer = module.make_trainer(config, S, A, 1.0, device)
+    if algorithm == "cal_ql":
+        trainer.start_online(config.cql_alpha_online)
     if fields is None:
-        config = iql.TrainConfig(env=TASK, mixing_ratio=0.5)
-        trainer = iql.make_trainer(config, S, A, 1.0, device)
-        source = iql.MixedBuffer(offline, online, 0.5)
-        return lambda: iql.update(trainer, source, config)
-    config = dare_iql.TrainConfig(env=TASK, dare=dare_iql.DareIQLConfig(**fields))
-    trainer = dare_iql.make_trainer(config, S, A, 1.0, device)
+        source = module.MixedBuffer(offline, online, 0.5)
+        return lambda: module.update(trainer, source, config)
     behavior = hook.new_behavior(config.dare, S, A, 0, device).requires_grad_(False)
+    if algorithm == "iql":
+        log_prob, q_function = trainer_log_prob(trainer), trainer.q_target
+    else:
+        log_prob, q_function = trainer.actor.log_prob, trainer.target_q
     source = hook.DareHook(
         offline,
         online,
         config.dare,
         behavior,
-        policy_log_prob=lambda s, a: trainer.actor(s).log_prob(a).sum(-1),
-        q_function=trainer.q_target,
+        policy_log_prob=log_prob,
+        q_function=q_function,
         device=device,
+        compile=compile,
     )
     if source.energy is not None:  # support actions are sampled once per transition
         rows = np.arange(ROWS)
@@ -92,7 +142,11 @@ def make_update(fields: dict | None, device: str):
             for pair in ([buffer_rows, empty], [empty, buffer_rows]):
                 buffer = offline if len(pair[0]) else online
                 source.support(hook.draw_rows(buffer, buffer_rows)[0], pair)
-    return lambda: dare_iql.update(trainer, source, config)
+    return lambda: module.update(trainer, source, config)
+
+
+def trainer_log_prob(trainer):
+    return lambda s, a: trainer.actor(s).log_prob(a).sum(-1)
 
 
 def measure(
@@ -115,8 +169,12 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corl", type=Path, help="a CORL checkout to compare with")
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="per variant and round"
+        "--algorithms", nargs="+", default=list(FILES), choices=list(FILES)
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="per variant and round"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
@@ -125,33 +183,60 @@ def main() -> None:
     args = parser.parse_args()
     device = runs.pick_device(args.device)
     runs.configure_threads(args.threads)
-    updates = {name: make_update(fields, device) for name, fields in VARIANTS.items()}
-    rates = measure(updates, args.seconds, args.rounds, device)
-    base = statistics.median(rates["IQL (baseline)"])
     machine = runs.machine()
     print(
         f"{machine['gpu'] if device != 'cpu' else machine['processor']}, device {device}, "
-        f"{args.threads} thread(s), torch {torch.__version__}\n"
-        f"{'updates per second: median (min-max)':>72}  ratio"
+        f"{args.threads} thread(s), torch {torch.__version__}"
     )
+    can_compile = True
+    try:
+        compiled.check()
+    except ValueError as error:
+        can_compile = False
+        print(f"compiled variants are left out: {error}")
+    rates = {}
+    for algorithm in args.algorithms:
+        updates = {
+            name: our_update(algorithm, fields, compile, device)
+            for name, (fields, compile) in FILES[algorithm][-1].items()
+            if can_compile or not compile
+        }
+        if args.corl is not None:
+            upstream = upstream_update(algorithm, args.corl, device)
+            updates = {f"upstream CORL's {algorithm}.py": upstream, **updates}
+        rates[algorithm] = measure(updates, args.seconds, args.rounds, device)
+        print(table(rates[algorithm]))
+    if args.out is None:
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": "python benchmarks/update_speed.py " + " ".join(sys.argv[1:]),
+        "updates_per_second": rates,
+        "settings": {
+            name: {"dare": fields, "compile": compile}
+            for algorithm in args.algorithms
+            for name, (fields, compile) in FILES[algorithm][-1].items()
+        },
+        "defaults": dataclasses.asdict(dare_iql.DareIQLConfig()),
+        "device": device,
+        "threads": args.threads,
+        "machine": machine,
+        "versions": runs.versions(),
+        "commit": runs.git_commit(),
+        "upstream_commit": parity.make_patches.COMMIT if args.corl else None,
+    }
+    args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def table(rates: dict[str, list[float]]) -> str:
+    """One line per variant; the ratio is to the first."""
+    base = statistics.median(next(iter(rates.values())))
+    lines = [f"{'updates per second: median (min-max)':>75}  ratio"]
     for name, values in rates.items():
         median = statistics.median(values)
         spread = f"{median:8.1f} ({min(values):.1f}-{max(values):.1f})"
-        print(f"{name:<63} {spread:<22} {median / base:5.2f}")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "command": "python benchmarks/update_speed.py " + " ".join(sys.argv[1:]),
-            "updates_per_second": rates,
-            "settings": {k: v for k, v in VARIANTS.items() if v is not None},
-            "defaults": dataclasses.asdict(dare_iql.DareIQLConfig()),
-            "device": device,
-            "threads": args.threads,
-            "machine": machine,
-            "versions": runs.versions(),
-            "commit": runs.git_commit(),
-        }
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+        lines.append(f"{name:<66} {spread:<22} {median / base:5.2f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

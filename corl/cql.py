@@ -19,6 +19,7 @@ saved; `train` returns tensors, so that an update never waits for the device.
 """
 
 import copy
+import dataclasses
 import math
 import os
 import random
@@ -39,7 +40,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl_dare import datasets, envs, runs
+from corl_dare import compiled, datasets, envs, runs
 
 TensorBatch = List[torch.Tensor]
 
@@ -145,7 +146,8 @@ class TrainConfig:
     dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
     log_freq: int = 500  # updates between two rows of metrics.csv
-    threads: int = 1  # torch CPU threads
+    threads: int = 1  # torch CPU threads; small networks gain little from more
+    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
     runs_dir: str = "runs"  # where run folders are made
     resume: Optional[str] = None  # run folder to go on with
     wandb_mode: str = "disabled"  # disabled, offline, online
@@ -176,6 +178,8 @@ class TrainConfig:
                     raise ValueError(
                         f"{field} must be at least {bound}, not {getattr(self, field)}"
                     )
+        if self.compile:
+            compiled.check()
         if not self.cql_temp > 0:
             raise ValueError(f"cql_temp must be positive, not {self.cql_temp}")
         if not self.cql_clip_diff_min <= self.cql_clip_diff_max:
@@ -185,12 +189,13 @@ class TrainConfig:
             )
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     # Two products and a sum, as upstream: a fused lerp rounds differently.
     for target_param, source_param in zip(
         target.parameters(), source.parameters(), strict=True
     ):
-        target_param.data.copy_((1 - tau) * target_param.data + tau * source_param.data)
+        target_param.copy_((1 - tau) * target_param + tau * source_param)
 
 
 def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.ndarray]:
@@ -532,9 +537,11 @@ class TanhGaussianPolicy(nn.Module):
         repeat: Optional[int] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Actions (B, A), or (B, repeat, A), and their log-densities."""
-        if repeat is not None:
-            observations = extend_and_repeat(observations, 1, repeat)
         mean, log_std = self._parameters_of(observations)
+        if (
+            repeat is not None
+        ):  # the network sees a state once, its copies share the output
+            mean, log_std = (extend_and_repeat(x, 1, repeat) for x in (mean, log_std))
         actions, log_probs = self.tanh_gaussian(mean, log_std, deterministic)
         return self.max_action * actions, log_probs
 
@@ -565,14 +572,6 @@ class FullyConnectedQFunction(nn.Module):
         if actions.ndim == 3 and observations.ndim == 2:
             observations = extend_and_repeat(observations, 1, actions.shape[1])
         return self.network(torch.cat((observations, actions), dim=-1)).squeeze(-1)
-
-
-def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
 
 
 class ContinuousCQL:
@@ -639,6 +638,15 @@ class ContinuousCQL:
         )
         self.total_it = 0
 
+    def optimizers(self) -> List[torch.optim.Optimizer]:
+        return [
+            self.critic_1_optimizer,
+            self.critic_2_optimizer,
+            self.actor_optimizer,
+            self.alpha_optimizer,
+            self.alpha_prime_optimizer,
+        ]
+
     def update_target_network(self, soft_target_update_rate: float) -> None:
         soft_update(self.target_critic_1, self.critic_1, soft_target_update_rate)
         soft_update(self.target_critic_2, self.critic_2, soft_target_update_rate)
@@ -671,14 +679,11 @@ class ContinuousCQL:
         new_actions: torch.Tensor,
         alpha: torch.Tensor,
         log_pi: torch.Tensor,
+        cloning: bool,
     ) -> torch.Tensor:
-        if self.total_it > self.bc_steps:
+        if not cloning:
             critics = (self.critic_1, self.critic_2)
-            for critic in critics:  # nobody reads the critics' gradient here
-                critic.requires_grad_(False)
             goal = torch.minimum(*(c(observations, new_actions) for c in critics))
-            for critic in critics:
-                critic.requires_grad_(True)
         elif self.compat:  # upstream scores a new sample instead of the data's action
             goal = self.actor(observations)[1]
         else:
@@ -750,6 +755,31 @@ class ContinuousCQL:
         gap = soft_maximum - q_predicted
         return gap.clamp(self.cql_clip_diff_min, self.cql_clip_diff_max)
 
+    def _conservative_gaps(
+        self,
+        predicted: List[torch.Tensor],
+        observations: torch.Tensor,
+        next_observations: torch.Tensor,
+        dim: int,
+        log_dict: Dict,
+    ) -> List[torch.Tensor]:
+        """Both critics' conservative gaps, each (B,)."""
+        proposals = self._proposals(observations, next_observations, dim)
+        gaps = [
+            self._conservative_gap(
+                number,
+                critic,
+                q,
+                observations,
+                proposals,
+                log_dict,
+            )
+            for number, critic, q in zip(
+                (1, 2), (self.critic_1, self.critic_2), predicted, strict=True
+            )
+        ]
+        return gaps
+
     def _q_loss(
         self,
         observations: torch.Tensor,
@@ -764,18 +794,13 @@ class ContinuousCQL:
         predicted = [critic(observations, actions) for critic in critics]
         td_target, next_q = self._td_target(next_observations, rewards, dones, alpha)
         td_losses = [F.mse_loss(q, td_target) for q in predicted]
-        proposals = self._proposals(observations, next_observations, actions.shape[-1])
-        gaps = [
-            self._conservative_gap(
-                number,
-                critic,
-                q,
-                observations,
-                proposals,
-                log_dict,
-            )
-            for number, critic, q in zip((1, 2), critics, predicted, strict=True)
-        ]
+        gaps = self._conservative_gaps(
+            predicted,
+            observations,
+            next_observations,
+            actions.shape[-1],
+            log_dict,
+        )
         diffs = [gap.mean() for gap in gaps]
         if self.cql_lagrange:
             alpha_prime = self.log_alpha_prime().exp().clamp(0.0, 1000000.0)
@@ -785,7 +810,7 @@ class ContinuousCQL:
             alpha_prime = (
                 alpha_prime.detach()
             )  # the critics see the value before the step
-            descend(alpha_prime_loss, self.alpha_prime_optimizer)
+            compiled.descend(alpha_prime_loss, self.alpha_prime_optimizer)
             penalties = [alpha_prime * self.cql_alpha * e for e in excess]
         else:
             penalties = [diff * self.cql_alpha for diff in diffs]
@@ -806,11 +831,28 @@ class ContinuousCQL:
         batch: TensorBatch,
     ) -> Dict[str, torch.Tensor]:
         self.total_it += 1
-        observations, actions, rewards, next_observations, dones = batch
+        cloning = self.total_it <= self.bc_steps
+        move_targets = self.total_it % self.target_update_period == 0
+        return self._update(
+            *batch,
+            cloning,
+            move_targets,
+        )
+
+    def _update(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        next_observations: torch.Tensor,
+        dones: torch.Tensor,
+        cloning: bool,
+        move_targets: bool,
+    ) -> Dict[str, torch.Tensor]:
         new_actions, log_pi = self.actor(observations)
         alpha, alpha_loss = self._alpha_and_alpha_loss(observations, log_pi)
         policy_loss = self._policy_loss(
-            observations, actions, new_actions, alpha, log_pi
+            observations, actions, new_actions, alpha, log_pi, cloning
         )
         log_dict = {
             "log_pi": log_pi.detach().mean(),
@@ -829,10 +871,10 @@ class ContinuousCQL:
         )
         # Every loss is computed before the first of these steps.
         if self.use_automatic_entropy_tuning:
-            descend(alpha_loss, self.alpha_optimizer)
-        descend(policy_loss, self.actor_optimizer)
-        descend(qf_loss, self.critic_1_optimizer, self.critic_2_optimizer)
-        if self.total_it % self.target_update_period == 0:
+            compiled.descend(alpha_loss, self.alpha_optimizer)
+        compiled.descend(policy_loss, self.actor_optimizer)
+        compiled.descend(qf_loss, self.critic_1_optimizer, self.critic_2_optimizer)
+        if move_targets:
             self.update_target_network(self.soft_target_update_rate)
         return log_dict
 
@@ -859,7 +901,7 @@ def make_trainer(
     actor = TanhGaussianPolicy(
         state_dim, action_dim, max_action, orthogonal_init=config.orthogonal_init
     ).to(device)
-    return ContinuousCQL(
+    trainer = ContinuousCQL(
         critic_1=critic_1,
         critic_1_optimizer=torch.optim.Adam(critic_1.parameters(), config.qf_lr),
         critic_2=critic_2,
@@ -888,6 +930,9 @@ def make_trainer(
         device=device,
         compat=config.compat,
     )
+    if config.compile:
+        trainer._update = compiled.CompiledUpdate(trainer._update, trainer.optimizers())
+    return trainer
 
 
 class OnlineCollector:
@@ -1008,6 +1053,8 @@ def seconds_per_update(
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
     streams = runs.rng_state()
+    # Not compiled: that would cost more time than it measures.
+    config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
     update(probe, source, config)  # warms up
     start, count = time.perf_counter(), 0

@@ -19,6 +19,7 @@ online rows; the default is upstream's single buffer); checkpoints also hold the
 """
 
 import copy
+import dataclasses
 import os
 import random
 import time
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from corl_dare import datasets, envs, runs
+from corl_dare import compiled, datasets, envs, runs
 
 TensorBatch = List[torch.Tensor]
 
@@ -108,7 +109,8 @@ class TrainConfig:
     dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
     log_freq: int = 500  # updates between two rows of metrics.csv
-    threads: int = 1  # torch CPU threads; small networks gain nothing from more
+    threads: int = 1  # torch CPU threads; small networks gain little from more
+    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
     runs_dir: str = "runs"  # where run folders are made
     resume: Optional[str] = None  # run folder to go on with
     wandb_mode: str = "disabled"  # disabled, offline, online
@@ -135,6 +137,8 @@ class TrainConfig:
         for field in ("offline_iterations", "online_iterations", "online_warmup"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative")
+        if self.compile:
+            compiled.check()
         if not 0.0 < self.iql_tau < 1.0:
             raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
         if self.mixing_ratio is not None:
@@ -150,12 +154,13 @@ class TrainConfig:
                 )
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     # Two products and a sum, as upstream: a fused lerp rounds differently.
     for target_param, source_param in zip(
         target.parameters(), source.parameters(), strict=True
     ):
-        target_param.data.copy_((1 - tau) * target_param.data + tau * source_param.data)
+        target_param.copy_((1 - tau) * target_param + tau * source_param)
 
 
 def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.ndarray]:
@@ -507,12 +512,6 @@ class ValueFunction(nn.Module):
         return self.v(state)
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 class ImplicitQLearning:
     def __init__(
         self,
@@ -541,6 +540,9 @@ class ImplicitQLearning:
         self.total_it = 0
         self.anneal = True  # step the actor's schedule; see `start_online`
 
+    def optimizers(self) -> List[torch.optim.Optimizer]:
+        return [self.q_optimizer, self.v_optimizer, self.actor_optimizer]
+
     def start_online(self, actor_lr: Optional[float] = None) -> None:
         """End the cosine schedule: online the actor's rate is constant, by default the first."""
         self.anneal = False
@@ -559,7 +561,7 @@ class ImplicitQLearning:
         residual, expectile = adv, self.iql_tau
         v_loss = asymmetric_l2_loss(residual, expectile)
         log_dict["value_loss"] = v_loss.detach()
-        descend(self.v_optimizer, v_loss)
+        compiled.descend(v_loss, self.v_optimizer)
         return adv
 
     def _update_q(
@@ -575,7 +577,7 @@ class ImplicitQLearning:
         q1, q2 = self.qf.both(observations, actions)
         q_loss = (F.mse_loss(q1, y) + F.mse_loss(q2, y)) / 2
         log_dict["q_loss"] = q_loss.detach()
-        descend(self.q_optimizer, q_loss)
+        compiled.descend(q_loss, self.q_optimizer)
         soft_update(self.q_target, self.qf, self.tau)
 
     def _update_policy(
@@ -594,16 +596,28 @@ class ImplicitQLearning:
         policy_losses = exp_adv * bc_losses  # (B,)
         policy_loss = policy_losses.mean()
         log_dict["actor_loss"] = policy_loss.detach()
-        descend(self.actor_optimizer, policy_loss)
-        if self.anneal:
-            self.actor_lr_schedule.step()
+        compiled.descend(policy_loss, self.actor_optimizer)
 
     def train(
         self,
         batch: TensorBatch,
     ) -> Dict[str, torch.Tensor]:
         self.total_it += 1
-        observations, actions, rewards, next_observations, dones = batch
+        log_dict = self._update(
+            *batch,
+        )
+        if self.anneal:
+            self.actor_lr_schedule.step()
+        return log_dict
+
+    def _update(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        next_observations: torch.Tensor,
+        dones: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
         log_dict: Dict[str, torch.Tensor] = {}
         with torch.no_grad():
             next_v = self.vf(next_observations)
@@ -647,7 +661,7 @@ def make_trainer(
     actor = policy(state_dim, action_dim, max_action, dropout=config.actor_dropout).to(
         device
     )
-    return ImplicitQLearning(
+    trainer = ImplicitQLearning(
         max_action=max_action,
         actor=actor,
         actor_optimizer=torch.optim.Adam(actor.parameters(), lr=config.actor_lr),
@@ -662,6 +676,9 @@ def make_trainer(
         tau=config.tau,
         device=device,
     )
+    if config.compile:
+        trainer._update = compiled.CompiledUpdate(trainer._update, trainer.optimizers())
+    return trainer
 
 
 class OnlineCollector:
@@ -795,6 +812,8 @@ def seconds_per_update(
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
     streams = runs.rng_state()
+    # Not compiled: that would cost more time than it measures.
+    config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
     update(probe, source, config)  # warms up
     start, count = time.perf_counter(), 0

@@ -29,6 +29,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from corl_dare import compiled
 from corl_dare.behavior import (
     BehaviorModel,
     fit,
@@ -372,6 +373,7 @@ class DareHook:
         state_mean, state_std: the buffers' state normalization, arrays (S,) or numbers.
         max_action: actions lie in [-max_action, max_action].
         seed: of the hook's own generators.
+        compile: run the exchange and the density scores as compiled graphs.
 
     Raises:
         ValueError: a part that the configured score needs is missing.
@@ -393,6 +395,7 @@ class DareHook:
         max_action: float = 1.0,
         device: str = "cpu",
         seed: int = 0,
+        compile: bool = False,
     ):
         if config.enabled and behavior is None:
             raise ValueError("DARE needs a behavior model; see behavior.fit_cached")
@@ -417,6 +420,11 @@ class DareHook:
         self.last: tuple[torch.Tensor, list] | None = (
             None  # states and rows of the batch
         )
+        self._exchange, self._density_scores = exchange, self.density_scores
+        if compile:
+            self._density_scores = compiled.function(self.density_scores)
+            if config.rule != "random":  # a graph takes no generator
+                self._exchange = compiled.function(exchange)
         self.energy, self.energy_optimizer = None, None
         caching = config.reference_max_age > 0 and config.score == "reference"
         self.reference_caches = self.support_caches = None
@@ -463,23 +471,30 @@ class DareHook:
             states, actions = batch[0], batch[1]
             scores, log = self.score(states, actions, rows)
             self.last = states, rows
-            result = exchange(
+            result = self._exchange(
                 scores[:n_offline],
                 scores[n_offline:],
                 cap=self.config.cap,
                 rule=self.config.rule,
                 weights=self.config.weights,
                 skip_inverted=self.config.skip_inverted,
-                generator=self.generator,
+                generator=self.generator if self.config.rule == "random" else None,
             )
             batch = reorder(batch, result.order)
         return batch, result.weight, {**result.stats, **log}
+
+    def first_released(self, batch_size: int) -> int | None:
+        """Row of a batch of `sample` from which on hard weights are 0; before it they are 1.
+
+        None with soft weights. A loss of weight 0 need not be computed.
+        """
+        hard = self.config.weights == "hard"
+        return int(batch_size * self.mixing_ratio) if hard else None
 
     def score(
         self, states: torch.Tensor, actions: torch.Tensor, rows: list
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Alignment scores (B,): higher = further from the behavior. Nats."""
-        raw_states = self.raw(states)
         if self.config.score == "reference":
             references = self.references(states, rows)  # (B, K, A)
             clipped = references.clamp(-self.max_action, self.max_action)
@@ -488,10 +503,16 @@ class DareHook:
                 actions, clipped, self.config.alignment, self.config.alignment_sigma
             )
             return scores, {"references_clipped": outside}
-        scores = -self.behavior.log_prob(raw_states, actions)
+        return self._density_scores(states, actions), {}
+
+    def density_scores(
+        self, states: torch.Tensor, actions: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores (B,) of the densities, nats: -log nu(a|s), plus log pi(a|s) for a ratio."""
+        scores = -self.behavior.log_prob(self.raw(states), actions)
         if self.config.score == "policy_ratio":
             scores = scores + self.policy_log_prob(states, actions)
-        return scores, {}
+        return scores
 
     def raw(self, states: torch.Tensor) -> torch.Tensor:
         """Undo the buffers' normalization: the behavior model and the energy take raw states."""
@@ -666,8 +687,8 @@ class DareHook:
 class ExchangedBuffer:
     """A hook in the place of CORL's online replay buffer.
 
-    `sample(n)` returns the batch alone and leaves the weights at `trainer.dare_weight`, so that
-    CORL's training loop need not change.
+    `sample(n)` returns the batch alone and leaves the weights at `trainer.dare_weight`, and
+    `first_released` at `trainer.dare_first`, so that CORL's training loop need not change.
     """
 
     def __init__(self, hook: DareHook, trainer: Any):
@@ -678,6 +699,7 @@ class ExchangedBuffer:
         if self.trainer.dare_weight is not None:
             self.hook.follow()  # after the update on the batch before this one
         batch, self.trainer.dare_weight, _ = self.hook.sample(batch_size)
+        self.trainer.dare_first = self.hook.first_released(batch_size)
         return batch
 
 

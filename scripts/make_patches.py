@@ -60,7 +60,7 @@ def code(text: str, depth: int) -> str:
 def iql_patch() -> Patch:
     methods = "\n".join(
         method_of(name, "iql")
-        for name in ("_propose", "_max_backup", "_released_losses")
+        for name in ("_noise", "_propose", "_max_backup", "_released_losses")
     )
     setup = """
 dare_online_buffer = ReplayBuffer(
@@ -92,7 +92,9 @@ dare_hook = dare_for_corl(
                 1,
             ),
             455: code(
-                "self.dare, self.dare_weight = None, None\nself.dare_generator = None", 2
+                "self.dare, self.dare_weight, self.dare_first = None, None, None\n"
+                "self.dare_generator, self.dare_noise = None, None",
+                2,
             ),
             456: methods + "\n",
             464: code(
@@ -110,7 +112,9 @@ if weight is not None and self.dare.value == "offline":
                 """
 weight = self.dare_weight
 if weight is not None and self.dare.policy == "sac":
-    released = self._released_losses(observations, policy_out)
+    released = self._released_losses(
+        observations, policy_out, self.dare_noise[:1], self.dare_first or 0
+    )
     policy_loss = torch.mean(
         weight * (exp_adv * bc_losses) + (1.0 - weight) * released
     )
@@ -120,7 +124,11 @@ if weight is not None and self.dare.policy == "sac":
             527: code(
                 """
 if self.dare_weight is not None:
-    weight, next_q = self.dare_weight, self._max_backup(next_observations)
+    weight = self.dare_weight
+    self.dare_noise = self._noise(actions, weight)
+    next_q = self._max_backup(
+        next_observations, self.dare_noise[1:], self.dare_first or 0
+    )
     next_v = weight * next_v + (1.0 - weight) * next_q
 """,
                 2,

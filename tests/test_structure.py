@@ -20,12 +20,13 @@ WALLS = {
     "corl_dare/behavior.py": set(),
     "corl_dare/guidance.py": set(),
     "corl_dare/progress.py": set(),
+    "corl_dare/compiled.py": set(),
     "corl_dare/runs.py": {"progress"},
     "corl_dare/envs.py": {"antmaze"},
     "corl_dare/antmaze.py": {"envs"},  # envs imports it only to make one
     "corl_dare/ant_walker.py": {"antmaze", "sac", "progress"},
     "corl_dare/antmaze_collect.py": {"antmaze", "ant_walker", "envs", "sac"},
-    "corl_dare/hook.py": {"behavior", "guidance", "exchange", "progress"},
+    "corl_dare/hook.py": {"behavior", "compiled", "exchange", "guidance", "progress"},
     "corl_dare/sac.py": {"envs", "progress"},
     # datasets: only for the card
     "corl_dare/collect.py": {
@@ -41,8 +42,8 @@ WALLS = {
     "corl_dare/figures.py": set(),
     "corl_dare/snapshot.py": {"datasets", "envs", "runs", "exchange", "hook"},
     "corl_dare/report.py": {"figures", "hook", "runs", "snapshot", "stats"},
-    "corl/*.py": {"datasets", "envs", "runs"},
-    "algorithms/*.py": {"hook", "datasets", "envs", "runs"},
+    "corl/*.py": {"compiled", "datasets", "envs", "runs"},
+    "algorithms/*.py": {"compiled", "hook", "datasets", "envs", "runs"},
 }
 ALONE = {"torch", "numpy", "safetensors", "tqdm"}  # third parties of the files to copy
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))

@@ -1,0 +1,285 @@
+"""What each shortcut costs in decisions: exchanged rows against those of the paper's setting.
+
+    python benchmarks/decision_agreement.py [--out results/speed/agreement.json]
+
+A small DARE-IQL experiment on hopper is brought to its online phase: IQL trained offline, rows of
+its policy in the online buffer, a diffusion model of the behavior and an energy that follows Q.
+Then some online updates are made in the paper's setting. At their end every setting decides which
+rows of the same batches to exchange. Reported, as means over batches, each against the paper's
+setting:
+
+agreement    size of intersection / union of the exchanged rows (Jaccard index)
+chance       what two random sets of these sizes would agree
+correlation  Spearman's, of the scores of a batch
+exchanged    pairs per batch, of 128
+ms           of one batch's scores and exchange, in the order of the settings, one after the other
+
+The paper's setting decides by one random reference per row, so it does not agree with itself
+under other noise: `paper, other noise` is the ceiling. Networks and data are small and trained
+for minutes; all sizes are flags and part of the result.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from algorithms import dare_iql
+from corl_dare import datasets, envs, hook, runs
+from corl_dare.exchange import exchange
+from corl_dare.progress import progress_bar
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the experiment; every field is a flag."""
+
+    env: str = "hopper-medium-v2"
+    seed: int = 0
+    dataset_rows: int = 15_000  # few, since support actions are sampled once per row
+    offline_updates: int = 10_000
+    online_rows: int = 5_000
+    behavior_updates: int = 3_000  # paper: 600 000
+    behavior_batch_size: int = 256  # paper: 4096
+    behavior_lr: float = 5e-4  # paper: 1e-4
+    behavior_width: float = 1.0
+    energy_updates: int = 2_000  # before the online updates; paper: 100 000
+    energy_batch_states: int = 64  # paper: 256
+    online_updates: int = 200  # between an old reference and the decision
+    batches: int = 40
+
+
+PAPER = {}
+MIXTURE = {"behavior": "mixture", "guidance_scale": 0.0}
+VARIANTS = {  # name -> DARE's fields that differ from the paper's setting
+    "paper": PAPER,
+    "paper, other noise": PAPER,
+    "energy every 10 updates": {"energy_update_freq": 10},
+    "energy every 50 updates": {"energy_update_freq": 50},
+    "references as old as the online updates": {"reference_max_age": 1_000_000_000},
+    "5 network evaluations": {"sampler_steps": 5},
+    "no guidance": {"guidance_scale": 0.0},
+    "16 references": {"references": 16},
+    "16 references, other noise": {"references": 16},
+    "16 references, no guidance": {"references": 16, "guidance_scale": 0.0},
+    "likelihood of a mixture": {**MIXTURE, "score": "likelihood"},
+    "policy ratio to a mixture": {**MIXTURE, "score": "policy_ratio"},
+    "random": {"rule": "random"},
+}
+
+
+class Experiment:
+    """Buffers, a trained IQL and behavior models; makes hooks that share them."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.config = dare_iql.TrainConfig(
+            env=settings.env,
+            seed=settings.seed,
+            dataset_source="self-collected",
+            dataset_rows=settings.dataset_rows,
+            buffer_size=settings.dataset_rows + settings.online_rows,
+            offline_iterations=settings.offline_updates,
+            dare=self.block({}),
+        )
+        task = envs.task(settings.env)
+        self.dims = task.state_dim, task.action_dim
+        self.dataset, reward_args, *self.moments = dare_iql.load_data(self.config)
+        env = dare_iql.wrap_env(envs.make(settings.env), *self.moments)
+        self.offline, self.online = (
+            dare_iql.ReplayBuffer(*self.dims, self.config.buffer_size) for _ in range(2)
+        )
+        self.offline.load_d4rl_dataset(self.dataset.arrays)
+        dare_iql.set_seed(settings.seed, env)
+        self.trainer = dare_iql.make_trainer(self.config, *self.dims, 1.0, "cpu")
+        for _ in progress_bar(range(settings.offline_updates), desc="offline"):
+            dare_iql.update(self.trainer, self.offline, self.config)
+        self.trainer.start_online()
+        collector = dare_iql.OnlineCollector(
+            env, self.online, self.config, reward_args, "cpu"
+        )
+        for _ in range(settings.online_rows):
+            collector.step(self.trainer.actor)
+        self.behaviors = {kind: self.fit(kind) for kind in ("diffusion", "mixture")}
+
+    def block(self, fields: dict) -> dare_iql.DareIQLConfig:
+        names = {f.name for f in dataclasses.fields(dare_iql.DareIQLConfig)}
+        sizes = dataclasses.asdict(self.settings).items()
+        shared = {k: v for k, v in sizes if k in names}
+        return dare_iql.DareIQLConfig(**{**shared, **fields})
+
+    def fit(self, kind: str):
+        fields = {} if kind == "diffusion" else MIXTURE
+        mean, std = (torch.as_tensor(x, dtype=torch.float32) for x in self.moments)
+        rows = self.offline._size
+        return hook.fit_behavior(
+            self.block(fields),
+            self.offline._states[:rows] * std + mean,
+            self.offline._actions[:rows],
+            dataset_hash=self.dataset.provenance["sha256"],
+            cache_dir=datasets.cache_folder() / "behavior",
+            seed=self.settings.seed,
+            device="cpu",
+        )
+
+    def hook(self, fields: dict, seed: int = 0) -> hook.DareHook:
+        block = self.block(fields)
+        config = dataclasses.replace(self.config, dare=block, seed=seed)
+        buffers = self.offline, self.online
+        behavior = self.behaviors[block.behavior]
+        return dare_iql.make_hook(
+            config, self.trainer, *buffers, behavior, self.dataset, *self.moments
+        )
+
+
+def follow(leader: hook.DareHook, other: hook.DareHook) -> None:
+    """An energy step of another schedule, on the leader's batch and support actions."""
+    other.calls, other.last = leader.calls, leader.last
+    other.support_caches = leader.support_caches
+    other.follow()
+
+
+def decide(source: hook.DareHook, number: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Scores (B,), whether a row is exchanged (B,), and seconds, of batch `number`."""
+    np.random.seed(number)
+    half = BATCH // 2
+    rows, parts = zip(
+        *(hook.draw(buffer, half) for buffer in (source.offline, source.online)),
+        strict=True,
+    )
+    states, actions = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    start = time.perf_counter()
+    with torch.no_grad():
+        scores, _ = source.score(states, actions, list(rows))
+        result = exchange(
+            scores[:half],
+            scores[half:],
+            rule=source.config.rule,
+            generator=source.generator,
+        )
+    seconds = time.perf_counter() - start
+    moved = (result.order != torch.arange(BATCH)).numpy()
+    return scores.numpy(), moved, seconds
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    return x.argsort().argsort().astype(float)
+
+
+def compare(ours: list, papers: list) -> dict[str, float]:
+    """Means over batches of what the file's header lists."""
+    agreement, chance, correlation, exchanged = [], [], [], []
+    for (scores, moved, _), (paper_scores, paper_moved, _) in zip(
+        ours, papers, strict=True
+    ):
+        union = (moved | paper_moved).sum()
+        agreement.append((moved & paper_moved).sum() / union if union else 1.0)
+        # Expected sizes for sets drawn by lot, half from each half of the batch.
+        p, q = moved.mean(), paper_moved.mean()
+        chance.append(p * q / (p + q - p * q) if union else 1.0)
+        correlation.append(np.corrcoef(ranks(scores), ranks(paper_scores))[0, 1])
+        exchanged.append(moved.sum() / 2)
+    return {
+        "agreement": float(np.mean(agreement)),
+        "agreement_error": float(np.std(agreement, ddof=1) / len(agreement) ** 0.5),
+        "chance": float(np.mean(chance)),
+        "correlation": float(np.mean(correlation)),
+        "exchanged": float(np.mean(exchanged)),
+        "milliseconds": float(np.median([seconds for *_, seconds in ours]) * 1e3),
+    }
+
+
+def run(settings: Settings) -> dict[str, dict[str, float]]:
+    """Name of the setting -> its numbers."""
+    experiment = Experiment(settings)
+    paper = experiment.hook(PAPER)
+    paper.pretrain()
+    hooks = {}
+    for i, (name, fields) in enumerate(VARIANTS.items()):
+        hooks[name] = experiment.hook(fields, seed=i)  # its own noise
+        if hooks[name].energy is not None:
+            hooks[name].energy = copy.deepcopy(paper.energy)
+            hooks[name].energy_optimizer = torch.optim.Adam(
+                hooks[name].energy.parameters(), lr=hooks[name].config.energy_lr
+            )
+            state = copy.deepcopy(paper.energy_optimizer.state_dict())
+            hooks[name].energy_optimizer.load_state_dict(state)
+    numbers = range(1000, 1000 + settings.batches)
+    old = hooks["references as old as the online updates"]
+    for number in numbers:  # fills the cache before Q and the energy move on
+        decide(old, number)
+
+    np.random.seed(settings.seed)
+    late = [h for h in hooks.values() if h.config.energy_update_freq > 1]
+    for _ in progress_bar(range(settings.online_updates), desc="online"):
+        dare_iql.update(experiment.trainer, paper, experiment.config)
+        for other in late:
+            follow(paper, other)
+    for source in hooks.values():
+        if source.energy is not None and source not in late:
+            source.energy = paper.energy
+
+    decisions = {
+        name: [decide(source, number) for number in numbers]
+        for name, source in progress_bar(hooks.items(), desc="decisions")
+    }
+    return {name: compare(ours, decisions["paper"]) for name, ours in decisions.items()}
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """A Markdown table."""
+    head = ["setting", "agreement", "chance", "correlation", "exchanged", "ms"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, r in results.items():
+        cells = [
+            name,
+            f"{r['agreement']:.3f} ± {r['agreement_error']:.3f}",
+            f"{r['chance']:.3f}",
+            f"{r['correlation']:.2f}",
+            f"{r['exchanged']:.1f}",
+            f"{r['milliseconds']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = vars(parser.parse_args())
+    out = args.pop("out")
+    settings = Settings(**args)
+    runs.configure_threads(1)
+    results = run(settings)
+    print(table(results))
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": " ".join(["python benchmarks/decision_agreement.py", *sys.argv[1:]]),
+        "results": results,
+        "settings": dataclasses.asdict(settings),
+        "variants": VARIANTS,
+        "data": "self-collected stand-in, not D4RL data",
+        "machine": runs.machine(),
+        "versions": runs.versions(),
+        "commit": runs.git_commit(),
+    }
+    out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

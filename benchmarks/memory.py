@@ -1,0 +1,111 @@
+"""Memory of DARE-IQL: peaks of whole runs, and whether it grows during fine-tuning.
+
+    python benchmarks/memory.py [--out results/speed/memory.json]
+
+Each case is a run of `algorithms/dare_iql.py` in a process of its own, whose resident memory is
+read from the system while it runs (Linux). Few updates and small batches where only memory
+counts: buffers are allocated for the whole run and touched as rows come in. The growth is that of
+the resident memory from a fifth of the online steps on, minus the rows that come in meanwhile.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from corl_dare import envs, runs
+
+ROOT = Path(__file__).parent.parent
+TASK = "hopper-medium-v2"
+CHEAP = "--n_episodes 1 --eval_freq 1000000 --batch_size 32 --dare.behavior_updates 100"
+CASES = {  # flags over configs/iql/quick_start.yaml
+    "quick start, batch 256": "--offline_iterations 500 --online_iterations 7000 "
+    "--n_episodes 1 --eval_freq 1000000",
+    "one million transitions": f"{CHEAP} --dataset_rows 1000000 --buffer_size 2000000 "
+    "--offline_iterations 2000 --online_iterations 8000",
+    "50 000 online steps": f"{CHEAP} --offline_iterations 100 "
+    "--online_iterations 50000 --buffer_size 300000",
+}
+
+
+def resident(pid: int) -> float:
+    """Resident memory of a process in MB; 0 when it is gone."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def measure(flags: str) -> dict:
+    """Peak and the course of the resident memory (MB) over online steps of one run."""
+    command = [sys.executable, "algorithms/dare_iql.py"]
+    command += ["--config", "configs/iql/quick_start.yaml", "--device", "cpu"]
+    command += ["--dataset_source", "self-collected", "--log_freq", "500"]
+    with tempfile.TemporaryDirectory() as folder:
+        command += [*flags.split(), "--runs_dir", folder]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        peak, course = 0.0, {}
+        while process.poll() is None:
+            memory = resident(process.pid)
+            peak = max(peak, memory)
+            step = online_steps(Path(folder))
+            if step and memory:
+                course[step] = memory
+            time.sleep(0.2)
+        if process.returncode:
+            raise SystemExit(process.stderr.read().decode()[-2000:])
+    return {"peak_mb": round(peak, 1), "course_mb": course, "flags": flags}
+
+
+def online_steps(folder: Path) -> int:
+    """The last online step in a run folder's metrics.csv, 0 before the first."""
+    for path in folder.glob("*/metrics.csv"):
+        head, *rows = [line.split(",") for line in path.read_text().splitlines()]
+        steps = [int(row[0]) for row in rows if row[head.index("phase")] == "online"]
+        return max(steps, default=0)
+    return 0
+
+
+def growth(course: dict[int, float]) -> float:
+    """MB from a fifth of the way to the end, less the rows written meanwhile."""
+    last = max(course)
+    first = min(step for step in course if step >= last / 5)
+    task = envs.task(TASK)
+    row = 4 * (2 * task.state_dim + task.action_dim + 2) / 1e6  # float32
+    return course[last] - course[first] - row * (last - first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    results = {}
+    for name, flags in CASES.items():
+        results[name] = measure(flags)
+        print(f"{name:<28} peak {results[name]['peak_mb']:8.0f} MB", flush=True)
+    name = "50 000 online steps"
+    results[name]["growth_mb"] = round(growth(results[name]["course_mb"]), 1)
+    print(f"{name:<28} growth {results[name]['growth_mb']:6.1f} MB beyond its rows")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
+            "results": results,
+            "machine": runs.machine(),
+            "versions": runs.versions(),
+            "commit": runs.git_commit(),
+        }
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

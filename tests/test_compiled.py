@@ -1,0 +1,125 @@
+"""`compile: true` gives the eager update's numbers, in one graph, and resumes exactly."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from algorithms import dare_cal_ql, dare_iql
+from corl import iql
+from corl_dare import compiled
+
+S, A, B = 5, 2, 16
+TASK = "hopper-medium-v2"
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, compiled.COMPILERS)), reason="no C++ compiler"
+)
+
+
+def batches(module, count):
+    rng = np.random.default_rng(0)
+    shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)] + [(B, 1)] * (
+        module is dare_cal_ql
+    )
+    for _ in range(count):
+        batch = [torch.tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes]
+        batch[1], batch[4] = batch[1].tanh(), (batch[4] > 1).float()
+        yield batch
+
+
+def make(module, compile, **fields):
+    config = module.TrainConfig(
+        env=TASK, seed=0, offline_iterations=8, compile=compile, **fields
+    )
+    torch.manual_seed(0)
+    return module.make_trainer(config, S, A, 1.0, "cpu")
+
+
+def networks(trainer):
+    return {
+        f"{name}.{key}": value
+        for name, part in vars(trainer).items()
+        if isinstance(part, torch.nn.Module)
+        for key, value in part.state_dict().items()
+    }
+
+
+def train(trainer, module, skip, count, arguments=()):
+    """Updates number `skip` to `count`; the logs of the last one."""
+    for number, batch in enumerate(batches(module, count)):
+        if number >= skip:
+            torch.manual_seed(number)
+            logs = trainer.train(batch, *arguments)
+    return logs
+
+
+def hard_weights():
+    return torch.cat([torch.ones(B // 2), torch.zeros(B // 2)]), B // 2
+
+
+CASES = {
+    "iql": (iql, {}, ()),
+    "dare_iql": (dare_iql, {"actor_lr": 1e-3}, hard_weights()),
+    "dare_cal_ql": (
+        dare_cal_ql,
+        {
+            "bc_steps": 0,
+            "cql_n_actions": 3,
+            "q_n_hidden_layers": 2,
+            "cql_lagrange": True,
+            "cql_max_target_backup": True,
+        },
+        hard_weights(),
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_the_compiled_update_is_the_eager_one_and_goes_on_after_a_resume(name):
+    """Six updates of one trainer against three, a checkpoint and three more.
+
+    The actor's rate falls along its cosine meanwhile, so a rate compiled in would show.
+    """
+    module, fields, arguments = CASES[name]
+    eager = make(module, False, **fields)
+    expected = train(eager, module, 0, 6, arguments)
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = make(module, True, **fields)
+    train(trainer, module, 0, 3, arguments)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    saved = copy.deepcopy(trainer.state_dict())
+    logs = train(trainer, module, 3, 6, arguments)
+    assert counters["stats"]["unique_graphs"] == 1  # nothing compiled twice
+    assert logs.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(logs[key], value, rtol=1e-3, atol=1e-5, msg=key)
+    for key, value in networks(eager).items():
+        gap = (networks(trainer)[key] - value).abs().max().item()
+        assert gap < 2e-5, f"{key} is off by {gap}"
+
+    again = make(module, False, **fields)
+    again.load_state_dict(saved)  # a checkpoint of one mode is one of the other
+    train(again, module, 3, 6, arguments)
+    for key, value in networks(again).items():
+        gap = (networks(trainer)[key] - value).abs().max().item()
+        assert gap < 2e-5, f"{key} is off by {gap} after the resume"
+
+
+def test_a_missing_compiler_is_named_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="compile: true needs a C\\+\\+ compiler"):
+        iql.TrainConfig(env=TASK, compile=True)
+    iql.TrainConfig(env=TASK)
+
+
+def test_a_step_leaves_a_parameter_without_gradient_alone():
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.Adam([a, b], lr=0.1)
+    compiled.descend(a.sum(), optimizer)
+    assert torch.equal(b, torch.ones(2)) and not torch.equal(a, b)
+    assert a in optimizer.state and b not in optimizer.state

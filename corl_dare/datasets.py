@@ -876,7 +876,8 @@ def report(out: Path, cache_dir: Path | str | None, rows: int | None) -> None:
         "## Locomotion",
         "",
         "Returns of complete episodes, raw and D4RL-normalized. `within`: the stand-in's",
-        "mean lies within D4RL's published mean ± 1 std.",
+        "mean lies within D4RL's published mean ± 1 std; empty where D4RL's is not known.",
+        "`docs/datasets.md` says which policies acted, and why `expert` is weaker.",
         "",
         "| task | rows | episodes | return, mean ± std (min … max) | normalized | "
         "D4RL's rows | D4RL's mean ± std | normalized | within | sha256 |",
@@ -886,7 +887,8 @@ def report(out: Path, cache_dir: Path | str | None, rows: int | None) -> None:
         "## Antmaze",
         "",
         "Episodes go on at the goal, so a return counts rows at the goal that rewards are",
-        "computed for and is no score. D4RL publishes no such figures.",
+        "computed for and is no score. D4RL publishes no such figures. As in D4RL's data,",
+        "the goals that medium-play's ants walk to are others than the evaluation's.",
         "",
         "| task | rows | episodes | rows at the goal per episode, mean ± std | "
         "episodes that get there | D4RL's rows | sha256 |",

@@ -77,6 +77,9 @@ class CompiledUpdate:
 
     Learning rates are tensors in the graph, filled before every call, so schedules go on as they
     do in eager mode. The optimizers' state keeps torch's form and its checkpoint keys.
+
+    Raises:
+        ValueError: an optimizer that is more than Adam with one parameter group.
     """
 
     def __init__(
@@ -89,6 +92,16 @@ class CompiledUpdate:
         self.optimizers = optimizers
         for optimizer in optimizers:
             group = optimizer.param_groups[0]
+            more = [k for k in ("weight_decay", "amsgrad", "maximize") if group.get(k)]
+            if type(optimizer) is not torch.optim.Adam:
+                more.append(type(optimizer).__name__)
+            if len(optimizer.param_groups) > 1:
+                more.append("several parameter groups")
+            if more:
+                raise ValueError(
+                    f"only plain Adam can be compiled, not {', '.join(more)}; "
+                    "set compile to false"
+                )
             rate = torch.zeros((), device=group["params"][0].device)
             # A copy: every number in torch's own group would be guarded.
             optimizer.traced_group = {**group, "lr": rate}

@@ -123,3 +123,17 @@ def test_a_step_leaves_a_parameter_without_gradient_alone():
     compiled.descend(a.sum(), optimizer)
     assert torch.equal(b, torch.ones(2)) and not torch.equal(a, b)
     assert a in optimizer.state and b not in optimizer.state
+
+
+@pytest.mark.parametrize(
+    "optimizer, named",
+    [
+        (lambda p: torch.optim.Adam([p], weight_decay=0.1), "weight_decay"),
+        (lambda p: torch.optim.AdamW([p], weight_decay=0.0), "AdamW"),
+        (lambda p: torch.optim.Adam([{"params": [p]}, {"params": []}]), "groups"),
+    ],
+)
+def test_what_the_traced_step_does_not_know_is_refused(optimizer, named):
+    made = optimizer(torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match=f"only plain Adam.*{named}"):
+        compiled.CompiledUpdate(lambda: {}, [made])

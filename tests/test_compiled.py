@@ -6,11 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from test_hook import make_hook
 from torch._dynamo.utils import counters
 
 from algorithms import dare_cal_ql, dare_iql
 from corl import iql
 from corl_dare import compiled
+from corl_dare.exchange import exchange
 
 S, A, B = 5, 2, 16
 TASK = "hopper-medium-v2"
@@ -108,6 +110,38 @@ def test_the_compiled_update_is_the_eager_one_and_goes_on_after_a_resume(name):
     for key, value in networks(again).items():
         gap = (networks(trainer)[key] - value).abs().max().item()
         assert gap < 2e-5, f"{key} is off by {gap} after the resume"
+
+
+@needs_compiler
+@pytest.mark.parametrize("rule", ["threshold", "random"])  # the second stays eager
+def test_a_compiled_hook_decides_as_the_eager_one(rule):
+    results = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        hook = make_hook(score="policy_ratio", rule=rule, compile=compile)
+        np.random.seed(0)
+        results.append([hook.sample(32) for _ in range(3)])
+    assert sum(log["exchanged"] for _, _, log in results[0]) > 0
+    for eager, graph in zip(*results, strict=True):
+        for ours, expected in zip(graph[0], eager[0], strict=True):
+            assert torch.equal(ours, expected)  # the same rows in the same order
+        assert torch.equal(graph[1], eager[1]) and graph[2].keys() == eager[2].keys()
+        for key, value in eager[2].items():
+            torch.testing.assert_close(graph[2][key], value, msg=key)
+
+
+@needs_compiler
+def test_the_compiled_share_rule_moves_the_same_rows():
+    generator = torch.Generator().manual_seed(0)
+    scores = (
+        torch.randn(64, generator=generator)
+        + torch.tensor([-4.0, 4.0])[(torch.arange(64) % 32 < 8).long()]
+    )  # log-ratios; a quarter of either half is high
+    torch._dynamo.reset()
+    expected = exchange(scores[:32], -scores[32:], rule="share")
+    ours = compiled.function(exchange)(scores[:32], -scores[32:], rule="share")
+    assert expected.stats["exchanged"] > 4
+    assert torch.equal(ours.order, expected.order)
 
 
 def test_a_missing_compiler_is_named_before_anything_runs(monkeypatch):

@@ -38,7 +38,7 @@ def make_buffer(rows, capacity=64, shift=0.0, seed=0):
     return buffer
 
 
-def make_hook(kind="mixture", offline=None, online=None, **fields):
+def make_hook(kind="mixture", offline=None, online=None, compile=False, **fields):
     guided = fields.get("guidance_scale", 0.0) > 0
     config = DareConfig(
         behavior=kind,
@@ -61,6 +61,7 @@ def make_hook(kind="mixture", offline=None, online=None, **fields):
         state_mean=np.full(S, 0.5, np.float32),
         state_std=np.full(S, 2.0, np.float32),
         seed=7,
+        compile=compile,
     )
 
 

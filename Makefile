@@ -7,9 +7,11 @@ CORL_COMMIT := 6afec90484bbf47dee05fdf525e26a3ebe028e9b
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
+SWEEP ?= sweeps/hopper_cpu.yaml
+SWEEP_READY := $(VENV)/.ready-sweep
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format diff patches corl bench report clean
+.PHONY: help setup run test lint format diff patches corl bench sweep report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -23,6 +25,10 @@ $(READY): requirements.txt pyproject.toml
 
 $(DEV_READY): $(READY) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(SWEEP_READY): $(READY) requirements-sweep.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-sweep.txt
 	@touch $@
 
 setup: $(READY)  ## make .venv with the pinned requirements
@@ -57,6 +63,9 @@ $(CORL):
 
 bench: $(READY)  ## updates per second: baseline against DARE, ratios of one run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update_speed.py $(ARGS)
+
+sweep: $(SWEEP_READY)  ## a whole experiment on Ray; resumes: make sweep SWEEP=sweeps/hopper.yaml
+	$(BIN)/python -m corl_dare.sweep $(SWEEP) $(ARGS)
 
 report: $(READY)  ## every table and figure of results/ from stored runs
 	$(BIN)/python -m corl_dare.report write $(ARGS)

@@ -1,6 +1,6 @@
 """How often is the exchange right? Scores and rules against the Bayes decision.
 
-    python benchmarks/exchange_accuracy.py --seed 0   # a third of an hour on one core
+    python benchmarks/exchange_accuracy.py --seed 0   # nine minutes on one core
     python benchmarks/exchange_accuracy.py --report   # tables and figures again
 
 Rows of two known policies are mixed into batches of an offline and an online half. A share of
@@ -1100,7 +1100,7 @@ def share_table(store: Store) -> str:
     )
     shares = [s for s in SHARES if s <= 0.5]
     rows = []
-    for score, rule in CURVES(store):
+    for score, rule in curves(store):
         where = {"setting": "rollout", "score": score, "rule": rule}
         purities = [
             store.off_diagonal("exchange", "purity_off", share=s, **where)
@@ -1110,7 +1110,7 @@ def share_table(store: Store) -> str:
     return text + table(["score", *(f"{s:.0%}" for s in shares)], rows)
 
 
-def CURVES(store: Store) -> list[tuple[str, str]]:
+def curves(store: Store) -> list[tuple[str, str]]:
     """Scores and rules that tables and figures follow over the misplaced share."""
     return [
         *((score, "threshold") for score in store.scores),

@@ -538,6 +538,10 @@ def _order(cell: Cell) -> tuple:
 class Pool(Protocol):
     """What runs cells: handles of started ones, and which have ended, with what."""
 
+    def room(self, cell: Cell, running: int) -> bool:
+        """Whether another cell can be handed over while so many run."""
+        ...
+
     def start(self, cell: Cell) -> Any: ...
 
     def ended(self, handles: Sequence[Any], seconds: float) -> list[tuple]:
@@ -600,6 +604,14 @@ class RayPool:
                     "in the sweep file, --workers or --gpus"
                 )
 
+    def room(self, cell: Cell, running: int) -> bool:
+        # Ray runs what it is handed in no particular order, so it gets no more than fits, and
+        # one in line: no worker idles, and a cluster that grows on demand sees a demand.
+        need = {"CPU": cell.config.threads, "GPU": self.gpus}
+        nodes = [n["Resources"] for n in self.ray.nodes() if n["Alive"]]
+        fit = sum(min(n.get(k, 0) // v for k, v in need.items() if v) for n in nodes)
+        return running <= fit
+
     def start(self, cell: Cell) -> Any:
         resources = {"num_cpus": cell.config.threads, "num_gpus": self.gpus}
         # Retries are the sweep's: it knows an error from a death.
@@ -638,7 +650,8 @@ def _knock(address: str) -> None:
 def drive(cells: Sequence[Cell], pool: Pool, table: "Table", retries: int = 3) -> bool:
     """Run what is not done; true if all cells are done at the end.
 
-    A cell waits for its offline model. One whose process died is started again from its
+    Cells start in the order of the sweep file, offline models first, as workers get free; a cell
+    waits for its offline model. One whose process died is started again from its
     checkpoint, at most `retries` times; one that ended with an error has failed. Neither stops
     the others.
     """
@@ -654,7 +667,7 @@ def drive(cells: Sequence[Cell], pool: Pool, table: "Table", retries: int = 3) -
             if model.get("state") == "failed":
                 note = f"its offline model failed: {runs.tidy_path(cell.model.folder)}"
                 _fail(cell, [note], table)
-            elif model.get("state") == "done":
+            elif model.get("state") == "done" and pool.room(cell, len(running)):
                 running[pool.start(cell)] = cell
             else:
                 continue

@@ -164,14 +164,18 @@ def store(tmp_path, monkeypatch):
 class HerePool:
     """Runs cells in this process, the latest start first: only the sweep keeps an order."""
 
-    def __init__(self):
-        self.started = []
+    def __init__(self, slots=99):
+        self.started, self.slots, self.most = [], slots, 0
+
+    def room(self, cell, running):
+        return running < self.slots
 
     def start(self, cell):
         self.started.append(cell)
         return len(self.started) - 1
 
     def ended(self, handles, seconds):
+        self.most = max(self.most, len(handles))
         return [(handles[-1], self.run(self.started[handles[-1]]), "")]
 
     def run(self, cell):
@@ -196,6 +200,9 @@ class ProcessPool:
 
     def __init__(self):
         self.threads = ThreadPoolExecutor(2)
+
+    def room(self, cell, running):
+        return True
 
     def start(self, cell):
         return self.threads.submit(sweep.run_process, *sweep._order(cell))
@@ -424,6 +431,12 @@ def test_a_sweep_runs_models_first_and_its_cells_start_from_them(store):
         assert Path(summary["offline_run"]) == model.folder / "run"
         assert sweep.read_state(cell.folder)["score"] == summary["score_final"]
     assert "3 of 3 done" in shown
+
+
+def test_cells_start_in_the_order_of_the_file_when_a_worker_is_free(store):
+    done, cells, _, pool = drive(store(), HerePool(slots=1))
+    assert done and pool.most == 1
+    assert [c.label for c in pool.started] == [c.label for c in cells]
 
 
 def test_finished_cells_are_never_run_again_and_models_serve_other_sweeps(store):

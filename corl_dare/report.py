@@ -30,7 +30,10 @@ from corl_dare.hook import LOGS
 
 FORMAT = 1  # of a stored run
 POINTS = 100  # of a metric's curve
-METRICS = (*LOGS, "q_loss", "value_loss", "actor_loss", "policy_loss", "success_rate")
+METRICS = (
+    *(*LOGS, "q_loss", "value_loss", "actor_loss", "policy_loss"),
+    *("success_rate", "train_score"),
+)
 PLACES = (  # config fields that say where and how a run was made, not what it does
     "checkpoints_path",
     "dataset_path",
@@ -443,9 +446,11 @@ def _online_scores(record: Mapping) -> np.ndarray:
 
 
 def measures(record: Mapping) -> dict[str, float | None]:
-    """A run's scores (D4RL-normalized): before, after (last four), last, best; its regret."""
+    """A run's scores (D4RL-normalized): before, after (last four), last, best; its regret.
+
+    training: mean over the logged online steps of the score of the last training episode.
+    """
     scores = _online_scores(record)
-    counts = [c for c in record["metrics"].get("exchanged", []) if c is not None]
     return {
         "before": float(np.mean(record["before"]["scores"]))
         if record["before"]
@@ -454,8 +459,14 @@ def measures(record: Mapping) -> dict[str, float | None]:
         "last": float(scores[-1]),
         "best": float(scores.max()),
         "regret": stats.regret(scores),
-        "exchanged": float(np.mean(counts)) if counts else None,
+        "training": _metric_mean(record, "train_score"),
+        "exchanged": _metric_mean(record, "exchanged"),
     }
+
+
+def _metric_mean(record: Mapping, name: str) -> float | None:
+    values = [v for v in record["metrics"].get(name, []) if v is not None]
+    return float(np.mean(values)) if values else None
 
 
 def learning_curves(
@@ -538,10 +549,9 @@ def _seeds(by_seed: Mapping[int, Any]) -> str:
 
 
 def task_table(experiment: Experiment, group: Group) -> str:
-    """Per task and method: scores before and after, last, best, regret."""
-    header = "task,method,seeds,before → after,last,best,regret,pairs exchanged".split(
-        ","
-    )
+    """Per task and method: scores before and after, last, best, regret, while training."""
+    header = ["task", "method", "seeds", "before → after", "last", "best", "regret"]
+    header += ["training", "pairs exchanged"]
     tasks = sorted({env for label in group.labels for env in experiment.runs[label]})
     rows = []
     for env in tasks:
@@ -553,7 +563,8 @@ def task_table(experiment: Experiment, group: Group) -> str:
             column = {name: [m[name] for m in found] for name in found[0]}
             both = f"{_spread(column['before'])} → {_spread(column['after'])}"
             rest = [_spread(column["last"]), _spread(column["best"])]
-            rest += [_spread(column["regret"], 3), _spread(column["exchanged"])]
+            rest += [_spread(column["regret"], 3), _spread(column["training"])]
+            rest += [_spread(column["exchanged"])]
             rows.append([env, experiment.name(label), _seeds(by_seed), both, *rest])
     return _table(header, rows)
 
@@ -564,32 +575,40 @@ def common_tasks(experiment: Experiment, group: Group) -> list[str]:
     return sorted(set.intersection(*sets)) if sets else []
 
 
-def _after(experiment: Experiment, label: str, tasks: Sequence[str]) -> list[dict]:
-    """Per task: seed -> score over the last four evaluations."""
+def _values(
+    experiment: Experiment, label: str, tasks: Sequence[str], measure: str
+) -> list[dict]:
+    """Per task: seed -> a measure of the run."""
     runs_of = experiment.runs[label]
     return [
-        {seed: measures(r)["after"] for seed, r in sorted(runs_of[env].items())}
+        {seed: measures(r)[measure] for seed, r in sorted(runs_of[env].items())}
         for env in tasks
     ]
 
 
-def aggregate_table(experiment: Experiment, group: Group, tasks: Sequence[str]) -> str:
-    """Over the common tasks: IQM, difference to the baseline, probability of improvement."""
+def aggregate_table(
+    experiment: Experiment, group: Group, tasks: Sequence[str], measure: str = "after"
+) -> str:
+    """Over the common tasks: IQM, difference to the baseline, probability of improvement.
+
+    Empty if a run lacks the measure.
+    """
     base = group.baseline
-    header = ["method", "runs", "IQM of after [95 %]", "mean of after"]
+    found = {x: _values(experiment, x, tasks, measure) for x in group.labels}
+    if any(None in s.values() for scores in found.values() for s in scores):
+        return ""
+    header = ["method", "runs", f"IQM of {measure} [95 %]", f"mean of {measure}"]
     if base is not None:
         name = experiment.name(base)
         header += [f"difference to {name} [95 %]", f"P(better than {name}) [95 %]", "so"]
-        reference = _after(experiment, base, tasks)
     rows = []
-    for label in group.labels:
-        scores = _after(experiment, label, tasks)
+    for label, scores in found.items():
         values = [np.array(list(s.values())) for s in scores]
         row = [experiment.name(label), str(sum(map(len, values)))]
         row += [_interval(stats.aggregate_iqm(values))]
         row += [_number(np.mean([v.mean() for v in values]))]
         if base is not None:
-            row += _against(scores, reference) if label != base else ["–", "–", "–"]
+            row += ["–", "–", "–"] if label == base else _against(scores, found[base])
         rows.append(row)
     return _table(header, rows)
 
@@ -684,7 +703,7 @@ def scores_csv(experiment: Experiment) -> str:
     """A row per run, for other people's analysis; raw episode returns are in runs/."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ("before", "after", "last", "best", "regret", "exchanged")
+    names = ("before", "after", "last", "best", "regret", "training", "exchanged")
     head = ["label", "env", "seed", *names, "dataset_source", "dataset_sha256", "commit"]
     writer.writerow(head)
     for label, tasks in sorted(experiment.runs.items()):
@@ -774,12 +793,14 @@ def _group_section(
     text.append(task_table(experiment, group))
     text.append(
         "Before: last offline evaluation. After: mean of the last four online evaluations. "
-        "Regret: mean of 1 − score/100 over the online evaluations. Mean ± standard deviation "
-        f"over seeds. {_same_start(experiment, group)}\n"
+        "Regret: mean of 1 − score/100 over the online evaluations. Training: mean score of the "
+        "training episodes, which sample their actions. Mean ± standard deviation over seeds. "
+        f"{_same_start(experiment, group)}\n"
     )
     tasks = common_tasks(experiment, group)
     if tasks and len(group.labels) > 1:
         text.append(aggregate_table(experiment, group, tasks))
+        text.append(aggregate_table(experiment, group, tasks, "training"))
         text.append(
             f"Over {_plural(len(tasks), 'task')} that all of them ran. IQM and P: stratified "
             "bootstrap over runs, too narrow for few seeds. Difference: paired by seed, mean "

@@ -61,7 +61,7 @@ def make_run(tmp_path, monkeypatch):
     def make(gain=0.0, sha="a" * 64, episodes=3, metrics=None, **changes):
         config = Config(runs_dir=str(tmp_path / "runs"), **changes)
         total = config.offline_iterations + config.online_iterations
-        run = runs.Run(config, "dare_iql", ["exchanged", "q_loss"])
+        run = runs.Run(config, "dare_iql", ["exchanged", "q_loss", "train_score"])
         run.dataset = {
             "source": "self-collected",
             "label": "stand-in (not D4RL data)",
@@ -412,6 +412,7 @@ def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
         shown(last),
         shown(best),
         shown(regret, 3),
+        "–",  # no training episodes were made up
         "50.0 ± 0.0",  # the made-up exchange counts are 30, 40, ..., 70
     ]
 
@@ -425,8 +426,30 @@ def test_a_difference_inside_the_interval_is_called_that(experiment, no_pictures
     # paired: -1, 0 and 1 on both tasks; Student's t of 4 degrees of freedom
     half = 2.77645 * (2 * (1.0 / 3) / 4) ** 0.5
     assert same[4] == f"0.0 [-{half:.1f}, {half:.1f}]"
-    assert row_of(text, "iql", "–")[4:] == ["–", "–", "–"]
+    table = text.split("IQM of after")[1]
+    assert row_of(table, "iql", "–")[4:] == ["–", "–", "–"]
     assert "start from the same offline model" in text
+
+
+def test_training_episodes_are_compared_where_all_runs_have_them(
+    make_run, tmp_path, no_pictures
+):
+    folder = tmp_path / "x"
+    for label, gain in (("a", 0.0), ("b", 7.0)):
+        made = []
+        for seed in range(3):
+            metrics = {"train_score": 20.0 + seed + gain, "exchanged": 1.0}
+            made.append(make_run(name=label, seed=seed, metrics=metrics))
+        report.add(made, folder)
+    report.write_report(folder)
+    text = text_of(folder)
+    assert row_of(text, "hopper-medium-v2", "b")[7] == "28.0 ± 1.0"
+    table = text.split("IQM of training")[1]
+    assert row_of(table, "b", "better")[3:5] == ["28.0", "7.0 [7.0, 7.0]"]
+    without = make_run(name="b", seed=3, metrics={"exchanged": 1.0})
+    report.add([without], folder)
+    report.write_report(folder)
+    assert "IQM of training" not in text_of(folder)
 
 
 def test_worse_is_called_worse(experiment, no_pictures):

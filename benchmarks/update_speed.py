@@ -209,8 +209,11 @@ def main() -> None:
     if args.out is None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python benchmarks/update_speed.py", *sys.argv[1:]])
+    if args.corl is not None:
+        command = command.replace(str(args.corl), "upstream/CORL")  # no machine's path
     record = {
-        "command": "python benchmarks/update_speed.py " + " ".join(sys.argv[1:]),
+        "command": command,
         "updates_per_second": rates,
         "settings": {
             name: {"dare": fields, "compile": compile}

@@ -494,6 +494,13 @@ def _metric_curves(records: Sequence[Mapping], name: str) -> tuple | None:
     return np.array(steps, float), np.array([[f[s] for s in steps] for f in found])
 
 
+def _tenths(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Curves (R, T) averaged over tenths of their points, at the last step of each."""
+    parts = np.array_split(np.arange(len(steps)), min(10, len(steps)))
+    means = [values[:, part].mean(1) for part in parts]
+    return steps[[part[-1] for part in parts]], np.stack(means, 1)
+
+
 def _mean_curve(steps: np.ndarray, values: np.ndarray) -> figures.Curve:
     """Mean over runs (R, T), band ± their standard deviation."""
     mean, std = values.mean(0), _std(values)
@@ -844,6 +851,7 @@ def _group_figures(
     data = "; ".join(_data_labels(experiment, group.labels))
     learning: dict[str, dict] = {}
     exchanged: dict[str, dict] = {}
+    training: dict[str, dict] = {}
     efficiency: dict[str, dict] = {"": {}}
     for label, name in zip(group.labels, names, strict=True):
         for env, by_seed in sorted(experiment.runs[label].items()):
@@ -853,6 +861,9 @@ def _group_figures(
             counts = _metric_curves(records, "exchanged")
             if counts is not None:
                 exchanged.setdefault(env, {})[name] = _mean_curve(*counts)
+            episodes = _metric_curves(records, "train_score")
+            if episodes is not None:
+                training.setdefault(env, {})[name] = _mean_curve(*_tenths(*episodes))
         curves = [
             learning_curves([r for _, r in sorted(experiment.runs[label][env].items())])
             for env in tasks
@@ -876,6 +887,19 @@ def _group_figures(
                 efficiency, names, BUDGET, "normalized score (IQM)", band
             ),
             f"sample efficiency, {group.title}",
+        )
+    if training:
+        band = f"mean of tenths, band ± standard deviation over seeds\ndata: {data}"
+        yield (
+            f"{slug}-training",
+            figures.curve_panels(
+                dict(sorted(training.items())),
+                names,
+                BUDGET,
+                "score of training episodes",
+                band,
+            ),
+            f"training episodes, {group.title}",
         )
     if exchanged:
         band = f"mean, band ± standard deviation over seeds\ndata: {data}"

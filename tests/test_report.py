@@ -452,6 +452,15 @@ def test_training_episodes_are_compared_where_all_runs_have_them(
     assert "IQM of training" not in text_of(folder)
 
 
+def test_training_curves_are_means_of_tenths():
+    steps, values = np.arange(1.0, 24.0), np.arange(46.0).reshape(2, 23)
+    ends, means = report._tenths(steps, values)
+    assert len(ends) == 10 and ends[-1] == 23.0 and means.shape == (2, 10)
+    assert ends[0] == 3.0 and means[:, 0].tolist() == [1.0, 24.0]
+    ends, means = report._tenths(steps[:3], values[:, :3])
+    assert ends.tolist() == [1.0, 2.0, 3.0] and (means == values[:, :3]).all()
+
+
 def test_worse_is_called_worse(experiment, no_pictures):
     plan = yaml.safe_load((experiment / "experiment.yaml").read_text())
     plan["baseline"] = "dare"

@@ -992,8 +992,11 @@ def report(folder: Path) -> None:
     ):
         store.spread = 0.0
         text = write(store)
-        if len(store.seeds) > 1:
-            text += f"\nLargest range over seeds in this section: {store.spread:.3f}.\n"
+        if len(store.seeds) > 1 and not math.isnan(store.spread):
+            text += (
+                "\nLargest range over seeds of any number here, of single pairs before they are "
+                f"averaged: {store.spread:.3f}.\n"
+            )
         sections.append(text)
     (folder / "README.md").write_text("\n".join(sections))
     for draw in (draw_auc, draw_purity, draw_reliability, draw_cost):

@@ -283,7 +283,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of this code, `+dirty` when tracked files differ from it, or `unknown`."""
+    """Commit of this code, `+dirty` when tracked files differ from it, or `unknown`.
+
+    Files in results/ are what code wrote, so a benchmark's second seed is as clean as its first.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -296,7 +299,8 @@ def git_commit() -> str:
         ).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        code = (":/", ":(top,exclude)results")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

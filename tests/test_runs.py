@@ -325,6 +325,21 @@ def test_commit_of_this_code_or_unknown(monkeypatch):
     assert runs.git_commit() == "unknown"
 
 
+def test_only_changed_code_makes_a_commit_dirty(tmp_path, monkeypatch):
+    for name in ("corl_dare/runs.py", "algorithms/a.py", "results/numbers.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    person = ("-c", "user.name=n", "-c", "user.email=e@x.org")
+    for words in (("init", "-q"), ("add", "."), (*person, "commit", "-qm", "first")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "corl_dare" / "runs.py"))
+    assert re.fullmatch(r"[0-9a-f]{40}", runs.git_commit())
+    (tmp_path / "results/numbers.json").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{40}", runs.git_commit())
+    (tmp_path / "algorithms/a.py").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{40}\+dirty", runs.git_commit())
+
+
 # ---------------------------------------------------------------- pack, random streams
 
 

@@ -1,6 +1,6 @@
 """How often is the exchange right? Scores and rules against the Bayes decision.
 
-    python benchmarks/exchange_accuracy.py --seed 0   # nine minutes on one core
+    python benchmarks/exchange_accuracy.py --seed 0   # ten minutes on one core
     python benchmarks/exchange_accuracy.py --report   # tables and figures again
 
 Rows of two known policies are mixed into batches of an offline and an online half. A share of

@@ -410,8 +410,11 @@ def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp
     assert list(values) == sorted(values)
     cells = sweep.plan(file, tmp_path)
     models = [c for c in cells if c.is_model]
-    assert models and len(models) == len(values["tasks"]) * len(values["seeds"])
-    assert {c.algorithm for c in models} == {"corl/iql.py"}
+    # One model per baseline, task and seed, whatever the methods change online.
+    families = {c.algorithm for c in models}
+    assert families and families <= {"corl/iql.py", "corl/cal_ql.py", "corl/cql.py"}
+    count = len(families) * len(values["tasks"]) * len(values["seeds"])
+    assert len(models) == count
 
 
 # ---------------------------------------------------------------- running

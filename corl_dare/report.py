@@ -51,6 +51,7 @@ PLACES = (  # config fields that say where and how a run was made, not what it d
     "wandb_mode",
 )
 BUDGET = "online environment steps"
+MEASURES = ("after", "training")  # on which methods are compared
 
 # ---------------------------------------------------------------- store
 
@@ -806,8 +807,8 @@ def _group_section(
     )
     tasks = common_tasks(experiment, group)
     if tasks and len(group.labels) > 1:
-        text.append(aggregate_table(experiment, group, tasks))
-        text.append(aggregate_table(experiment, group, tasks, "training"))
+        tables = [aggregate_table(experiment, group, tasks, x) for x in MEASURES]
+        text.extend(table for table in tables if table)
         text.append(
             f"Over {_plural(len(tasks), 'task')} that all of them ran. IQM and P: stratified "
             "bootstrap over runs, too narrow for few seeds. Difference: paired by seed, mean "

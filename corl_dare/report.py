@@ -919,18 +919,54 @@ def _group_figures(
 
 
 def _snapshot_section(experiment: Experiment, pictures: dict[str, bytes]) -> str:
+    """A picture of each method's lowest seed per task, and one table of all."""
     text = []
-    for label, tasks in sorted(experiment.runs.items()):
-        for env, by_seed in sorted(tasks.items()):
-            for seed, record in sorted(by_seed.items()):
-                if "snapshot" not in record:
-                    continue
-                name = f"snapshot-{label}-{env}-s{seed}"
-                pictures[name] = _snapshot_picture(record, experiment.name(label))
-                text.append(f"![{label}, {env}, seed {seed}](figures/{name}.png)\n")
+    for (label, env), records in _snapshots(experiment).items():
+        record = records[0]
+        name = f"snapshot-{label}-{env}-s{record['seed']}"
+        pictures[name] = _snapshot_picture(record, experiment.name(label))
+        text.append(f"![{label}, {env}, seed {record['seed']}](figures/{name}.png)\n")
     if not text:
         return ""
+    text.append(advantage_table(experiment))
     return "## Samples at the end of a run\n\n" + "\n".join(text)
+
+
+def _snapshots(experiment: Experiment) -> dict[tuple[str, str], list[Mapping]]:
+    """(label, env) -> the records that have a snapshot, by seed."""
+    found: dict[tuple[str, str], list[Mapping]] = {}
+    for label, tasks in sorted(experiment.runs.items()):
+        for env, by_seed in sorted(tasks.items()):
+            for _, record in sorted(by_seed.items()):
+                if "snapshot" in record:
+                    found.setdefault((label, env), []).append(record)
+    return found
+
+
+def advantage_table(experiment: Experiment) -> str:
+    """Which rows the exchange moves, by their advantage; empty when no snapshot has it."""
+    rows = []
+    for (label, env), records in _snapshots(experiment).items():
+        for record in records:
+            groups = record["snapshot"].get("advantages")
+            if groups:
+                cells = [
+                    "–"
+                    if group["advantage"] is None
+                    else f"{group['advantage']:.2f} ({_number(group['weight'])})"
+                    for group in groups.values()
+                ]
+                rows.append(
+                    [experiment.name(label), env, str(record["seed"]), *cells]
+                )
+    if not rows:
+        return ""
+    header = ["method", "task", "seed", "offline, stays", "offline, moved"]
+    return (
+        _table([*header, "online, stays", "online, moved"], rows)
+        + "\nMean advantage of the drawn rows that the threshold rule leaves in their half and of "
+        "those that it exchanges, in brackets their mean weight in IQL's policy loss.\n"
+    )
 
 
 def _snapshot_picture(record: Mapping, name: str) -> bytes:

@@ -6,7 +6,8 @@ rebuilds the run's policy, buffers and DARE hook from its folder and its dataset
 buffers as training does, and keeps histograms of their alignment scores with the separation point
 (Fig. 1c), of the squared difference between the policy's action and the row's (Fig. 1a), and two
 principal components of (state, action) (Fig. 1b, there with t-SNE: PCA has nothing to tune, and
-distances in it mean something).
+distances in it mean something). Of an IQL run also the advantages of the rows that the exchange moves:
+what the conservative policy loss, weighted by the advantage, loses and gains by it.
 """
 
 import importlib.util
@@ -38,6 +39,8 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
         scores: edges, offline and online counts, moments of both halves, separation_point,
             auc = P(an online row scores above an offline one), exchangeable = share of the rows
             that the threshold rule would exchange; None for a run without DARE.
+        advantages: rows, mean advantage and mean weight in IQL's policy loss of the offline and
+            online rows that this exchange keeps and moves; None without DARE or without IQL's V.
         action_error: edges, offline and online counts, both means.
         projection: points (POINTS, 2) of both buffers, shares of the variance.
 
@@ -65,7 +68,7 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     drawn = [generator.integers(0, buffer._size, rows) for buffer in (offline, online)]
     off, on = draw_rows(offline, drawn[0]), draw_rows(online, drawn[1])
-    scores = None
+    scores = advantages = None
     if "hook" in state["parts"]:
         raw = offline._states[: offline._size] * torch.as_tensor(state_std)
         behavior = fit_behavior(
@@ -81,11 +84,19 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
             config, trainer, offline, online, behavior, dataset, state_mean, state_std
         )
         hook.load_state_dict(runs.unpack(state["parts"]["hook"]))
-        scores = score_numbers(hook, off, on, drawn)
+        scores, order = score_numbers(hook, off, on, drawn)
+        if hasattr(trainer, "vf"):
+            rows_of_both = [torch.cat(pair) for pair in zip(off[:2], on[:2], strict=True)]
+            with torch.no_grad():
+                q, v = trainer.q_target(*rows_of_both), trainer.vf(rows_of_both[0])
+            advantage = (q.flatten() - v.flatten()).double().numpy()
+            weight = np.exp(config.beta * advantage).clip(max=module.EXP_ADV_MAX)
+            advantages = advantage_numbers(advantage, weight, order.numpy())
     return {
         "step": state["step"],
         "rows": rows,
         "scores": scores,
+        "advantages": advantages,
         "action_error": error_numbers(trainer.actor, off, on),
         "projection": projection_numbers(off, on),
     }
@@ -128,8 +139,13 @@ def _online_buffer(folder, module, config, state, dims) -> Any:
     return buffer
 
 
-def score_numbers(hook: DareHook, off: list, on: list, drawn: list) -> dict[str, Any]:
-    """Alignment scores of both halves as the hook sees them, and where they part."""
+def score_numbers(
+    hook: DareHook, off: list, on: list, drawn: list
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Alignment scores of both halves as the hook sees them, and where they part.
+
+    Also the order (2 rows,) into which the threshold rule would put offline and online rows.
+    """
     with torch.no_grad():
         states, actions = (torch.cat(pair) for pair in zip(off[:2], on[:2], strict=True))
         values, _ = hook.score(states, actions, drawn)
@@ -137,13 +153,44 @@ def score_numbers(hook: DareHook, off: list, on: list, drawn: list) -> dict[str,
     result = exchange(values[:n], values[n:])
     moments = ("score_off_mean", "score_off_std", "score_on_mean", "score_on_std")
     d = values.double().numpy()
-    return {
+    numbers = {
         "kind": hook.config.score,
         **_histogram(d[:n], d[n:]),
         **{name: float(result.stats[name]) for name in moments},
         "separation_point": float(result.stats["separation_point"]),
         "exchangeable": float(result.stats["exchanged"]) / n,
         "auc": auc(d[:n], d[n:]),
+    }
+    return numbers, result.order
+
+
+def advantage_numbers(
+    advantage: np.ndarray, weight: np.ndarray, order: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Of the rows that an exchange keeps in their half and of those that it moves.
+
+    Args:
+        advantage: (2N,) A = Q - V, offline rows first.
+        weight: (2N,) min(exp(beta A), 100), each row's weight in IQL's policy loss.
+        order: (2N,) places of the rows, the first N offline-like.
+    """
+    n = len(order) // 2
+    offline = np.arange(2 * n) < n
+    offline_like = np.zeros(2 * n, bool)
+    offline_like[order[:n]] = True
+    groups = {
+        "offline_kept": offline & offline_like,
+        "offline_moved": offline & ~offline_like,
+        "online_kept": ~offline & ~offline_like,
+        "online_moved": ~offline & offline_like,
+    }
+    return {
+        name: {
+            "rows": int(group.sum()),
+            "advantage": float(advantage[group].mean()) if group.any() else None,
+            "weight": float(weight[group].mean()) if group.any() else None,
+        }
+        for name, group in groups.items()
     }
 
 

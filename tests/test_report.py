@@ -700,12 +700,32 @@ def test_a_snapshot_of_a_dare_run_from_its_files_alone(toy_run, tmp_path, capsys
     # the middle 95 % of the rows; more where scores repeat, as in a buffer of 60 rows
     assert 0.94 < (sum(scores["offline"]) + sum(scores["online"])) / 8192 < 0.98
     assert snapshot.take_snapshot(folder) == found  # the same rows again
+    groups = found["advantages"]
+    moved = round(scores["exchangeable"] * snapshot.ROWS)
+    assert groups["offline_moved"]["rows"] == groups["online_moved"]["rows"] == moved
+    assert sum(group["rows"] for group in groups.values()) == 2 * snapshot.ROWS
 
     report.add([folder], tmp_path / "results" / "x", "dare")
     report.write_report(tmp_path / "results" / "x")
     name = "figures/snapshot-dare-toy-medium-v2-s0.png"
     assert name in text_of(tmp_path / "results" / "x")
+    assert "| offline, stays | offline, moved |" in text_of(tmp_path / "results" / "x")
     pixels((tmp_path / "results" / "x" / name).read_bytes())
+
+
+def test_advantages_of_kept_and_moved_rows_by_hand():
+    advantage = np.array([1.0, 5.0, 3.0, 10.0, 40.0, 30.0])  # three offline, three online rows
+    weight = advantage / 10
+    swapped = snapshot.advantage_numbers(advantage, weight, np.array([0, 4, 2, 3, 1, 5]))
+    assert swapped == {
+        "offline_kept": {"rows": 2, "advantage": 2.0, "weight": pytest.approx(0.2)},
+        "offline_moved": {"rows": 1, "advantage": 5.0, "weight": 0.5},
+        "online_kept": {"rows": 2, "advantage": 20.0, "weight": 2.0},
+        "online_moved": {"rows": 1, "advantage": 40.0, "weight": 4.0},
+    }
+    none = snapshot.advantage_numbers(advantage, weight, np.arange(6))
+    assert none["online_moved"] == {"rows": 0, "advantage": None, "weight": None}
+    assert none["offline_kept"]["advantage"] == 3.0
 
 
 def test_a_snapshot_tells_the_rows_of_one_buffer_apart(toy_run):

@@ -956,9 +956,7 @@ def advantage_table(experiment: Experiment) -> str:
                     else f"{group['advantage']:.2f} ({_number(group['weight'])})"
                     for group in groups.values()
                 ]
-                rows.append(
-                    [experiment.name(label), env, str(record["seed"]), *cells]
-                )
+                rows.append([experiment.name(label), env, str(record["seed"]), *cells])
     if not rows:
         return ""
     header = ["method", "task", "seed", "offline, stays", "offline, moved"]

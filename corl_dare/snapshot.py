@@ -6,8 +6,8 @@ rebuilds the run's policy, buffers and DARE hook from its folder and its dataset
 buffers as training does, and keeps histograms of their alignment scores with the separation point
 (Fig. 1c), of the squared difference between the policy's action and the row's (Fig. 1a), and two
 principal components of (state, action) (Fig. 1b, there with t-SNE: PCA has nothing to tune, and
-distances in it mean something). Of an IQL run also the advantages of the rows that the exchange moves:
-what the conservative policy loss, weighted by the advantage, loses and gains by it.
+distances in it mean something). Of an IQL run also the advantages of the rows that the exchange
+moves: what the conservative policy loss, weighted by the advantage, loses and gains by it.
 """
 
 import importlib.util
@@ -84,11 +84,11 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
             config, trainer, offline, online, behavior, dataset, state_mean, state_std
         )
         hook.load_state_dict(runs.unpack(state["parts"]["hook"]))
-        scores, order = score_numbers(hook, off, on, drawn)
+        both = torch.cat([off[0], on[0]]), torch.cat([off[1], on[1]])
+        scores, order = score_numbers(hook, *both, drawn)
         if hasattr(trainer, "vf"):
-            rows_of_both = [torch.cat(pair) for pair in zip(off[:2], on[:2], strict=True)]
             with torch.no_grad():
-                q, v = trainer.q_target(*rows_of_both), trainer.vf(rows_of_both[0])
+                q, v = trainer.q_target(*both), trainer.vf(both[0])
             advantage = (q.flatten() - v.flatten()).double().numpy()
             weight = np.exp(config.beta * advantage).clip(max=module.EXP_ADV_MAX)
             advantages = advantage_numbers(advantage, weight, order.numpy())
@@ -140,14 +140,13 @@ def _online_buffer(folder, module, config, state, dims) -> Any:
 
 
 def score_numbers(
-    hook: DareHook, off: list, on: list, drawn: list
+    hook: DareHook, states: torch.Tensor, actions: torch.Tensor, drawn: list
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Alignment scores of both halves as the hook sees them, and where they part.
+    """Alignment scores of offline and online rows as the hook sees them, and where they part.
 
     Also the order (2 rows,) into which the threshold rule would put offline and online rows.
     """
     with torch.no_grad():
-        states, actions = (torch.cat(pair) for pair in zip(off[:2], on[:2], strict=True))
         values, _ = hook.score(states, actions, drawn)
     n = len(drawn[0])
     result = exchange(values[:n], values[n:])

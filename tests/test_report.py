@@ -714,7 +714,8 @@ def test_a_snapshot_of_a_dare_run_from_its_files_alone(toy_run, tmp_path, capsys
 
 
 def test_advantages_of_kept_and_moved_rows_by_hand():
-    advantage = np.array([1.0, 5.0, 3.0, 10.0, 40.0, 30.0])  # three offline, three online rows
+    offline, online = [1.0, 5.0, 3.0], [10.0, 40.0, 30.0]
+    advantage = np.array(offline + online)
     weight = advantage / 10
     swapped = snapshot.advantage_numbers(advantage, weight, np.array([0, 4, 2, 3, 1, 5]))
     assert swapped == {

@@ -962,8 +962,8 @@ def advantage_table(experiment: Experiment) -> str:
     header = ["method", "task", "seed", "offline, stays", "offline, moved"]
     return (
         _table([*header, "online, stays", "online, moved"], rows)
-        + "\nMean advantage of the drawn rows that the threshold rule would leave in their half and "
-        "of those that it would exchange, whatever the run's own rule; in brackets their mean "
+        + "\nMean advantage of the drawn rows that the threshold rule would leave in their half "
+        "and of those that it would exchange, whatever the run's own rule; in brackets their mean "
         "weight in IQL's policy loss.\n"
     )
 

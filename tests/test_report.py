@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from algorithms import dare_iql
 from corl import iql
 from corl_dare import figures, report, runs, snapshot
 
+ROOT = Path(__file__).parent.parent
 STEPS = 50  # online steps of a made-up run; an evaluation every 10
 
 
@@ -380,7 +382,25 @@ def experiment(make_run, tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(figures, "curve_panels", lambda *args, **kwargs: b"")
+    for name in ("curve_panels", "snapshot_panels"):
+        monkeypatch.setattr(figures, name, lambda *args, **kwargs: b"")
+
+
+PUBLISHED = sorted(p.parent for p in ROOT.glob("results/*/experiment.yaml"))
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda p: p.name)
+def test_a_published_page_is_what_its_committed_runs_give(
+    folder, tmp_path, no_pictures
+):
+    """In a clone it also tells that the raw runs are committed: without them there is no page."""
+    again = tmp_path / folder.name
+    shutil.copytree(folder, again)
+    report.write_report(again)
+    for name in ("README.md", "scores.csv"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    drawn = [{p.name for p in f.glob("figures/*.png")} for f in (again, folder)]
+    assert drawn[0] == drawn[1]
 
 
 def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
@@ -822,3 +842,7 @@ def test_commands_end_with_one_line(make_run, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     report.command_line(["write", "empty"])
     assert "holds no experiment" in capsys.readouterr().err
+    (tmp_path / "empty/x").mkdir()
+    (tmp_path / "empty/x/experiment.yaml").write_text("title: Planned")
+    with pytest.raises(SystemExit, match="error: empty/x holds no runs"):
+        report.command_line(["write", "empty"])

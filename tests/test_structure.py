@@ -172,6 +172,13 @@ def read_config(module, name):
     return runs.parse_config(module.TrainConfig, ["--config", str(path)], ignore)
 
 
+@pytest.mark.parametrize(
+    "module", sorted({m for ms in READERS.values() for m in ms}, key=lambda m: m.__name__)
+)
+def test_the_quick_start_that_a_long_run_names_is_there(module):
+    assert (ROOT / module.QUICK_START) in CONFIGS
+
+
 @pytest.mark.parametrize("algorithm", ["iql", "cal_ql"])
 def test_the_papers_guidance_scales_stand_in_the_configs(algorithm):
     """Table 7."""

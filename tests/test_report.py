@@ -390,9 +390,7 @@ PUBLISHED = sorted(p.parent for p in ROOT.glob("results/*/experiment.yaml"))
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda p: p.name)
-def test_a_published_page_is_what_its_committed_runs_give(
-    folder, tmp_path, no_pictures
-):
+def test_a_published_page_is_what_its_committed_runs_give(folder, tmp_path, no_pictures):
     """In a clone it also tells that the raw runs are committed: without them there is no page."""
     again = tmp_path / folder.name
     shutil.copytree(folder, again)

@@ -173,7 +173,8 @@ def read_config(module, name):
 
 
 @pytest.mark.parametrize(
-    "module", sorted({m for ms in READERS.values() for m in ms}, key=lambda m: m.__name__)
+    "module",
+    sorted({m for ms in READERS.values() for m in ms}, key=lambda m: m.__name__),
 )
 def test_the_quick_start_that_a_long_run_names_is_there(module):
     assert (ROOT / module.QUICK_START) in CONFIGS

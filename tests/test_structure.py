@@ -166,6 +166,17 @@ def test_config_is_read_by_its_files_and_sorted(path):
         assert path.stem.replace("_", "-") == values["env"].removesuffix("-v2")
 
 
+def test_git_ignores_nothing_that_docs_or_pages_rest_on():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard"]
+    folders = ["results", "configs", "sweeps", "patches", "docs", "corl_dare/policies"]
+    made = subprocess.run(
+        [*command, *folders], cwd=ROOT, capture_output=True, check=True
+    )
+    assert made.stdout.decode() == ""
+
+
 def read_config(module, name):
     path = ROOT / "configs" / f"{name}.yaml"
     ignore = getattr(module, "OTHER_BLOCKS", ())

@@ -401,6 +401,23 @@ def test_a_published_page_is_what_its_committed_runs_give(folder, tmp_path, no_p
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("file", ["README.md", "results/README.md"])
+def test_what_the_texts_quote_stands_on_a_page(file):
+    """`a ± b` and `x [low, high]`, with either sign: B below A or A above B."""
+    pages = "".join((folder / "README.md").read_text() for folder in PUBLISHED)
+    text = (ROOT / file).read_text().replace("−", "-")
+    number = r"(-?\d+\.\d+)"
+    spreads = re.findall(rf"{number} ± {number}", text)
+    intervals = re.findall(rf"{number}\s\[{number}, {number}\]", text)
+    assert intervals
+    missing = [f" {a} ± {b}" for a, b in spreads if f" {a} ± {b}" not in pages]
+    for value, low, high in intervals:
+        other = [f"{-float(x):.1f}" for x in (value, high, low)]
+        found = [f" {x} [{a}, {b}]" for x, a, b in ((value, low, high), other)]
+        missing += found[:1] * (not any(f in pages for f in found))
+    assert missing == []
+
+
 def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
     report.write_report(experiment)
     text = text_of(experiment)

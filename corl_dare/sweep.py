@@ -298,7 +298,12 @@ def load_algorithm(file: str, origin: str = "") -> types.ModuleType:
     if spec is None or path.suffix != ".py":
         raise runs.ConfigError(f"{prefix}algorithm {file} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise runs.ConfigError(
+            f"{prefix}algorithm {file} cannot be imported: {type(error).__name__}: {error}"
+        ) from None
     if not dataclasses.is_dataclass(getattr(module, "TrainConfig", None)):
         raise runs.ConfigError(f"{prefix}{file} is no algorithm: it has no TrainConfig")
     return module
@@ -323,6 +328,10 @@ def _nested(values: dict, origin: Any) -> dict[str, Any]:
         target = nested
         for block in blocks:
             target = target.setdefault(block, {})
+            if not isinstance(target, dict):
+                raise runs.ConfigError(
+                    f"{origin}: {name} is set, but {block} is {target!r} and not a block"
+                )
         if isinstance(value, dict) and isinstance(target.get(last), dict):
             target[last].update(value)
         else:
@@ -361,10 +370,17 @@ def _safe(label: str) -> str:
 
 
 def _check_store(cell: Cell) -> None:
-    """A default that changed since a cell was begun must not pass unseen."""
+    """What changed since a cell was begun, and is not in its name, must not pass unseen."""
     if not any(cell.folder.glob("*/config.yaml")):
         return
     begun = _flat(runs.read_yaml(cell.folder / "config.yaml"))
+    model = Path(str(begun.get("load_model"))).parent.name
+    if cell.model and model != cell.model.folder.name:
+        raise runs.ConfigError(
+            f"{runs.tidy_path(cell.folder)} was begun from the offline model {model}, now the "
+            f"sweep file asks for {cell.model.folder.name}: put its offline settings back, "
+            "give the sweep another name, or remove that folder"
+        )
     now = _flat(dataclasses.asdict(cell.config))
     for name in sorted(begun.keys() & now.keys()):
         bookkeeping = NOT_RESULTS | ({"load_model"} if cell.model else set())
@@ -397,15 +413,34 @@ def write_cell(cell: Cell) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """`{"state": "done" | "failed", ...}`, or {} when neither."""
+    file = folder / "state.json"
     try:
-        return json.loads((folder / "state.json").read_text())
+        return json.loads(file.read_text())
     except FileNotFoundError:
         return {}
+    except ValueError:
+        raise ValueError(
+            f"{runs.tidy_path(file)} is damaged; remove it, and the sweep looks at the cell again"
+        ) from None
 
 
 def _write_state(folder: Path, **state: Any) -> None:
     text = json.dumps(state, indent=2, sort_keys=True) + "\n"
     runs.write_text(folder / "state.json", text)
+
+
+def _is_done(cell: Cell) -> bool:
+    return read_state(cell.folder).get("state") == "done"
+
+
+def _write_failed(folder: Path, lines: list[str]) -> None:
+    """Unless another sweep is at work on the cell, or has finished it."""
+    try:
+        with filelock.FileLock(folder / "cell.lock", timeout=0):
+            if read_state(folder).get("state") != "done":
+                _write_state(folder, state="failed", error=lines)
+    except filelock.Timeout:
+        pass
 
 
 def last_lines(folder: Path, count: int = 5) -> list[str]:
@@ -656,26 +691,36 @@ def drive(cells: Sequence[Cell], pool: Pool, table: "Table", retries: int = 3) -
     the others.
     """
     waiting, running, deaths = [], {}, {}
+    # Kept here and not read back: another sweep of this store may try a failed cell again.
+    failed: dict[Path, list[str]] = {}
+
+    def fail(cell: Cell, lines: list[str]) -> None:
+        failed[cell.folder] = lines
+        _write_failed(cell.folder, lines)
+        table.event(f"FAILED: {cell.label}: {lines[-1]}")
+
     for cell in cells:
-        if read_state(cell.folder).get("state") != "done":
+        if not _is_done(cell):
             write_cell(cell)
-            (cell.folder / "state.json").unlink(missing_ok=True)
             waiting.append(cell)
     while waiting or running:
         for cell in list(waiting):
-            model = read_state(cell.model.folder) if cell.model else {"state": "done"}
-            if model.get("state") == "failed":
-                note = f"its offline model failed: {runs.tidy_path(cell.model.folder)}"
-                _fail(cell, [note], table)
-            elif model.get("state") == "done" and pool.room(cell, len(running)):
+            if cell.model and cell.model.folder in failed:
+                folder = runs.tidy_path(cell.model.folder)
+                fail(cell, [f"its offline model failed: {folder}"])
+            elif (not cell.model or _is_done(cell.model)) and pool.room(
+                cell, len(running)
+            ):
                 running[pool.start(cell)] = cell
             else:
                 continue
             waiting.remove(cell)
         table.show()
+        if waiting and not running:
+            time.sleep(1.0)  # the pool has no room at all
         for handle, code, note in pool.ended(list(running), 1.0) if running else ():
             cell = running.pop(handle)
-            if read_state(cell.folder).get("state") == "done":
+            if _is_done(cell):
                 table.event(f"done: {cell.label}, score {table.progress(cell)}")
                 continue
             died = code is None or code <= 0 or code >= DIED
@@ -691,21 +736,15 @@ def drive(cells: Sequence[Cell], pool: Pool, table: "Table", retries: int = 3) -
                 lines = [*last_lines(cell.folder), *([note] if note else [])]
                 if died:
                     lines.append(f"died {retries + 1} times")
-                _fail(cell, lines or [f"exit status {code}"], table)
+                fail(cell, lines or [f"exit status {code}"])
     table.show(last=True)
-    failed = [c for c in cells if read_state(c.folder).get("state") == "failed"]
-    for cell in failed:
-        table.event(
-            f"\nFAILED: {cell.label} ({runs.tidy_path(cell.folder / 'log.txt')})"
-        )
-        for line in read_state(cell.folder)["error"]:
-            table.event(f"    {line}")
+    for cell in cells:
+        if cell.folder in failed:
+            log = runs.tidy_path(cell.folder / "log.txt")
+            table.event(f"\nFAILED: {cell.label} ({log})")
+            for line in failed[cell.folder]:
+                table.event(f"    {line}")
     return not failed
-
-
-def _fail(cell: Cell, lines: list[str], table: "Table") -> None:
-    _write_state(cell.folder, state="failed", error=lines)
-    table.event(f"FAILED: {cell.label}: {lines[-1]}")
 
 
 class Table:
@@ -845,7 +884,7 @@ def _sweep(args: argparse.Namespace) -> int:
         raise runs.ConfigError("--gpus and --retries must not be negative")
     cells = plan(args.sweep, args.runs_dir)
     table = Table(cells)
-    if args.status or all(read_state(c.folder).get("state") == "done" for c in cells):
+    if args.status or all(_is_done(c) for c in cells):
         table.show(last=True)
         return 0
     pool = RayPool(args.address, args.workers, args.gpus)

@@ -907,6 +907,20 @@ def compare(
 # ---------------------------------------------------------------- report
 
 
+def check_same(folder: Path, settings: dict, levels: list[str]) -> None:
+    """Raise where the stored seeds, whose means the tables are, have other settings than these."""
+    wanted = {**settings, "levels": levels}
+    for path in sorted(folder.glob("seed_*.json")):
+        record = json.loads(path.read_text())
+        stored = {**record["settings"], "levels": record["levels"]}
+        for name in sorted(wanted.keys() | stored.keys()):
+            if name != "seed" and wanted.get(name) != stored.get(name):
+                raise ValueError(
+                    f"{path} was made with {name} {stored.get(name)}, not {wanted.get(name)}: "
+                    "give other settings another folder with --out"
+                )
+
+
 class Store:
     """The stored numbers of all seeds; means over seeds, and over whatever is not named."""
 
@@ -915,6 +929,7 @@ class Store:
         if not paths:
             raise ValueError(f"no seed_*.json in {folder}; run the benchmark first")
         self.seeds = [json.loads(path.read_text()) for path in paths]
+        check_same(folder, self.seeds[0]["settings"], self.seeds[0]["levels"])
         self.rows: dict[tuple[str, str], list[dict]] = {}  # by table and score
         for seed in self.seeds:
             number = {"seed": seed["settings"]["seed"]}
@@ -1387,6 +1402,7 @@ def main() -> None:
         if not args.report:
             fields = [field.name for field in dataclasses.fields(Settings)]
             settings = Settings(**{name: getattr(args, name) for name in fields})
+            check_same(args.out, dataclasses.asdict(settings), args.levels)
             folder = args.data or datasets.cache_folder() / "exchange_accuracy"
             torch.set_num_threads(1)
             record = run(settings, args.levels, folder)

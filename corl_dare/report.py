@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +49,10 @@ PLACES = (  # config fields that say where and how a run was made, not what it d
     "threads",
     "wandb_mode",
 )
+SUMMARY = (  # what a finished run's summary.json holds in any case
+    *("algorithm", "env", "machine", "versions", "score_final"),
+    *("updates", "updates_per_second", "wall_seconds"),
+)
 BUDGET = "online environment steps"
 MEASURES = ("after", "training")  # on which methods are compared
 
@@ -69,8 +72,18 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
     """
     folder = Path(folder)
     summary = _read_json(folder / "summary.json", "the run is not finished; resume it")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    data = {k: v for k, v in (summary.get("dataset") or {}).items() if k != "path"}
+    config = runs.read_yaml(folder / "config.yaml")
+    for file, values, names in (
+        ("summary.json", summary, SUMMARY),
+        ("config.yaml", config, ("name", "offline_iterations")),
+    ):
+        for name in names:
+            if name not in values:
+                raise ValueError(f"{folder / file} lacks {name}; run it again")
+    data = summary.get("dataset")
+    data = (
+        {k: v for k, v in data.items() if k != "path"} if isinstance(data, dict) else {}
+    )
     needed = {
         "commit": summary.get("commit") not in (None, "", "unknown"),
         "dataset source": bool(data.get("source") and data.get("label")),
@@ -183,12 +196,16 @@ def _plain(value: Any) -> Any:
 
 def _thin_metrics(path: Path, switch: int) -> dict[str, list]:
     """Means of the online rows in at most POINTS bins; `step` counts from the switch."""
-    columns = runs.read_csv(path)
-    rows = [i for i, phase in enumerate(columns["phase"]) if phase == "online"]
-    bins = np.array_split(rows, min(POINTS, len(rows))) if rows else []
-    thin = {"step": [int(columns["step"][b[-1]]) - switch for b in bins]}
-    for name in METRICS:
-        values = np.array([float(v or "nan") for v in columns.get(name, [])])
+    try:
+        columns = runs.read_csv(path)
+        rows = [i for i, phase in enumerate(columns["phase"]) if phase == "online"]
+        bins = np.array_split(rows, min(POINTS, len(rows))) if rows else []
+        thin = {"step": [int(columns["step"][b[-1]]) - switch for b in bins]}
+        curves = {n: [float(v or "nan") for v in columns.get(n, [])] for n in METRICS}
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    for name, curve in curves.items():
+        values = np.array(curve)
         values = np.where(np.isfinite(values), values, np.nan)
         parts = [values[b][np.isfinite(values[b])] for b in bins if len(values)]
         if any(len(p) for p in parts):
@@ -326,6 +343,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 # ---------------------------------------------------------------- experiment
 
 
+PLAN_FIELDS = {"title": str, "note": str, "baseline": str, "names": dict, "groups": list}
+GROUP_FIELDS = {"title": str, "note": str, "labels": list, "baseline": str}
+
+
 class Group(NamedTuple):
     """Methods that are compared: one set of tables and figures."""
 
@@ -334,6 +355,11 @@ class Group(NamedTuple):
     labels: tuple[str, ...]  # those that have runs
     missing: tuple[str, ...]  # those that have none yet
     baseline: str | None
+
+    @property
+    def slug(self) -> str:
+        """What its figures' names begin with."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") or "group"
 
 
 class Experiment(NamedTuple):
@@ -375,40 +401,60 @@ def read_experiment(folder: Path | str) -> Experiment:
             plan = yaml.safe_load(file.read_text()) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
-    _known(plan, ("title", "note", "baseline", "names", "groups"), str(file))
-    groups = []
+    _known(plan, PLAN_FIELDS, str(file))
+    names = plan.get("names") or {}
+    groups: list[Group] = []
     for entry in plan.get("groups") or [
         {"title": "All methods", "labels": sorted(tree)}
     ]:
-        _known(entry, ("title", "note", "labels", "baseline"), f"{file}: a group")
+        _known(entry, GROUP_FIELDS, f"{file}: a group")
         if not entry.get("title") or not entry.get("labels"):
             raise ValueError(f"{file}: a group needs a title and labels")
+        where = f"{file}: group {entry['title']!r}"
         labels = [str(label) for label in entry["labels"]]
+        if entry.get("baseline") and entry["baseline"] not in labels:
+            raise ValueError(f"{where}: baseline {entry['baseline']} is not in labels")
+        shown = [names.get(label, label) for label in labels]
+        if len(set(shown)) < len(shown):
+            raise ValueError(f"{where}: two labels have the same name; see names")
         present = tuple(label for label in labels if label in tree)
         baseline = entry.get("baseline") or plan.get("baseline") or labels[0]
-        groups.append(
-            Group(
-                entry["title"],
-                (entry.get("note") or "").strip(),
-                present,
-                tuple(label for label in labels if label not in tree),
-                baseline if baseline in present else None,
-            )
+        group = Group(
+            entry["title"],
+            (entry.get("note") or "").strip(),
+            present,
+            tuple(label for label in labels if label not in tree),
+            baseline if baseline in present else None,
         )
-        _check_comparable(entry["title"], {label: tree[label] for label in present})
+        if group.slug in [other.slug for other in groups]:
+            raise ValueError(
+                f"{where}: another group's figures have the name {group.slug}, too; give them "
+                "titles that differ in letters a-z or digits"
+            )
+        groups.append(group)
+        _check_comparable(group.title, {label: tree[label] for label in present})
+    mentioned = {label for group in groups for label in (*group.labels, *group.missing)}
+    if plan.get("baseline") and plan["baseline"] not in mentioned:
+        raise ValueError(f"{file}: baseline {plan['baseline']} is in no group")
     note = (plan.get("note") or "").strip()
     title = plan.get("title") or folder.name
-    return Experiment(folder, title, note, plan.get("names") or {}, groups, tree)
+    return Experiment(folder, title, note, names, groups, tree)
 
 
-def _known(values: Any, fields: Sequence[str], where: str) -> None:
+def _known(values: Any, fields: Mapping[str, type], where: str) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{where} must hold `field: value` lines")
-    for name in values:
+    for name, value in values.items():
         if name not in fields:
             raise ValueError(
                 f"{where}: unknown field {name}; known: {', '.join(fields)}"
             )
+        kind = fields[name]
+        if value is not None and not isinstance(value, kind):
+            word = {str: "text", list: "a list", dict: "a block"}[kind]
+            raise ValueError(f"{where}: {name} must be {word}, not {value!r}")
+        if kind is dict and any(not isinstance(v, str) for v in (value or {}).values()):
+            raise ValueError(f"{where}: {name} must give each label a text")
 
 
 def _check_comparable(title: str, tree: Mapping[str, Mapping[str, Mapping]]) -> None:
@@ -847,7 +893,7 @@ def _group_figures(
     experiment: Experiment, group: Group, tasks: Sequence[str]
 ) -> Iterable[tuple[str, bytes, str]]:
     """(file name, PNG, description) of a group's figures."""
-    slug = re.sub(r"[^a-z0-9]+", "-", group.title.lower()).strip("-")
+    slug = group.slug
     names = [experiment.name(label) for label in group.labels]
     data = "; ".join(_data_labels(experiment, group.labels))
     learning: dict[str, dict] = {}
@@ -1028,10 +1074,7 @@ def _write_command(results: Path) -> None:
     found = [p for p in results.glob("*/runs") if p.is_dir()]
     folders += sorted({p.parent for p in [*found, *results.glob("*/experiment.yaml")]})
     if not folders:
-        print(
-            f"{results} holds no experiment (no folder with stored runs)",
-            file=sys.stderr,
-        )
+        raise ValueError(f"{results} holds no experiment (no folder with stored runs)")
     for folder in folders:
         written = write_report(folder)
         print(f"{runs.tidy_path(folder / 'README.md')} and {len(written) - 1} files")

@@ -542,3 +542,18 @@ def test_an_empty_folder_is_one_clear_line(tmp_path):
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 1 and "Traceback" not in found.stderr
     assert "run the benchmark first" in found.stderr
+
+
+def test_seeds_of_other_settings_are_not_averaged(tmp_path):
+    for seed, half in ((0, 128), (1, 32)):
+        record = {"settings": {"seed": seed, "half": half}, "levels": ["medium"]}
+        (tmp_path / f"seed_{seed}.json").write_text(json.dumps(record))
+    bench.check_same(tmp_path / "empty", {"seed": 2, "half": 128}, ["medium"])
+    with pytest.raises(ValueError, match="seed_1.json was made with half 32, not 128"):
+        bench.Store(tmp_path)
+    with pytest.raises(ValueError, match="seed_1.json was made with half 32, not 128"):
+        bench.check_same(tmp_path, {"seed": 2, "half": 128}, ["medium"])
+    (tmp_path / "seed_1.json").unlink()
+    bench.check_same(tmp_path, {"seed": 2, "half": 128}, ["medium"])
+    with pytest.raises(ValueError, match="levels .'medium'., not .'medium', 'expert'."):
+        bench.check_same(tmp_path, {"seed": 0, "half": 128}, ["medium", "expert"])

@@ -1,5 +1,6 @@
 """The results store and the report: what is kept, what is refused, what is written."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -188,6 +189,7 @@ def test_a_run_of_the_usual_length_takes_a_few_tens_of_kilobytes(make_run, tmp_p
         ({"dataset__label": ""}, "the run's dataset source"),
         ({"dataset__sha256": None}, "the run's dataset sha256"),
         ({"dataset": None}, "the run's dataset source"),
+        ({"dataset": "text"}, "the run's dataset source"),
         ({"seed": None}, "the run's seed"),
         ({"score_final": 1.0}, "summary.json says 1.000; one of them belongs"),
     ],
@@ -217,6 +219,11 @@ def test_damaged_and_unfinished_runs_are_refused(make_run, tmp_path):
 
     refused(lambda f: (f / "summary.json").unlink(), "not finished; resume it")
     refused(rewrite("summary.json", "{", ""), "summary.json is damaged")
+    refused(rewrite("summary.json", '"machine"', '"m"'), "summary.json lacks machine")
+    refused(rewrite("config.yaml", "env:", "- env:"), "config.yaml is not readable YAML")
+    refused(lambda f: (f / "config.yaml").write_text(""), "config.yaml lacks name")
+    refused(lambda f: (f / "metrics.csv").write_text(""), "metrics.csv is damaged")
+    refused(rewrite("metrics.csv", "\n40,", "\n40\n40,"), "metrics.csv is damaged")
     refused(lambda f: (f / "evaluations.csv").unlink(), "evaluations.csv is missing")
     refused(rewrite("evaluations.csv", "\n10,offline", "\nten,offline"), "is damaged")
     refused(rewrite("evaluations.csv", "step,", "stop,"), "is damaged")
@@ -418,6 +425,80 @@ def test_what_the_texts_quote_stands_on_a_page(file):
     assert missing == []
 
 
+# The rows of the two tables of README.md and results/README.md, in the order of both.
+QUOTED = {
+    "IQL, one buffer (CORL)": "iql",
+    "IQL, half-and-half batches": "iql-halves",
+    "DARE-IQL, no exchange (n = 0)": "n0",
+    "DARE-IQL, policy ratio": "policy-ratio",
+    "DARE-IQL, exchange by lot": "random-ratio",
+    "DARE-IQL, the paper's score (small guided diffusion)": "guided",
+    "DARE-IQL, one reference (mixture behavior)": "reference",
+    "DARE-IQL, policy ratio, `share`": "share",
+    "DARE-IQL, policy ratio, posterior rule": "posterior",
+    "DARE-IQL, policy ratio, soft weights": "soft",
+    "DARE-IV, policy ratio": "dare-iv",
+}
+TASKS = ("hopper-medium-v2", "hopper-medium-replay-v2", "hopper-medium-expert-v2")
+
+
+def quoted_rows(file, header):
+    """The cells of the rows below a table's header, by first cell."""
+    lines = (ROOT / file).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(header))
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        rows[name] = cells
+    return rows
+
+
+def stored_measures(measure):
+    """label -> task -> values by seed, of the published comparison."""
+    with open(ROOT / "results/hopper_cpu/scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for row in rows:
+        by_task = found.setdefault(row["label"], {})
+        by_task.setdefault(row["env"], []).append(float(row[measure] or "nan"))
+    return found
+
+
+def test_the_readme_table_holds_what_is_stored():
+    rows = quoted_rows("README.md", "| | final: medium |")
+    assert len(rows) == len(QUOTED)
+    for name, label in QUOTED.items():
+        expected = []
+        for measure in ("after", "training"):
+            found = stored_measures(measure)[label]
+            for task in TASKS:
+                values = found.get(task)
+                text = (
+                    f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+                    if values
+                    else "–"
+                )
+                expected.append(text)
+        assert rows[name] == expected, name
+
+
+def test_the_table_of_the_results_page_holds_what_is_stored():
+    rows = quoted_rows("results/README.md", "| losses on the online half |")
+    assert len(rows) == len(QUOTED)
+    for cells, label in zip(rows.values(), QUOTED.values(), strict=True):
+        expected = []
+        for measure in ("exchanged", "after", "training"):
+            found = stored_measures(measure)[label]
+            means = [np.mean(found[task]) for task in TASKS if task in found]
+            known = not np.isnan(means).any()
+            expected.append(", ".join(f"{m:.1f}" for m in means) if known else "–")
+        if label == "n0":
+            expected[0] = "0"
+        assert cells == expected, label
+
+
 def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
     report.write_report(experiment)
     text = text_of(experiment)
@@ -584,6 +665,20 @@ def test_what_cannot_be_compared_is_not(
         ("groups: [{title: x, lables: [a]}]", "unknown field lables"),
         ("- a", "must hold `field: value` lines"),
         ("a: [", "experiment.yaml"),
+        ("title: 2024", "title must be text, not 2024"),
+        ("groups: [{title: x, labels: a}]", "labels must be a list, not 'a'"),
+        ("names: [a]", "names must be a block"),
+        ("names: {a: 5}", "names must give each label a text"),
+        ("groups: [{title: x, labels: [a, b], baseline: c}]", "c is not in labels"),
+        ("baseline: c", "baseline c is in no group"),
+        (
+            "groups: [{title: x y, labels: [a]}, {title: X-Y, labels: [a]}]",
+            "group 'X-Y': another group's figures have the name x-y, too",
+        ),
+        (
+            "{names: {b: a}, groups: [{title: x, labels: [a, b]}]}",
+            "two labels have the same name",
+        ),
     ],
 )
 def test_a_bad_plan_is_one_clear_line(make_run, tmp_path, text, message):
@@ -855,8 +950,8 @@ def test_commands_end_with_one_line(make_run, tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match=f"error: {message}"):
             report.command_line(arguments)
     (tmp_path / "empty").mkdir()
-    report.command_line(["write", "empty"])
-    assert "holds no experiment" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: empty holds no experiment"):
+        report.command_line(["write", "empty"])
     (tmp_path / "empty/x").mkdir()
     (tmp_path / "empty/x/experiment.yaml").write_text("title: Planned")
     with pytest.raises(SystemExit, match="error: empty/x holds no runs"):

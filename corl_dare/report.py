@@ -1002,13 +1002,16 @@ def advantage_table(experiment: Experiment) -> str:
                     else f"{group['advantage']:.2f} ({_number(group['weight'])})"
                     for group in groups.values()
                 ]
-                rows.append([experiment.name(label), env, str(record["seed"]), *cells])
+                told_apart = f"{record['snapshot']['scores']['auc']:.2f}"
+                about = [experiment.name(label), env, str(record["seed"]), told_apart]
+                rows.append([*about, *cells])
     if not rows:
         return ""
-    header = ["method", "task", "seed", "offline, stays", "offline, moved"]
+    header = ["method", "task", "seed", "AUC", "offline, stays", "offline, moved"]
     return (
         _table([*header, "online, stays", "online, moved"], rows)
-        + "\nMean advantage of the drawn rows that the threshold rule would leave in their half "
+        + "\nAUC: how often the score of an online row is above that of an offline one. Then the "
+        "mean advantage of the drawn rows that the threshold rule would leave in their half "
         "and of those that it would exchange, whatever the run's own rule; in brackets their mean "
         "weight in IQL's policy loss.\n"
     )

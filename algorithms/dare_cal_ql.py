@@ -1170,8 +1170,12 @@ def make_hook(
     state_mean: np.ndarray,
     state_std: np.ndarray,
 ) -> DareHook:
-    min_ret, max_ret = return_reward_range(dataset.arrays, envs.task(config.env).horizon)
-    reward_scale = config.reward_scale if config.normalize_reward else 1.0
+    q_scale = 1.0
+    if config.dare.scales_q:
+        horizon = envs.task(config.env).horizon
+        min_ret, max_ret = return_reward_range(dataset.arrays, horizon)
+        reward_scale = config.reward_scale if config.normalize_reward else 1.0
+        q_scale = energy_q_scale(config.env, max_ret - min_ret, reward_scale)
     return DareHook(
         offline,
         online,
@@ -1179,7 +1183,7 @@ def make_hook(
         behavior,
         policy_log_prob=trainer.actor.log_prob,
         q_function=trainer.target_q,
-        q_scale=energy_q_scale(config.env, max_ret - min_ret, reward_scale),
+        q_scale=q_scale,
         mixing_ratio=config.mixing_ratio,
         state_mean=state_mean,
         state_std=state_std,
@@ -1349,10 +1353,11 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             seconds.update(seconds_to_prepare(probe))
         announce(seconds, device)
         if config.dare.enabled:
-            raw_states = buffer._states[: buffer._size] * probe.state_std
+            raw_states = probe.raw(buffer._states[: buffer._size])
+            del probe  # its caches can take gigabytes
             behavior = fit_behavior(
                 config.dare,
-                raw_states + probe.state_mean,
+                raw_states,
                 buffer._actions[: buffer._size],
                 dataset_hash=dataset.provenance["sha256"],
                 cache_dir=datasets.cache_folder() / "behavior",

@@ -54,6 +54,7 @@ from corl_dare.hook import (
     LOGS,
     DareConfig,
     DareHook,
+    clipped_log_prob,
     energy_q_scale,
     fit_behavior,
     new_behavior,
@@ -923,15 +924,20 @@ def make_hook(
     state_mean: np.ndarray,
     state_std: np.ndarray,
 ) -> DareHook:
-    min_ret, max_ret = return_reward_range(dataset.arrays, envs.task(config.env).horizon)
+    q_scale = 1.0
+    if config.dare.scales_q:
+        horizon = envs.task(config.env).horizon
+        min_ret, max_ret = return_reward_range(dataset.arrays, horizon)
+        q_scale = energy_q_scale(config.env, max_ret - min_ret)
     return DareHook(
         offline,
         online,
         config.dare,
         behavior,
-        policy_log_prob=lambda s, a: trainer.actor(s).log_prob(a).sum(-1),
+        policy_log_prob=clipped_log_prob(trainer.actor, trainer.max_action),
+        clipped_policy=True,
         q_function=trainer.q_target,
-        q_scale=energy_q_scale(config.env, max_ret - min_ret),
+        q_scale=q_scale,
         mixing_ratio=config.mixing_ratio,
         state_mean=state_mean,
         state_std=state_std,
@@ -1093,10 +1099,11 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             seconds.update(seconds_to_prepare(probe))
         announce(seconds, device)
         if config.dare.enabled:
-            raw_states = buffer._states[: buffer._size] * probe.state_std
+            raw_states = probe.raw(buffer._states[: buffer._size])
+            del probe  # its caches can take gigabytes
             behavior = fit_behavior(
                 config.dare,
-                raw_states + probe.state_mean,
+                raw_states,
                 buffer._actions[: buffer._size],
                 dataset_hash=dataset.provenance["sha256"],
                 cache_dir=datasets.cache_folder() / "behavior",

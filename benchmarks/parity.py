@@ -198,7 +198,8 @@ def dare_hook_of(module, trainer, config, offline, online, behavior):
         online,
         config.dare,
         behavior,
-        policy_log_prob=lambda s, a: trainer.actor(s).log_prob(a).sum(-1),
+        policy_log_prob=hook.clipped_log_prob(trainer.actor, trainer.max_action),
+        clipped_policy=True,
         q_function=lambda s, a: trainer.q_target(s, a),
         seed=0,
     )

@@ -122,7 +122,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
         return lambda: module.update(trainer, source, config)
     behavior = hook.new_behavior(config.dare, S, A, 0, device).requires_grad_(False)
     if algorithm == "iql":
-        log_prob, q_function = trainer_log_prob(trainer), trainer.q_target
+        log_prob = hook.clipped_log_prob(trainer.actor, trainer.max_action)
+        q_function = trainer.q_target
     else:
         log_prob, q_function = trainer.actor.log_prob, trainer.target_q
     source = hook.DareHook(
@@ -131,6 +132,7 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
         config.dare,
         behavior,
         policy_log_prob=log_prob,
+        clipped_policy=algorithm == "iql",
         q_function=q_function,
         device=device,
         compile=compile,
@@ -143,10 +145,6 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
                 buffer = offline if len(pair[0]) else online
                 source.support(hook.draw_rows(buffer, buffer_rows)[0], pair)
     return lambda: module.update(trainer, source, config)
-
-
-def trainer_log_prob(trainer):
-    return lambda s, a: trainer.actor(s).log_prob(a).sum(-1)
 
 
 def measure(

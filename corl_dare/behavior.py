@@ -370,6 +370,27 @@ class DiffusionBehavior(BehaviorModel):
 # ---------------------------------------------------------------- models with a density
 
 
+def clipped_normal_log_prob(
+    actions: torch.Tensor,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    max_action: float = math.inf,
+) -> torch.Tensor:
+    """Log-probability, nats, elementwise, of normal samples clipped to [-max_action, max_action].
+
+    Inside the normal density, at a bound the mass of all samples beyond it. Policies that clip put
+    atoms there, where a density says nothing of how often they act so; a log-ratio of two
+    policies is right if both are taken in this way. All arguments broadcast.
+    """
+    z = (actions - mean) * (-log_std).exp()
+    inside = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)
+    if math.isinf(max_action):
+        return inside
+    beyond = (actions.sign() * mean - max_action) * (-log_std).exp()
+    at_bound = actions.abs() >= max_action
+    return torch.where(at_bound, torch.special.log_ndtr(beyond), inside)
+
+
 class MixtureBehavior(BehaviorModel):
     """Mixture density network: diagonal Gaussians whose parameters depend on the state.
 
@@ -435,12 +456,21 @@ class MixtureBehavior(BehaviorModel):
         log_std = self.LOG_STD_MIN + F.softplus(log_std - self.LOG_STD_MIN)
         return logits.squeeze(-1).log_softmax(-1), mean, log_std
 
-    def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Log-density (B,) in nats of the raw actions (B, A), in states (B, S)."""
+    def log_prob(
+        self,
+        states: torch.Tensor,
+        actions: torch.Tensor,
+        max_action: float = math.inf,
+    ) -> torch.Tensor:
+        """Log-density (B,) in nats of the raw actions (B, A), in states (B, S).
+
+        With `max_action` that of clipped actions, see `clipped_normal_log_prob`.
+        """
         log_weight, mean, log_std = self.distribution(states)
-        z = (actions.unsqueeze(1) - mean) * (-log_std).exp()  # (B, C, A)
-        normal = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return (log_weight + normal).logsumexp(-1)
+        normal = clipped_normal_log_prob(
+            actions.unsqueeze(1), mean, log_std, max_action
+        )  # (B, C, A)
+        return (log_weight + normal.sum(-1)).logsumexp(-1)
 
     def loss(self, states, actions, generator):
         """Mean negative log-likelihood in nats; draws nothing."""

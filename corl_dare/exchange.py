@@ -273,9 +273,10 @@ def exchange(
         cap: n, most pairs to swap; None: no cap; 0: nothing is swapped.
         rule: threshold, posterior, direct, share or random.
         weights: hard, 1 for the first N_off rows and 0 for the others; or soft,
-            P(offline-like | d) by the fits to the halves as drawn.
-        skip_inverted: swap nothing if the online mean is not above the offline mean.
-            There the rule, as the paper has it, swaps nearly everything.
+            P(offline-like | d) by the fits to the halves as drawn, whatever rule and cap say:
+            they only order the rows then.
+        skip_inverted: swap nothing, with hard weights, if the online mean is not above the
+            offline mean. There the rule, as the paper has it, swaps nearly everything.
         generator: of the random rule, on the device of the scores.
 
     Raises:
@@ -331,7 +332,7 @@ def exchange(
     weight = (rows < n_off).to(scores.dtype)
     if weights == "soft":
         soft = posterior_offline(scores[order], *moments)
-        weight = torch.where(usable, soft, weight)
+        weight = torch.where(allowed, soft, weight)
     stats = {
         "exchanged": count,
         "separation_point": tau,

@@ -32,12 +32,13 @@ import torch
 from corl_dare import compiled
 from corl_dare.behavior import (
     BehaviorModel,
+    clipped_normal_log_prob,
     fit,
     fit_cached,
     make_behavior_model,
     noise_schedule,
 )
-from corl_dare.exchange import alignment_score, exchange, reorder
+from corl_dare.exchange import ALIGNMENTS, alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 from corl_dare.progress import progress_bar
 
@@ -109,6 +110,7 @@ class DareConfig:
             "score": SCORES,
             "rule": RULES,
             "weights": ("hard", "soft"),
+            "alignment": ALIGNMENTS,
             "behavior": BEHAVIORS,
             "q_scale": ("returns", "literal"),
         }
@@ -141,6 +143,17 @@ class DareConfig:
                 raise ValueError(
                     f"dare.{field} must not be negative, not {getattr(self, field)}"
                 )
+        positive = "alignment_sigma behavior_lr behavior_width energy_beta energy_lr"
+        for field in positive.split():
+            if not getattr(self, field) > 0:
+                raise ValueError(
+                    f"dare.{field} must be positive, not {getattr(self, field)}"
+                )
+        if self.weights == "soft" and (self.rule != "threshold" or self.cap is not None):
+            raise ValueError(
+                "dare.weights soft weighs each row by its own score, so dare.rule and dare.cap "
+                "would do nothing; leave them at threshold and null, or set dare.weights to hard"
+            )
         if self.rule == "share" and self.score != "policy_ratio":
             raise ValueError(
                 f"dare.rule share needs log-density ratios, not dare.score {self.score}; "
@@ -161,6 +174,11 @@ class DareConfig:
     def guided(self) -> bool:
         """Does anything need the energy network?"""
         return self.score == "reference" and self.guidance_scale > 0
+
+    @property
+    def scales_q(self) -> bool:
+        """Does anything need to know the span of the dataset's returns?"""
+        return self.guided and self.q_scale == "returns"
 
     @property
     def behavior_options(self) -> dict[str, float]:
@@ -191,6 +209,22 @@ def energy_q_scale(
             "set dare.q_scale to literal"
         )
     return 1000.0 / return_span
+
+
+def clipped_log_prob(
+    policy: Callable[[torch.Tensor], torch.distributions.Normal], max_action: float
+) -> Callable[..., torch.Tensor]:
+    """`policy_log_prob` of a Gaussian policy whose samples are clipped before they are executed.
+
+    For `DareHook(..., clipped_policy=True)`. `policy` maps states (B, S) to Normals (B, A).
+    """
+
+    def log_prob(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        normal = policy(states)
+        log_std = normal.stddev.log()
+        return clipped_normal_log_prob(actions, normal.mean, log_std, max_action).sum(-1)
+
+    return log_prob
 
 
 def new_behavior(
@@ -377,6 +411,8 @@ class DareHook:
         mixing_ratio: offline share of a batch.
         state_mean, state_std: the buffers' state normalization, arrays (S,) or numbers.
         max_action: actions lie in [-max_action, max_action].
+        clipped_policy: the policy's actions are clipped to these bounds, and at a bound
+            `policy_log_prob` is the log of the mass beyond it. Then the behavior's is, too.
         seed: of the hook's own generators.
         compile: run the exchange and the density scores as compiled graphs.
 
@@ -398,6 +434,7 @@ class DareHook:
         state_mean: np.ndarray | float = 0.0,
         state_std: np.ndarray | float = 1.0,
         max_action: float = 1.0,
+        clipped_policy: bool = False,
         device: str = "cpu",
         seed: int = 0,
         compile: bool = False,
@@ -415,6 +452,7 @@ class DareHook:
         self.q_function = q_function
         self.q_scale = q_scale if config.q_scale == "returns" else 1.0
         self.mixing_ratio, self.max_action = mixing_ratio, max_action
+        self.clipped_policy = clipped_policy
         self.device = device
         self.state_mean = torch.as_tensor(state_mean, dtype=torch.float32, device=device)
         self.state_std = torch.as_tensor(state_std, dtype=torch.float32, device=device)
@@ -491,9 +529,9 @@ class DareHook:
     def first_released(self, batch_size: int) -> int | None:
         """Row of a batch of `sample` from which on hard weights are 0; before it they are 1.
 
-        None with soft weights. A loss of weight 0 need not be computed.
+        None with soft weights and when DARE is off. A loss of weight 0 need not be computed.
         """
-        hard = self.config.weights == "hard"
+        hard = self.config.enabled and self.config.weights == "hard"
         return int(batch_size * self.mixing_ratio) if hard else None
 
     def score(
@@ -513,11 +551,12 @@ class DareHook:
     def density_scores(
         self, states: torch.Tensor, actions: torch.Tensor
     ) -> torch.Tensor:
-        """Scores (B,) of the densities, nats: -log nu(a|s), plus log pi(a|s) for a ratio."""
-        scores = -self.behavior.log_prob(self.raw(states), actions)
-        if self.config.score == "policy_ratio":
-            scores = scores + self.policy_log_prob(states, actions)
-        return scores
+        """Scores (B,) of the densities, nats: -log nu(a|s), or log pi(a|s) - log nu(a|s)."""
+        if self.config.score == "likelihood":
+            return -self.behavior.log_prob(self.raw(states), actions)
+        bounds = [self.max_action] if self.clipped_policy else []
+        behavior = self.behavior.log_prob(self.raw(states), actions, *bounds)
+        return self.policy_log_prob(states, actions) - behavior
 
     def raw(self, states: torch.Tensor) -> torch.Tensor:
         """Undo the buffers' normalization: the behavior model and the energy take raw states."""
@@ -720,6 +759,7 @@ def dare_for_corl(
     state_std: np.ndarray | float,
     policy_log_prob: Callable[..., torch.Tensor],
     q_function: Callable[..., torch.Tensor],
+    clipped_policy: bool = False,
     reward_scale: float = 1.0,
     mixing_ratio: float = 0.5,
 ) -> DareHook | None:
@@ -748,7 +788,10 @@ def dare_for_corl(
         seed=config.seed,
         device=device,
     )
-    low, high = return_range
+    q_scale = 1.0
+    if dare.scales_q:
+        low, high = return_range
+        q_scale = energy_q_scale(config.env, high - low, reward_scale)
     return DareHook(
         offline,
         online,
@@ -756,11 +799,12 @@ def dare_for_corl(
         behavior,
         policy_log_prob=policy_log_prob,
         q_function=q_function,
-        q_scale=energy_q_scale(config.env, high - low, reward_scale),
+        q_scale=q_scale,
         mixing_ratio=mixing_ratio,
         state_mean=state_mean,
         state_std=state_std,
         max_action=trainer.max_action if hasattr(trainer, "max_action") else 1.0,
+        clipped_policy=clipped_policy,
         device=device,
         seed=config.seed,
     )

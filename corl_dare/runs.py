@@ -475,6 +475,8 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
     if isinstance(state, dict) and "parts" in state:
         state = state["parts"]["trainer"]
     if isinstance(state, dict):
+        # A random stream is no weight, and may be of another device: a new run has its own.
+        state = {k: v for k, v in state.items() if k != "dare_generator"}
         state = {name: _scalar_state(v, f"{path}: {name}") for name, v in state.items()}
     missing = [k for k in required if not isinstance(state, dict) or k not in state]
     if missing:

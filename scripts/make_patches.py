@@ -75,7 +75,8 @@ dare_hook = dare_for_corl(
     return_range=return_reward_range(dataset, max_steps),
     state_mean=state_mean,
     state_std=state_std,
-    policy_log_prob=lambda s, a: trainer.actor(s).log_prob(a).sum(-1),
+    policy_log_prob=clipped_log_prob(trainer.actor, max_action),
+    clipped_policy=True,
     q_function=lambda s, a: trainer.q_target(s, a),
 )
 """
@@ -84,7 +85,7 @@ dare_hook = dare_for_corl(
         "e13a91b99a4a2982b0747198c240ba1b8494d79163d6a5b288ccf58426a570cb",
         {
             20: "import dataclasses\n\n"
-            "from corl_dare.hook import DareConfig, dare_for_corl\n",
+            "from corl_dare.hook import DareConfig, clipped_log_prob, dare_for_corl\n",
             22: "EXPECTILE_RELEASED = 0.99  # of V on released rows in DARE-IV, Eq. 35\n",
             29: "\n" + class_of("DareIQLConfig", "iql"),
             63: code(

@@ -18,6 +18,7 @@ from corl_dare import behavior
 from corl_dare.behavior import (
     T_MIN,
     BehaviorModel,
+    clipped_normal_log_prob,
     dpm_solver_sample,
     fit,
     fit_cached,
@@ -436,6 +437,47 @@ def test_density_integrates_to_one(kind):
         with torch.no_grad():
             log_prob = model.log_prob(state.expand(len(grid), 2), grid.unsqueeze(-1))
         assert torch.trapezoid(log_prob.exp(), grid).item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ("gaussian", "mixture"))
+def test_probabilities_of_clipped_actions_add_up_to_one(kind):
+    """Density between the bounds, mass at them."""
+    model = with_random_head(kind, 2, 1, seed=4, hidden_dim=16)
+    grid = torch.linspace(-0.7, 0.7, 20_001, dtype=torch.float64)
+    for state in randn(3, 2, seed=1, dtype=torch.float64):
+        with torch.no_grad():
+            rows = state.expand(len(grid), 2), grid.unsqueeze(-1)
+            log_prob = model.log_prob(*rows, 0.7)
+            assert torch.equal(log_prob[1:-1], model.log_prob(*rows)[1:-1])
+            inside = model.log_prob(*rows).exp()
+        mass = log_prob[0].exp() + log_prob[-1].exp()
+        whole = torch.trapezoid(inside, grid) + mass
+        assert mass > 0.01 and whole.item() == pytest.approx(1, abs=1e-6)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    st.floats(-3, 3),
+    st.floats(-3, 1),
+    st.floats(0.1, 2),
+    st.sampled_from([-1.0, 1.0]),
+)
+def test_the_mass_at_a_bound_by_erfc(mean, log_std, bound, side):
+    found = clipped_normal_log_prob(
+        *(torch.tensor(x, dtype=torch.float64) for x in (side * bound, mean, log_std)),
+        bound,
+    )
+    beyond = (bound - side * mean) / math.exp(log_std)
+    assert found.exp().item() == pytest.approx(
+        0.5 * math.erfc(beyond / math.sqrt(2)), rel=1e-9, abs=1e-300
+    )
+
+
+def test_a_bound_far_from_the_mean_has_a_finite_log_mass():
+    found = clipped_normal_log_prob(
+        torch.tensor([1.0, -1.0]), torch.tensor(-0.9), torch.tensor(-5.0), 1.0
+    )
+    assert found.isfinite().all() and found[0] < -1e4 and found[1] > -1e3
 
 
 def torch_distribution(model, states):

@@ -740,6 +740,13 @@ def test_soft_weights_belong_to_the_exchanged_rows(rule, both, cap):
     assert ((soft.weight >= 0) & (soft.weight <= 1)).all()
 
 
+def test_skip_inverted_keeps_an_inverted_batch_as_it_is_with_soft_weights_too():
+    off, on = torch.tensor([3.0, 4.0, 5.0]), torch.tensor([0.0, 1.0])
+    order, weight, _ = run(off, on, weights="soft", skip_inverted=True)
+    assert order.tolist() == [0, 1, 2, 3, 4]
+    assert weight.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
 def test_soft_weights_carry_no_gradient():
     off, on = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     result = exchange(off.requires_grad_(), on, weights="soft")

@@ -1,6 +1,7 @@
 """The hook: rows kept whole, private randomness, caches with a bounded age, exact resume."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from corl_dare.hook import (
     DareConfig,
     DareHook,
     SlotCache,
+    clipped_log_prob,
     draw,
     energy_q_scale,
     fit_behavior,
@@ -76,6 +78,7 @@ def test_off_returns_the_buffers_rows_untouched():
     ]
     assert all(torch.equal(x, y) for x, y in zip(batch, expected, strict=True))
     assert torch.equal(weight, torch.ones(16)) and log == {}
+    assert hook.first_released(16) is None, "nothing is released"
 
 
 @pytest.mark.parametrize("score", ["reference", "likelihood", "policy_ratio"])
@@ -105,6 +108,42 @@ def test_policy_ratio_is_log_policy_minus_log_behavior_on_raw_states():
     log_nu = hook.behavior.log_prob(states * 2.0 + 0.5, actions)
     expected = -((actions - 0.8) ** 2).sum(1) - log_nu
     torch.testing.assert_close(scores, expected)
+
+
+def test_a_clipped_policy_equal_to_the_behavior_has_ratio_0_everywhere():
+    hook = make_hook("gaussian", score="policy_ratio")
+
+    def policy(states):
+        _, mean, log_std = hook.behavior.distribution(hook.raw(states))
+        return torch.distributions.Normal(mean[:, 0], log_std[:, 0].exp())
+
+    hook.clipped_policy, hook.policy_log_prob = True, clipped_log_prob(policy, 1.0)
+    states = torch.randn(200, S, generator=torch.Generator().manual_seed(0))
+    actions = policy(states).sample().clamp(-1, 1)
+    assert (actions.abs() == 1).any(1).float().mean() > 0.1
+    scores, _ = hook.score(states, actions, [None, None])
+    torch.testing.assert_close(scores, torch.zeros(200), atol=1e-4, rtol=0)
+
+
+def test_a_clipped_action_is_judged_by_the_mass_beyond_the_bound():
+    """A policy around 0.9 acts at the bound often, the behavior around 0 hardly ever."""
+    hook = make_hook("gaussian", score="policy_ratio")
+    shape = (1, 1, A)
+    hook.behavior.distribution = lambda states: (
+        torch.zeros(1, 1),
+        torch.zeros(shape),
+        torch.full(shape, math.log(0.3)),
+    )
+    normal = torch.distributions.Normal(torch.full((1, A), 0.9), 0.3)
+    hook.clipped_policy = True
+    hook.policy_log_prob = clipped_log_prob(lambda states: normal, 1.0)
+    action = torch.full((1, A), 0.95)
+    action[0, 0] = 1.0
+    (score,), _ = hook.score(torch.zeros(1, S), action, [None, None])
+    tails = [math.erfc((1.0 - mean) / 0.3 / math.sqrt(2)) for mean in (0.9, 0.0)]
+    inside = ((0.95 - 0.0) ** 2 - (0.95 - 0.9) ** 2) / (2 * 0.3**2)
+    expected = math.log(tails[0] / tails[1]) + (A - 1) * inside
+    assert score.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_policy_ratio_sends_policy_rows_online():
@@ -283,6 +322,9 @@ def test_q_scale_brings_returns_to_a_span_of_1000():
     assert energy_q_scale("antmaze-umaze-v2", 1.0, reward_scale=10.0) == 0.1
     with pytest.raises(ValueError, match="span 0.0"):
         energy_q_scale("hopper-medium-v2", 0.0)
+    guided = DareConfig()
+    assert guided.scales_q and not DareConfig(q_scale="literal").scales_q
+    assert not DareConfig(guidance_scale=0.0).scales_q
     literal = make_hook("diffusion", guidance_scale=1.0, q_scale="literal")
     assert literal.q_scale == 1.0
 
@@ -295,6 +337,17 @@ def test_q_scale_brings_returns_to_a_span_of_1000():
         ({"rule": "best"}, "dare.rule"),
         ({"rule": "share"}, "dare.rule share needs log-density ratios"),
         ({"weights": "smooth"}, "dare.weights"),
+        ({"weights": "soft", "cap": 0}, "dare.weights soft weighs each row by its own"),
+        (
+            {"weights": "soft", "rule": "random"},
+            "so dare.rule and dare.cap would do noth",
+        ),
+        ({"alignment": "gausian_kl"}, "dare.alignment must be one of gaussian_kl"),
+        ({"alignment_sigma": -1.0}, "dare.alignment_sigma must be positive"),
+        ({"behavior_lr": 0.0}, "dare.behavior_lr must be positive"),
+        ({"behavior_width": -1.0}, "dare.behavior_width must be positive"),
+        ({"energy_beta": -3.0}, "dare.energy_beta must be positive"),
+        ({"energy_lr": float("nan")}, "dare.energy_lr must be positive"),
         ({"behavior": "vae"}, "dare.behavior must be"),
         ({"references": 0}, "dare.references"),
         ({"reference_max_age": -1}, "dare.reference_max_age"),

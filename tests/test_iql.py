@@ -1,5 +1,8 @@
 """IQL and DARE-IQL: one update against a float64 oracle, buffers, schedule, evaluation."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from oracle_iql import OracleIQL
 
 from algorithms import dare_iql
 from corl import iql
+from corl_dare import hook, runs
 
 S, A, B = 11, 3, 64
 TASK = "hopper-medium-v2"
@@ -302,3 +306,40 @@ def test_dare_splits_the_batch_in_halves_by_default():
     assert off.mixing_ratio is None  # the baseline's default
     with pytest.raises(ValueError, match="batch_size 255 cannot be split"):
         dare_iql.TrainConfig(env=TASK, batch_size=255)
+
+
+def test_the_policy_ratio_of_dare_iql_knows_that_its_policy_is_clipped():
+    """A policy at the bound acts there half of the time; data that never does is far from it."""
+    dare = {"score": "policy_ratio", "behavior": "gaussian", "guidance_scale": 0.0}
+    config = dare_iql.TrainConfig(env=TASK, dare=dare_iql.DareIQLConfig(**dare))
+    trainer = dare_iql.make_trainer(config, S, A, 1.0, "cpu")
+    trainer.actor = lambda s: torch.distributions.Normal(torch.ones(len(s), A), 0.1)
+    buffer = dare_iql.ReplayBuffer(S, A, 10)
+    behavior = hook.new_behavior(config.dare, S, A, 0, "cpu")
+    # The returns of two unfinished steps have no span, which only guidance needs.
+    dataset = SimpleNamespace(arrays={"rewards": np.zeros(2), "terminals": np.zeros(2)})
+    found = dare_iql.make_hook(
+        config, trainer, buffer, buffer, behavior, dataset, np.zeros(S), np.ones(S)
+    )
+    states, at_bound = torch.zeros(1, S), torch.ones(1, A)
+    assert found.policy_log_prob(states, at_bound).exp().item() == pytest.approx(0.5**A)
+    (score,), _ = found.score(states, at_bound, [None, None])
+    log_nu = behavior.log_prob(states, at_bound, 1.0)
+    assert score.item() == pytest.approx(A * math.log(0.5) - log_nu.item(), rel=1e-5)
+
+
+def test_a_loaded_model_brings_no_random_stream(tmp_path):
+    config = dare_iql.TrainConfig(env=TASK, seed=3)
+    saved = dare_iql.make_trainer(config, S, A, 1.0, "cpu")
+    state = saved.state_dict()
+    state["dare_generator"] = torch.zeros(16, dtype=torch.uint8)  # as of another device
+    torch.save(state, tmp_path / "checkpoint_9.pt")
+    trainer = dare_iql.make_trainer(config, S, A, 1.0, "cpu")
+    stream = trainer.dare_generator.get_state()
+    parts = dare_iql.CHECKPOINT_PARTS
+    trainer.load_state_dict(
+        runs.load_corl_checkpoint(tmp_path / "checkpoint_9.pt", parts)
+    )
+    assert torch.equal(trainer.dare_generator.get_state(), stream)
+    loaded = trainer.vf.state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in saved.vf.state_dict().items())

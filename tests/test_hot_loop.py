@@ -126,7 +126,7 @@ def test_update_reads_nothing_on_the_host(name, monkeypatch):
     "fields",
     [
         {"kind": "mixture", "score": "policy_ratio"},
-        {"kind": "mixture", "score": "likelihood", "weights": "soft", "cap": 2},
+        {"kind": "mixture", "score": "likelihood", "weights": "soft"},
         {"kind": "diffusion", "guidance_scale": 2.0},
         {"kind": "diffusion", "rule": "posterior", "skip_inverted": True},
         {"kind": "diffusion", "rule": "random"},

@@ -252,7 +252,10 @@ def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
             CQL_SETTINGS["antmaze"],
             {**small, "reference_max_age": 3},
         ),
-        "dare_cal_ql patched, soft, no cap": ({}, {**density, "weights": "soft"}),
+        "dare_cal_ql patched, soft, no cap": (
+            {},
+            {**density, "weights": "soft", "cap": None},
+        ),
     }
     results = {}
     for name, (fields, dare) in settings.items():

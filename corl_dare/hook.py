@@ -152,7 +152,7 @@ class DareConfig:
         if self.weights == "soft" and (self.rule != "threshold" or self.cap is not None):
             raise ValueError(
                 "dare.weights soft weighs each row by its own score, so dare.rule and dare.cap "
-                "would do nothing; leave them at threshold and null, or set dare.weights to hard"
+                "would do nothing; set them to threshold and null, or dare.weights to hard"
             )
         if self.rule == "share" and self.score != "policy_ratio":
             raise ValueError(

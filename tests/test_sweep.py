@@ -613,6 +613,18 @@ def test_a_failure_is_not_written_over_what_another_sweep_does(store):
     assert states([cell]) == ["done"]
 
 
+def test_a_pool_without_room_is_asked_again_later(store, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(sweep.time, "sleep", pauses.append)
+
+    class Full(HerePool):  # as a cluster whose machines have yet to come
+        def room(self, cell, running):
+            return len(pauses) >= 2 and super().room(cell, running)
+
+    done, *_ = drive(store(seeds=[0]), Full())
+    assert done and pauses[:2] == [1.0, 1.0], "it does not spin"
+
+
 def test_a_damaged_state_is_named(store, capsys):
     cell = sweep.plan(store())[0]
     sweep.write_cell(cell)

@@ -45,7 +45,10 @@ def curve_panels(
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     shown = [n for n in styles if any(n in curves for curves in panels.values())]
-    legend_columns = min(len(shown), 2 * columns + 1)
+    width = 3.4 * columns + 0.4 if columns > 1 else 5.6
+    # As many entries side by side as fit if all were as long as the longest; inches at 9 points.
+    entry = 0.65 + 0.075 * max(len(name) for name in shown)
+    legend_columns = max(1, min(len(shown), int(width / entry)))
     extra = 0.25 * -(-len(shown) // legend_columns) + 0.5
 
     def draw(figure: Any) -> None:
@@ -81,7 +84,6 @@ def curve_panels(
             fontsize=9,
         )
 
-    width = 3.4 * columns + 0.4 if columns > 1 else 5.6
     return _png((width, 2.6 * lines + extra), draw)
 
 

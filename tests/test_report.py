@@ -16,6 +16,7 @@ import toy
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from algorithms import dare_iql
 from corl import iql
@@ -773,6 +774,25 @@ def test_each_curve_has_its_color_and_lone_runs_no_band():
         for c in (plain, banded)
     ]
     assert counts[0] < 200 and counts[1] > 5000  # of a smoothed line, of the band
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+def test_a_legend_of_many_long_names_stays_inside_the_figure(panels, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda *args: drawn.append(args))
+    x = np.arange(3.0)
+    names = [f"{i}: a method with a name of forty characters" for i in range(7)]
+    curves = {name: figures.Curve(x, x, x, x) for name in names}
+    figures.curve_panels({str(i): curves for i in range(panels)}, names, "x", "y", "")
+    (size, draw), *_ = drawn
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    extent = legend.get_window_extent()
+    assert 0 <= extent.x0 and extent.x1 <= figure.bbox.x1
+    assert extent.y1 <= figure.bbox.y1
+    assert extent.y0 >= max(axis.bbox.y1 for axis in figure.axes)
 
 
 def test_more_methods_than_colors_are_still_told_apart():

@@ -2,6 +2,7 @@
 
     python -m corl_dare.sweep sweeps/smoke.yaml             # a Ray of its own, one worker per core
     python -m corl_dare.sweep sweeps/hopper.yaml --address HOST:6379 --gpus 0.25
+    python -m corl_dare.sweep sweeps/hopper.yaml --only iql n0   # two of its methods
     python -m corl_dare.sweep sweeps/hopper.yaml --status   # the table, nothing is started
 
 The store is folders and small files, each written atomically: `runs/SWEEP/CELL/` holds
@@ -167,6 +168,30 @@ def plan(path: Path | str, runs_dir: Path | str = "runs") -> list[Cell]:
     for cell in ordered:
         _check_store(cell)
     return ordered
+
+
+def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
+    """The cells of some methods, in the same order, and the models that they start from.
+
+    Args:
+        cells: of `plan`.
+        methods: names; that of a method with a grid stands for all its combinations.
+
+    Raises:
+        ValueError: a name that no cell has.
+    """
+    named: dict[str, list[Cell]] = {}
+    for cell in (c for c in cells if not c.is_model):
+        for name in {cell.method, cell.method.split(",")[0]}:
+            named.setdefault(name, []).append(cell)
+    for method in methods:
+        if method not in named:
+            raise runs.ConfigError(
+                f"--only: the sweep has no method {method}; it has {', '.join(sorted(named))}"
+            )
+    taken = [cell for method in methods for cell in named[method]]
+    kept = {c.folder for c in taken} | {c.model.folder for c in taken if c.model}
+    return [c for c in cells if c.folder in kept]
 
 
 def _fields(values: Any, known: dict[str, type], origin: str) -> dict[str, Any]:
@@ -855,6 +880,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto")
     parser.add_argument("--gpus", type=float, default=0.0, help="GPU share per cell")
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", help="these methods, not all of the file"
+    )
     parser.add_argument("--retries", type=int, default=3, help="after deaths, per cell")
     parser.add_argument("--status", action="store_true", help="only show the table")
     parser.add_argument("--cell", type=Path, help=argparse.SUPPRESS)
@@ -883,6 +911,8 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.gpus < 0 or args.retries < 0:
         raise runs.ConfigError("--gpus and --retries must not be negative")
     cells = plan(args.sweep, args.runs_dir)
+    if args.only:
+        cells = select(cells, args.only)
     table = Table(cells)
     if args.status or all(_is_done(c) for c in cells):
         table.show(last=True)

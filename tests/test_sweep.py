@@ -392,6 +392,7 @@ def test_a_bad_sweep_is_refused_in_one_line_before_anything_starts(
         (["s.yaml", "--workers", "0"], "--workers must be at least 1"),
         (["s.yaml", "--workers", "2", "--address", "x"], "not for --address"),
         (["s.yaml", "--gpus", "-1"], "must not be negative"),
+        (["s.yaml", "--only", "walk", "run"], "no method run; it has fast, walk"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(store, capsys, flags, words):
@@ -446,6 +447,27 @@ def test_cells_start_in_the_order_of_the_file_when_a_worker_is_free(store):
     done, cells, _, pool = drive(store(), HerePool(slots=1))
     assert done and pool.most == 1
     assert [c.label for c in pool.started] == [c.label for c in cells]
+
+
+def test_only_some_methods_run_and_the_others_can_follow(store):
+    grid = {"utd": [2, 3]}
+    methods = {**METHODS, "more": {"algorithm": "walk.py", "grid": grid}}
+    file = store(methods=methods, seeds=[0, 1])
+    cells = sweep.plan(file)
+
+    def chosen(*names):
+        return [c.label for c in sweep.select(cells, names)]
+
+    models = ["offline walk a-v2 seed 0", "offline walk a-v2 seed 1"]
+    fast = ["fast a-v2 seed 0", "fast a-v2 seed 1"]
+    more = [f"more,utd={n} a-v2 seed {s}" for n in (2, 3) for s in (0, 1)]
+    assert chosen("fast") == models + fast
+    assert chosen("more", "fast") == models + fast + more, "in the file's order"
+    assert chosen("more,utd=3") == models + more[2:]
+    assert chosen("fast", "more", "walk") == [c.label for c in cells]
+    alone = {"algorithm": "walk.py", "settings": {"lr": 0.3}}  # a model of its own
+    cells = sweep.plan(store(methods={**METHODS, "alone": alone}, seeds=[0]))
+    assert len(chosen("walk")) == len(chosen("alone")) == 2
 
 
 def test_finished_cells_are_never_run_again_and_models_serve_other_sweeps(store):

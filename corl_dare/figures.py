@@ -26,6 +26,15 @@ class Curve(NamedTuple):
     high: np.ndarray
 
 
+class Difference(NamedTuple):
+    """A mean difference, its interval (nan: there is none), and those of the single runs (R,)."""
+
+    value: float
+    low: float
+    high: float
+    runs: np.ndarray
+
+
 def curve_panels(
     panels: Mapping[str, Mapping[str, Curve]],
     styles: Sequence[str],
@@ -85,6 +94,44 @@ def curve_panels(
         )
 
     return _png((width, 2.6 * lines + extra), draw)
+
+
+def difference_panels(
+    panels: Mapping[str, Mapping[str, Difference]],
+    styles: Sequence[str],
+    x_label: str,
+    caption: str,
+) -> bytes:
+    """Differences with their intervals, a line per name, a panel per measure; PNG.
+
+    Args:
+        panels: title -> name -> difference; every panel has the same names.
+        styles: all names in the order of their colors; lines from top to bottom.
+        caption: what the intervals and dots are, and of what data; under the panels.
+    """
+    shown = [n for n in styles if any(n in found for found in panels.values())]
+    places = np.arange(len(shown))[::-1]
+    width = 2.6 * len(panels) + 0.4 + 0.075 * max(len(name) for name in shown)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, found) in zip(axes, panels.items(), strict=True):
+            _tidy(axis)
+            axis.set_title(title, fontsize=10)
+            axis.axvline(0.0, color="#000000", linewidth=1.0)
+            for place, name in zip(places, shown, strict=True):
+                color = COLORS[styles.index(name) % len(COLORS)]
+                value, low, high, runs = found[name]
+                axis.plot([low, high], [place, place], color=color, linewidth=2.0)
+                axis.plot(value, place, "o", color=color, ms=6)
+                below = np.full(len(runs), place - 0.28)
+                axis.plot(runs, below, "|", color=GREY, ms=5, zorder=3)
+            axis.set_yticks(places, shown, fontsize=9)
+            axis.set_ylim(-0.6, len(shown) - 0.4)
+            axis.set_xlabel(x_label, fontsize=9)
+        _caption(figure, caption)
+
+    return _png((width, 0.42 * len(shown) + 1.25), draw)
 
 
 def _caption(figure: Any, text: str) -> None:

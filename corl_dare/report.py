@@ -54,7 +54,10 @@ SUMMARY = (  # what a finished run's summary.json holds in any case
     *("updates", "updates_per_second", "wall_seconds"),
 )
 BUDGET = "online environment steps"
-MEASURES = ("after", "training")  # on which methods are compared
+MEASURES = {  # on which methods are compared -> their titles in figures
+    "after": "final score",
+    "training": "training episodes",
+}
 
 # ---------------------------------------------------------------- store
 
@@ -667,13 +670,21 @@ def aggregate_table(
     return _table(header, rows)
 
 
-def _against(scores: Sequence[Mapping], reference: Sequence[Mapping]) -> list[str]:
-    """Cells on the difference to the baseline; paired by the seeds that both have."""
+def _paired(
+    scores: Sequence[Mapping], reference: Sequence[Mapping]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per task the values of both for the seeds that both have."""
     x, y = [], []
     for mine, theirs in zip(scores, reference, strict=True):
         seeds = sorted(mine.keys() & theirs.keys())
         x.append(np.array([mine[s] for s in seeds]))
         y.append(np.array([theirs[s] for s in seeds]))
+    return x, y
+
+
+def _against(scores: Sequence[Mapping], reference: Sequence[Mapping]) -> list[str]:
+    """Cells on the difference to the baseline; paired by the seeds that both have."""
+    x, y = _paired(scores, reference)
     all_x = [np.array(list(s.values())) for s in scores]
     all_y = [np.array(list(s.values())) for s in reference]
     chance = _interval(stats.probability_of_improvement(all_x, all_y), 2)
@@ -918,6 +929,20 @@ def _group_figures(
         if curves and all(np.array_equal(c[0], curves[0][0]) for c in curves):
             estimate = stats.aggregate_iqm([values for _, values in curves])
             efficiency[""][name] = figures.Curve(curves[0][0], *estimate)
+    differences = _differences(experiment, group, tasks)
+    if differences:
+        one = f"{tasks[0]}, marks: seeds"
+        many = f"mean of {len(tasks)} tasks, marks: seeds of each"
+        yield (
+            f"{slug}-differences",
+            figures.difference_panels(
+                differences,
+                names,
+                f"points above {experiment.name(group.baseline)}",
+                f"95 % intervals; {many if len(tasks) > 1 else one}\ndata: {data}",
+            ),
+            f"differences, {group.title}",
+        )
     band = f"mean, band ± standard deviation over seeds\ndata: {data}"
     yield (
         f"{slug}-learning",
@@ -962,6 +987,28 @@ def _group_figures(
             ),
             f"exchange counts, {group.title}",
         )
+
+
+def _differences(
+    experiment: Experiment, group: Group, tasks: Sequence[str]
+) -> dict[str, dict[str, figures.Difference]]:
+    """Measure -> method -> its difference to the group's baseline; empty if there is none."""
+    if group.baseline is None or len(group.labels) < 2 or not tasks:
+        return {}
+    panels: dict[str, dict[str, figures.Difference]] = {}
+    for measure, title in MEASURES.items():
+        found = {x: _values(experiment, x, tasks, measure) for x in group.labels}
+        if any(None in s.values() for scores in found.values() for s in scores):
+            continue
+        for label in group.labels:
+            x, y = _paired(found[label], found[group.baseline])
+            if label != group.baseline and all(map(len, x)):
+                runs_of = np.concatenate([a - b for a, b in zip(x, y, strict=True)])
+                estimate = stats.mean_difference(x, y)
+                panels.setdefault(title, {})[experiment.name(label)] = (
+                    figures.Difference(*estimate, runs_of)
+                )
+    return panels
 
 
 def _snapshot_section(experiment: Experiment, pictures: dict[str, bytes]) -> str:

@@ -390,7 +390,7 @@ def experiment(make_run, tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    for name in ("curve_panels", "snapshot_panels"):
+    for name in ("curve_panels", "difference_panels", "snapshot_panels"):
         monkeypatch.setattr(figures, name, lambda *args, **kwargs: b"")
 
 
@@ -710,7 +710,7 @@ def test_the_report_is_the_same_to_the_byte(experiment, tmp_path, monkeypatch):
     """Elsewhere, after files came in another order, and for a user with own styles."""
     report.write_report(experiment)
     first = pages(experiment)
-    assert len(first) == 1 + 18 + 2 + 6  # plan, runs, README and CSV, figures
+    assert len(first) == 1 + 18 + 2 + 7  # plan, runs, README and CSV, figures
     for name in ("README.md", "scores.csv", "figures/both-learning.png"):
         (experiment / name).unlink()
     (experiment / "figures/old.png").write_bytes(b"of a label that is gone")
@@ -733,7 +733,8 @@ def test_other_numbers_other_bytes(experiment):
     path.write_text(report.dump_json(record))
     report.write_report(experiment)
     changed = {name for name, data in pages(experiment).items() if first[name] != data}
-    assert {"README.md", "scores.csv", "figures/both-learning.png"} <= changed
+    drawn = {"figures/both-learning.png", "figures/both-differences.png"}
+    assert {"README.md", "scores.csv", *drawn} <= changed
     assert "figures/both-exchanged.png" not in changed
 
 
@@ -793,6 +794,45 @@ def test_a_legend_of_many_long_names_stays_inside_the_figure(panels, monkeypatch
     assert 0 <= extent.x0 and extent.x1 <= figure.bbox.x1
     assert extent.y1 <= figure.bbox.y1
     assert extent.y0 >= max(axis.bbox.y1 for axis in figure.axes)
+
+
+def test_differences_stand_where_their_numbers_are(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda *args: drawn.append(args))
+    sure = figures.Difference(2.0, 1.0, 3.0, np.array([1.5, 2.5]))
+    alone = figures.Difference(-4.0, np.nan, np.nan, np.array([-4.0]))
+    panel = {"sure": sure, "alone": alone}
+    names = ["base", "alone", "sure"]
+    figures.difference_panels({"a": panel, "b": panel}, names, "points", "made up")
+    (size, draw), *_ = drawn
+    figure = Figure(figsize=size)
+    draw(figure)
+    left, right = figure.axes
+    labels = [tick.get_text() for tick in left.get_yticklabels()]
+    assert dict(zip(labels, left.get_yticks(), strict=True)) == {"alone": 1, "sure": 0}
+    for axis in (left, right):
+        zero, *lines = axis.get_lines()
+        assert list(zero.get_xdata()) == [0.0, 0.0]
+        ranges, dots, marks = lines[0::3], lines[1::3], lines[2::3]
+        assert [list(d.get_xdata()) for d in dots] == [[-4.0], [2.0]]
+        assert list(ranges[1].get_xdata()) == [1.0, 3.0]
+        assert np.isnan(ranges[0].get_xdata()).all(), "one seed has no interval"
+        assert [list(m.get_xdata()) for m in marks] == [[-4.0], [1.5, 2.5]]
+        assert [d.get_color() for d in dots] == list(figures.COLORS[1:3])
+
+
+def test_the_figure_of_differences_has_the_tables_numbers(experiment):
+    tree = report.read_experiment(experiment)
+    both, alone = tree.groups
+    tasks = report.common_tasks(tree, both)
+    panels = report._differences(tree, both, tasks)
+    assert list(panels) == ["final score"], "no training episodes were made up"
+    found = panels["final score"]
+    assert list(found) == ["DARE | IQL", "same"], "no line for the baseline"
+    assert found["DARE | IQL"].low == pytest.approx(10.0)
+    assert sorted(found["same"].runs) == pytest.approx([-1, -1, 0, 0, 1, 1])
+    assert found["same"].high == pytest.approx(2.7764451 * (1.0 / 6) ** 0.5)
+    assert report._differences(tree, alone, report.common_tasks(tree, alone)) == {}
 
 
 def test_more_methods_than_colors_are_still_told_apart():

@@ -171,7 +171,7 @@ def plan(path: Path | str, runs_dir: Path | str = "runs") -> list[Cell]:
 
 
 def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
-    """The cells of some methods, in the same order, and the models that they start from.
+    """The cells of some methods, in the order of their names, after the models that they need.
 
     Args:
         cells: of `plan`.
@@ -189,9 +189,9 @@ def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
             raise runs.ConfigError(
                 f"--only: the sweep has no method {method}; it has {', '.join(sorted(named))}"
             )
-    taken = [cell for method in methods for cell in named[method]]
-    kept = {c.folder for c in taken} | {c.model.folder for c in taken if c.model}
-    return [c for c in cells if c.folder in kept]
+    taken = {c.folder: c for method in methods for c in named[method]}
+    needed = {c.model.folder for c in taken.values() if c.model}
+    return [*(c for c in cells if c.folder in needed), *taken.values()]
 
 
 def _fields(values: Any, known: dict[str, type], origin: str) -> dict[str, Any]:
@@ -881,7 +881,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto")
     parser.add_argument("--gpus", type=float, default=0.0, help="GPU share per cell")
     parser.add_argument(
-        "--only", nargs="+", metavar="METHOD", help="these methods, not all of the file"
+        "--only", nargs="+", metavar="METHOD", help="these methods alone, in this order"
     )
     parser.add_argument("--retries", type=int, default=3, help="after deaths, per cell")
     parser.add_argument("--status", action="store_true", help="only show the table")

@@ -462,9 +462,9 @@ def test_only_some_methods_run_and_the_others_can_follow(store):
     fast = ["fast a-v2 seed 0", "fast a-v2 seed 1"]
     more = [f"more,utd={n} a-v2 seed {s}" for n in (2, 3) for s in (0, 1)]
     assert chosen("fast") == models + fast
-    assert chosen("more", "fast") == models + fast + more, "in the file's order"
+    assert chosen("more", "fast") == models + more + fast, "in the order asked for"
     assert chosen("more,utd=3") == models + more[2:]
-    assert chosen("fast", "more", "walk") == [c.label for c in cells]
+    assert chosen("walk", "fast", "more", "more,utd=2") == [c.label for c in cells]
     alone = {"algorithm": "walk.py", "settings": {"lr": 0.3}}  # a model of its own
     cells = sweep.plan(store(methods={**METHODS, "alone": alone}, seeds=[0]))
     assert len(chosen("walk")) == len(chosen("alone")) == 2

@@ -426,19 +426,27 @@ def test_what_the_texts_quote_stands_on_a_page(file):
     assert missing == []
 
 
-# The rows of the two tables of README.md and results/README.md, in the order of both.
+# The rows of README.md's table and of the first in results/README.md, in the order of both.
 QUOTED = {
     "IQL, one buffer (CORL)": "iql",
     "IQL, half-and-half batches": "iql-halves",
     "DARE-IQL, no exchange (n = 0)": "n0",
     "DARE-IQL, policy ratio": "policy-ratio",
     "DARE-IQL, exchange by lot": "random-ratio",
-    "DARE-IQL, the paper's score (small guided diffusion)": "guided",
     "DARE-IQL, one reference (mixture behavior)": "reference",
-    "DARE-IQL, policy ratio, `share`": "share",
-    "DARE-IQL, policy ratio, posterior rule": "posterior",
-    "DARE-IQL, policy ratio, soft weights": "soft",
-    "DARE-IV, policy ratio": "dare-iv",
+}
+# The rows of the second table in results/README.md: variants on one task.
+VARIANTS = {
+    "policy ratio, `share`": "share",
+    "policy ratio, posterior rule": "posterior",
+    "policy ratio, soft weights": "soft",
+    "policy ratio, DARE-IV": "dare-iv",
+    "likelihood (mixture)": "likelihood",
+    "one reference, cap 16": "cap-16",
+    "one reference, direct exchange": "direct",
+    "by lot, as many as by one reference": "random-reference",
+    "one guided reference, small diffusion": "guided",
+    "one unguided reference, small diffusion": "unguided",
 }
 TASKS = ("hopper-medium-v2", "hopper-medium-replay-v2", "hopper-medium-expert-v2")
 
@@ -469,35 +477,38 @@ def stored_measures(measure):
 
 def test_the_readme_table_holds_what_is_stored():
     rows = quoted_rows("README.md", "| | final: medium |")
-    assert len(rows) == len(QUOTED)
+    assert list(rows) == list(QUOTED)
     for name, label in QUOTED.items():
         expected = []
         for measure in ("after", "training"):
             found = stored_measures(measure)[label]
             for task in TASKS:
-                values = found.get(task)
-                text = (
-                    f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-                    if values
-                    else "–"
-                )
-                expected.append(text)
+                spread = np.std(found[task], ddof=1)
+                expected.append(f"{np.mean(found[task]):.1f} ± {spread:.1f}")
         assert rows[name] == expected, name
 
 
-def test_the_table_of_the_results_page_holds_what_is_stored():
+def means_of(label, tasks):
+    """Cells `pairs exchanged`, `final score`, `training score`: a mean per task."""
+    cells = []
+    for measure in ("exchanged", "after", "training"):
+        found = stored_measures(measure)[label]
+        means = [np.mean(found[task]) for task in tasks]
+        known = not np.isnan(means).any()
+        cells.append(", ".join(f"{m:.1f}" for m in means) if known else "–")
+    return cells
+
+
+def test_the_tables_of_the_results_page_hold_what_is_stored():
     rows = quoted_rows("results/README.md", "| losses on the online half |")
     assert len(rows) == len(QUOTED)
     for cells, label in zip(rows.values(), QUOTED.values(), strict=True):
-        expected = []
-        for measure in ("exchanged", "after", "training"):
-            found = stored_measures(measure)[label]
-            means = [np.mean(found[task]) for task in TASKS if task in found]
-            known = not np.isnan(means).any()
-            expected.append(", ".join(f"{m:.1f}" for m in means) if known else "–")
-        if label == "n0":
-            expected[0] = "0"
-        assert cells == expected, label
+        expected = means_of(label, TASKS)
+        assert cells == (["0", *expected[1:]] if label == "n0" else expected), label
+    rows = quoted_rows("results/README.md", "| variant on hopper-medium |")
+    assert list(rows) == list(VARIANTS)
+    for name, label in VARIANTS.items():
+        assert rows[name] == means_of(label, TASKS[:1]), name
 
 
 def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):

@@ -443,6 +443,7 @@ VARIANTS = {
     "policy ratio, DARE-IV": "dare-iv",
     "likelihood (mixture)": "likelihood",
     "one reference, cap 16": "cap-16",
+    "one reference, cap 32": "cap-32",
     "one reference, direct exchange": "direct",
     "by lot, as many as by one reference": "random-reference",
     "one guided reference, small diffusion": "guided",

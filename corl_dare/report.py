@@ -643,6 +643,15 @@ def _values(
     ]
 
 
+def _values_of_all(
+    experiment: Experiment, group: Group, tasks: Sequence[str], measure: str
+) -> dict[str, list[dict]]:
+    """`_values` of every method of the group; empty if a run lacks the measure."""
+    found = {x: _values(experiment, x, tasks, measure) for x in group.labels}
+    lacking = any(None in s.values() for scores in found.values() for s in scores)
+    return {} if lacking else found
+
+
 def aggregate_table(
     experiment: Experiment, group: Group, tasks: Sequence[str], measure: str = "after"
 ) -> str:
@@ -651,8 +660,8 @@ def aggregate_table(
     Empty if a run lacks the measure.
     """
     base = group.baseline
-    found = {x: _values(experiment, x, tasks, measure) for x in group.labels}
-    if any(None in s.values() for scores in found.values() for s in scores):
+    found = _values_of_all(experiment, group, tasks, measure)
+    if not found:
         return ""
     header = ["method", "runs", f"IQM of {measure} [95 %]", f"mean of {measure}"]
     if base is not None:
@@ -997,10 +1006,8 @@ def _differences(
         return {}
     panels: dict[str, dict[str, figures.Difference]] = {}
     for measure, title in MEASURES.items():
-        found = {x: _values(experiment, x, tasks, measure) for x in group.labels}
-        if any(None in s.values() for scores in found.values() for s in scores):
-            continue
-        for label in group.labels:
+        found = _values_of_all(experiment, group, tasks, measure)
+        for label in found:
             x, y = _paired(found[label], found[group.baseline])
             if label != group.baseline and all(map(len, x)):
                 runs_of = np.concatenate([a - b for a, b in zip(x, y, strict=True)])

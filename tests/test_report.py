@@ -847,6 +847,19 @@ def test_the_figure_of_differences_has_the_tables_numbers(experiment):
     assert report._differences(tree, alone, report.common_tasks(tree, alone)) == {}
 
 
+def test_methods_without_common_seeds_have_no_difference_to_draw(make_run, tmp_path):
+    for label, seed in (("a", 0), ("b", 1), ("c", 0)):
+        report.add([make_run(name=label, seed=seed)], tmp_path / "x")
+    report.write_report(tmp_path / "x")
+    assert "no common seeds" in text_of(tmp_path / "x")
+    tree = report.read_experiment(tmp_path / "x")
+    (group,) = tree.groups
+    found = report._differences(tree, group, report.common_tasks(tree, group))
+    assert list(found["final score"]) == ["c"] and np.isnan(
+        found["final score"]["c"].low
+    )
+
+
 def test_more_methods_than_colors_are_still_told_apart():
     x = np.array([0.0, 1.0])
     names = [f"m{i}" for i in range(9)]

@@ -46,10 +46,10 @@ format: $(DEV_READY)  ## ruff: mend what it can
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 diff:  ## the method as a diff: make diff ALGO=iql
-	@git --no-pager diff --no-index --stat corl/$(ALGO).py algorithms/dare_$(ALGO).py || true
-	@git --no-pager diff --no-index corl/$(ALGO).py algorithms/dare_$(ALGO).py || true
+	@git --no-pager diff --no-index --stat algorithms/$(ALGO).py algorithms/dare_$(ALGO).py || true
+	@git --no-pager diff --no-index algorithms/$(ALGO).py algorithms/dare_$(ALGO).py || true
 	@if [ -d $(CORL) ]; then git --no-pager diff --no-index --stat \
-	    $(CORL)/algorithms/finetune/$(ALGO).py corl/$(ALGO).py; fi || true
+	    $(CORL)/algorithms/finetune/$(ALGO).py algorithms/$(ALGO).py; fi || true
 
 patches: $(READY)  ## write patches/*.patch for upstream CORL: make patches CORL=path
 	$(BIN)/python scripts/make_patches.py --write --corl $(CORL)
@@ -65,10 +65,10 @@ bench: $(READY)  ## updates per second: baseline against DARE, ratios of one run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/update_speed.py $(ARGS)
 
 sweep: $(SWEEP_READY)  ## a whole experiment on Ray; resumes: make sweep SWEEP=sweeps/hopper.yaml
-	$(BIN)/python -m corl_dare.sweep $(SWEEP) $(ARGS)
+	$(BIN)/python -m experiments.sweep $(SWEEP) $(ARGS)
 
 report: $(READY)  ## every table and figure of results/ from stored runs
-	$(BIN)/python -m corl_dare.report write $(ARGS)
+	$(BIN)/python -m experiments.report write $(ARGS)
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

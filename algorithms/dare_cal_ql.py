@@ -7,7 +7,7 @@ left with the TD loss (Eq. 14).
 
     python algorithms/dare_cal_ql.py --config configs/cal_ql/hopper_medium.yaml
 
-This file is `corl/cal_ql.py` plus lines (`make diff ALGO=cal_ql`). Readings of the paper: a row's
+This file is `cal_ql.py` plus lines (`make diff ALGO=cal_ql`). Readings of the paper: a row's
 gap is clipped, then weighted, then averaged over the whole batch, so half the rows of weight 1
 give half of full-batch CQL; that average also drives the Lagrange multiplier. Calibration ends
 with the offline phase as in the baseline; with `dare.keep_calibration` it goes on, and rows
@@ -19,7 +19,7 @@ Paper: Nakamoto et al. 2023, https://arxiv.org/abs/2303.05479. Names, config fie
 updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/cal_ql.py` at
 commit 6afec90; one update on the same weights, batch and draws gives the same parameters.
 
-    python corl/cal_ql.py --config configs/cal_ql/hopper_medium.yaml
+    python algorithms/cal_ql.py --config configs/cal_ql/hopper_medium.yaml
 
 What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
 - After `load_model` the entropy and Lagrange multipliers go on learning. Upstream's optimizers
@@ -57,7 +57,9 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl_dare import compiled, datasets, envs, runs
+from corl import checkpoints, compiled, envs, machine, physics, runs, tasks
+from corl.config import main
+from corl.data import sources
 from corl_dare.hook import (
     LOGS,
     DareConfig,
@@ -201,7 +203,7 @@ class TrainConfig:
     dare: DareCalQLConfig = dataclasses.field(default_factory=DareCalQLConfig)
 
     def __post_init__(self):
-        envs.task(self.env)
+        tasks.task(self.env)
         at_least = {
             1: (
                 "eval_freq",
@@ -460,7 +462,7 @@ def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, f
 
 
 def get_return_to_go(
-    dataset: Dict, task: envs.Task, config: "TrainConfig"
+    dataset: Dict, task: tasks.Task, config: "TrainConfig"
 ) -> np.ndarray:
     """Discounted return from every row to the end of its episode, (N,), float64.
 
@@ -1103,7 +1105,7 @@ class OnlineCollector:
     ):
         self.env, self.buffer, self.config = env, buffer, config
         self.reward_args, self.device = reward_args, device
-        self.horizon = envs.task(config.env).horizon
+        self.horizon = tasks.task(config.env).horizon
         self.state, _ = env.reset()
         self.episode_step, self.episode_return, self.success = 0, 0.0, False
         self.successes: List[float] = []  # of the finished episodes
@@ -1127,7 +1129,7 @@ class OnlineCollector:
         self.episode = {
             "train_return": self.episode_return,
             "train_score": float(
-                envs.normalized_score(self.config.env, self.episode_return)
+                tasks.normalized_score(self.config.env, self.episode_return)
             ),
             "train_length": float(self.episode_step),
         }
@@ -1136,7 +1138,7 @@ class OnlineCollector:
 
     def state_dict(self) -> Dict[str, Any]:
         return {
-            "env": envs.get_state(self.env),
+            "env": physics.get_state(self.env),
             "state": self.state,
             "unfinished": [self.episode_step, self.episode_return, self.success],
             "successes": self.successes,
@@ -1144,7 +1146,7 @@ class OnlineCollector:
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        envs.set_state(self.env, state["env"])
+        physics.set_state(self.env, state["env"])
         self.state = state["state"]
         self.episode_step, self.episode_return, self.success = state["unfinished"]
         self.successes, self.episode = list(state["successes"]), dict(state["episode"])
@@ -1172,7 +1174,7 @@ def make_hook(
 ) -> DareHook:
     q_scale = 1.0
     if config.dare.scales_q:
-        horizon = envs.task(config.env).horizon
+        horizon = tasks.task(config.env).horizon
         min_ret, max_ret = return_reward_range(dataset.arrays, horizon)
         reward_scale = config.reward_scale if config.normalize_reward else 1.0
         q_scale = energy_q_scale(config.env, max_ret - min_ret, reward_scale)
@@ -1216,7 +1218,7 @@ class Evaluator:
         returns, success = eval_actor(
             self.env, actor, self.device, config.n_episodes, seed
         )
-        scores = envs.normalized_score(config.env, returns)
+        scores = tasks.normalized_score(config.env, returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
         if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
             self.successes.append(success)
@@ -1238,14 +1240,16 @@ def save_corl_checkpoint(config: TrainConfig, trainer: Any, t: int) -> None:
     if config.checkpoints_path is not None:
         folder = Path(config.checkpoints_path)
         folder.mkdir(parents=True, exist_ok=True)
-        runs.save_corl_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
+        checkpoints.save_corl_checkpoint(
+            folder / f"checkpoint_{t}.pt", trainer.state_dict()
+        )
 
 
 def seconds_per_update(
     config: TrainConfig, source: Any, dims: Tuple[int, int], device: str
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
-    streams = runs.rng_state()
+    streams = checkpoints.rng_state()
     # Not compiled: that would cost more time than it measures.
     config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
@@ -1257,22 +1261,22 @@ def seconds_per_update(
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / count
-    runs.set_rng_state(streams)
+    checkpoints.set_rng_state(streams)
     return seconds
 
 
 def announce(seconds: Dict[str, float], device: str) -> None:
     """Print what the phases will take, evaluations not counted."""
     total = sum(seconds.values())
-    parts = ", ".join(f"{k} {runs.readable_time(v)}" for k, v in seconds.items())
-    print(f"estimated time on this {device}: {runs.readable_time(total)} ({parts})")
+    parts = ", ".join(f"{k} {machine.readable_time(v)}" for k, v in seconds.items())
+    print(f"estimated time on this {device}: {machine.readable_time(total)} ({parts})")
     if total > 3600:
         print(f"for a first look in minutes: --config {QUICK_START}")
 
 
 def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
     """Dataset with rewards and states as trained on, reward arguments, state mean and std."""
-    dataset = datasets.resolve(
+    dataset = sources.resolve(
         config.env,
         source=config.dataset_source,
         path=config.dataset_path,
@@ -1291,7 +1295,7 @@ def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
             "reward_bias": config.reward_bias,
         }
         reward_args = {**modify_reward(data, config.env, **linear), **linear}
-    data["mc_returns"] = get_return_to_go(data, envs.task(config.env), config)
+    data["mc_returns"] = get_return_to_go(data, tasks.task(config.env), config)
     state_mean, state_std = np.zeros(1, np.float32), np.ones(1, np.float32)
     if config.normalize:
         state_mean, state_std = compute_mean_std(data["observations"], eps=1e-3)
@@ -1302,9 +1306,9 @@ def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
 
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole experiment; returns what the run folder's summary.json says."""
-    device = runs.pick_device(config.device)
-    runs.configure_threads(config.threads)
-    task = envs.task(config.env)
+    device = machine.pick_device(config.device)
+    machine.configure_threads(config.threads)
+    task = tasks.task(config.env)
     env = envs.make(config.env, config.env_backend)
     eval_env = envs.make(config.env, config.env_backend)
     with runs.Run(config, ALGORITHM, COLUMNS) as run:
@@ -1325,7 +1329,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *dims, max_action, device)
         if config.load_model:
             trainer.load_state_dict(
-                runs.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
+                checkpoints.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
             )
             if config.compat:  # as upstream, the optimizers step what nobody reads
                 trainer.log_alpha = copy.deepcopy(trainer.log_alpha)
@@ -1360,7 +1364,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                 raw_states,
                 buffer._actions[: buffer._size],
                 dataset_hash=dataset.provenance["sha256"],
-                cache_dir=datasets.cache_folder() / "behavior",
+                cache_dir=sources.cache_folder() / "behavior",
                 seed=config.seed,
                 device=device,
                 should_stop=lambda: run.stop_requested,
@@ -1410,4 +1414,4 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.main(train, TrainConfig, ignore=OTHER_BLOCKS)
+    main(train, TrainConfig, ignore=OTHER_BLOCKS)

@@ -7,7 +7,7 @@ Q-learning with a maximum over the policy's actions and a SAC policy loss (Eq. 1
 
     python algorithms/dare_iql.py --config configs/iql/hopper_medium.yaml
 
-This file is `corl/iql.py` plus lines (`make diff ALGO=iql`). Readings of the paper: the maximum
+This file is `iql.py` plus lines (`make diff ALGO=iql`). Readings of the paper: the maximum
 over actions is one over `backup_actions` of the current policy, without entropy; V keeps its
 expectile on all rows; masked terms are averaged over the whole batch. The released policy loss
 scores the action that would be executed, clipped to the bounds, where Q has seen data.
@@ -18,7 +18,7 @@ Paper: Kostrikov et al. 2021, https://arxiv.org/abs/2110.06169. Names, config fi
 updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/iql.py` at commit
 6afec90; one update on the same weights and batch gives the same parameters.
 
-    python corl/iql.py --config configs/iql/hopper_medium.yaml
+    python algorithms/iql.py --config configs/iql/hopper_medium.yaml
 
 What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
 - The cosine schedule of the actor's learning rate ends with the offline phase; online the rate
@@ -49,7 +49,9 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from corl_dare import compiled, datasets, envs, runs
+from corl import checkpoints, compiled, envs, machine, physics, runs, tasks
+from corl.config import main
+from corl.data import sources
 from corl_dare.hook import (
     LOGS,
     DareConfig,
@@ -172,7 +174,7 @@ class TrainConfig:
     dare: DareIQLConfig = dataclasses.field(default_factory=DareIQLConfig)
 
     def __post_init__(self):
-        envs.task(self.env)
+        tasks.task(self.env)
         counts = (
             "eval_freq",
             "n_episodes",
@@ -844,7 +846,7 @@ class OnlineCollector:
     ):
         self.env, self.buffer, self.config = env, buffer, config
         self.reward_args, self.device = reward_args, device
-        self.horizon = envs.task(config.env).horizon
+        self.horizon = tasks.task(config.env).horizon
         self.max_action = float(env.action_space.high[0])
         self.state, _ = env.reset()
         self.episode_step, self.episode_return, self.success = 0, 0.0, False
@@ -881,7 +883,7 @@ class OnlineCollector:
         self.episode = {
             "train_return": self.episode_return,
             "train_score": float(
-                envs.normalized_score(self.config.env, self.episode_return)
+                tasks.normalized_score(self.config.env, self.episode_return)
             ),
             "train_length": float(self.episode_step),
         }
@@ -890,7 +892,7 @@ class OnlineCollector:
 
     def state_dict(self) -> Dict[str, Any]:
         return {
-            "env": envs.get_state(self.env),
+            "env": physics.get_state(self.env),
             "state": self.state,
             "unfinished": [self.episode_step, self.episode_return, self.success],
             "successes": self.successes,
@@ -898,7 +900,7 @@ class OnlineCollector:
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        envs.set_state(self.env, state["env"])
+        physics.set_state(self.env, state["env"])
         self.state = state["state"]
         self.episode_step, self.episode_return, self.success = state["unfinished"]
         self.successes, self.episode = list(state["successes"]), dict(state["episode"])
@@ -926,7 +928,7 @@ def make_hook(
 ) -> DareHook:
     q_scale = 1.0
     if config.dare.scales_q:
-        horizon = envs.task(config.env).horizon
+        horizon = tasks.task(config.env).horizon
         min_ret, max_ret = return_reward_range(dataset.arrays, horizon)
         q_scale = energy_q_scale(config.env, max_ret - min_ret)
     return DareHook(
@@ -970,7 +972,7 @@ class Evaluator:
         returns, success = eval_actor(
             self.env, actor, self.device, config.n_episodes, seed
         )
-        scores = envs.normalized_score(config.env, returns)
+        scores = tasks.normalized_score(config.env, returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
         if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
             self.successes.append(success)
@@ -992,14 +994,14 @@ def save_corl_checkpoint(config: TrainConfig, trainer: Any, t: int) -> None:
     if config.checkpoints_path is not None:
         folder = Path(config.checkpoints_path)
         folder.mkdir(parents=True, exist_ok=True)
-        runs.save_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
+        checkpoints.save_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
 
 
 def seconds_per_update(
     config: TrainConfig, source: Any, dims: Tuple[int, int], device: str
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
-    streams = runs.rng_state()
+    streams = checkpoints.rng_state()
     # Not compiled: that would cost more time than it measures.
     config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
@@ -1011,22 +1013,22 @@ def seconds_per_update(
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / count
-    runs.set_rng_state(streams)
+    checkpoints.set_rng_state(streams)
     return seconds
 
 
 def announce(seconds: Dict[str, float], device: str) -> None:
     """Print what the phases will take, evaluations not counted."""
     total = sum(seconds.values())
-    parts = ", ".join(f"{k} {runs.readable_time(v)}" for k, v in seconds.items())
-    print(f"estimated time on this {device}: {runs.readable_time(total)} ({parts})")
+    parts = ", ".join(f"{k} {machine.readable_time(v)}" for k, v in seconds.items())
+    print(f"estimated time on this {device}: {machine.readable_time(total)} ({parts})")
     if total > 3600:
         print(f"for a first look in minutes: --config {QUICK_START}")
 
 
 def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
     """Dataset with rewards and states as trained on, reward arguments, state mean and std."""
-    dataset = datasets.resolve(
+    dataset = sources.resolve(
         config.env,
         source=config.dataset_source,
         path=config.dataset_path,
@@ -1049,9 +1051,9 @@ def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
 
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole experiment; returns what the run folder's summary.json says."""
-    device = runs.pick_device(config.device)
-    runs.configure_threads(config.threads)
-    task = envs.task(config.env)
+    device = machine.pick_device(config.device)
+    machine.configure_threads(config.threads)
+    task = tasks.task(config.env)
     env = envs.make(config.env, config.env_backend)
     eval_env = envs.make(config.env, config.env_backend)
     with runs.Run(config, ALGORITHM, COLUMNS) as run:
@@ -1074,7 +1076,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *dims, max_action, device)
         if config.load_model:
             trainer.load_state_dict(
-                runs.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
+                checkpoints.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
             )
         collector = OnlineCollector(env, online_buffer, config, reward_args, device)
         evaluator = Evaluator(eval_env, config, device, collector)
@@ -1106,7 +1108,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                 raw_states,
                 buffer._actions[: buffer._size],
                 dataset_hash=dataset.provenance["sha256"],
-                cache_dir=datasets.cache_folder() / "behavior",
+                cache_dir=sources.cache_folder() / "behavior",
                 seed=config.seed,
                 device=device,
                 should_stop=lambda: run.stop_requested,
@@ -1156,4 +1158,4 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.main(train, TrainConfig, ignore=OTHER_BLOCKS)
+    main(train, TrainConfig, ignore=OTHER_BLOCKS)

@@ -23,9 +23,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from corl import machine
+from corl.data import schema, sources
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from corl_dare import datasets, runs
 
 S, A, TASK = 11, 3, "hopper-medium-v2"
 
@@ -66,13 +68,13 @@ def measure_arrays(rows: int, loop_rows: int) -> dict:
     seconds = []
     for _ in range(5):
         start = time.process_time()
-        found = datasets.qlearning_dataset(raw)
+        found = schema.qlearning_dataset(raw)
         seconds.append(time.process_time() - start)
     few = {key: values[:loop_rows] for key, values in raw.items()}
     start = time.process_time()
     expected = plain_loop(few)
     loop = (time.process_time() - start) * rows / loop_rows
-    same = datasets.qlearning_dataset(few)
+    same = schema.qlearning_dataset(few)
     for key, values in expected.items():
         if not np.array_equal(same[key], values) or same[key].dtype != values.dtype:
             raise RuntimeError(f"the vectorised {key} differ from the loop's")
@@ -124,7 +126,7 @@ def load(path: str) -> None:
     cpu, clock = time.process_time(), time.time()
     with open(os.devnull, "w") as nowhere:
         out, sys.stdout = sys.stdout, nowhere
-        found = datasets.resolve(TASK, path=path)
+        found = sources.resolve(TASK, path=path)
         sys.stdout = out
     cpu, clock = time.process_time() - cpu, time.time() - clock
     size = sum(values.nbytes for values in found.arrays.values())
@@ -152,7 +154,7 @@ def main() -> None:
         "arrays": measure_arrays(args.rows, args.loop_rows),
         "file_float32": measure_file(args.rows, "float32"),
         "file_float64": measure_file(args.rows, "float64"),
-        "machine": runs.machine(),
+        "machine": machine.describe(),
         "numpy": np.__version__,
         "h5py": h5py.__version__,
     }

@@ -31,12 +31,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from corl import envs, machine, tasks
+from corl.data import sources
+from corl.progress import progress_bar
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import dare_iql
-from corl_dare import datasets, envs, hook, runs
+from corl_dare import hook
 from corl_dare.exchange import exchange
-from corl_dare.progress import progress_bar
 
 BATCH = 256
 
@@ -93,7 +96,7 @@ class Experiment:
             offline_iterations=settings.offline_updates,
             dare=self.block({}),
         )
-        task = envs.task(settings.env)
+        task = tasks.task(settings.env)
         self.dims = task.state_dim, task.action_dim
         self.dataset, reward_args, *self.moments = dare_iql.load_data(self.config)
         env = dare_iql.wrap_env(envs.make(settings.env), *self.moments)
@@ -128,7 +131,7 @@ class Experiment:
             self.offline._states[:rows] * std + mean,
             self.offline._actions[:rows],
             dataset_hash=self.dataset.provenance["sha256"],
-            cache_dir=datasets.cache_folder() / "behavior",
+            cache_dir=sources.cache_folder() / "behavior",
             seed=self.settings.seed,
             device="cpu",
         )
@@ -262,7 +265,7 @@ def main() -> None:
     args = vars(parser.parse_args())
     out = args.pop("out")
     settings = Settings(**args)
-    runs.configure_threads(1)
+    machine.configure_threads(1)
     results = run(settings)
     print(table(results))
     if out is None:
@@ -274,9 +277,9 @@ def main() -> None:
         "settings": dataclasses.asdict(settings),
         "variants": VARIANTS,
         "data": "self-collected stand-in, not D4RL data",
-        "machine": runs.machine(),
-        "versions": runs.versions(),
-        "commit": runs.git_commit(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "commit": machine.git_commit(),
     }
     out.write_text(json.dumps(record, indent=2) + "\n")
 

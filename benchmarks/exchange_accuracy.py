@@ -33,9 +33,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from corl import files, tasks
+from corl.data import schema, sources
+from corl.machine import describe, git_commit, versions
+from corl.standin import collect, policies
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from corl_dare import collect, datasets, envs, runs, sac
 from corl_dare.behavior import (
     T_MIN,
     BehaviorModel,
@@ -96,7 +100,7 @@ class Policy:
     """A policy with an exact density; None in place of a network: uniform in [-1, 1]."""
 
     def __init__(
-        self, level: str, network: sac.TanhGaussianPolicy | None, action_dim: int
+        self, level: str, network: policies.TanhGaussianPolicy | None, action_dim: int
     ):
         self.level, self.action_dim = level, action_dim
         self.network = None if network is None else network.double()
@@ -129,15 +133,17 @@ def load_policy(robot: str, level: str) -> Policy:
     Raises:
         ValueError: no such policy is shipped.
     """
-    if level not in collect.kinds(robot):
+    if level not in policies.kinds(robot):
         raise ValueError(
             f"no {level} policy of {robot} is shipped; there are: "
-            f"{', '.join(set(LEVELS) & set(collect.kinds(robot))) or 'none'}"
+            f"{', '.join(set(LEVELS) & set(policies.kinds(robot))) or 'none'}"
         )
     network = None
     if level != "random":
-        network = sac.load_policy(collect.POLICY_DIR / f"{robot}_{level}.safetensors")
-    return Policy(level, network, envs.ROBOTS[robot].action_dim)
+        network = policies.load_policy(
+            policies.POLICY_DIR / f"{robot}_{level}.safetensors"
+        )
+    return Policy(level, network, tasks.ROBOTS[robot].action_dim)
 
 
 class Rows(NamedTuple):
@@ -160,9 +166,9 @@ def collect_rows(
 ) -> tuple[Rows, dict]:
     """Rows of a policy's own episodes, rolled out once, and where they come from."""
     task = f"{robot}-{level}-v2"
-    digests = "".join(f"-{d[:8]}" for d in collect.fingerprint(task).values())
+    digests = "".join(f"-{d[:8]}" for d in policies.fingerprint(task).values())
     path = folder / f"{task}-{rows}-seed{seed}{digests}.hdf5"
-    raw = datasets.load_hdf5(
+    raw = schema.load_hdf5(
         collect.collect(task, rows, path, seed, progress=sys.stderr.isatty()), task
     )
     found = Rows(
@@ -181,7 +187,7 @@ def collect_rows(
         "task": task,
         "rows": rows,
         "seed": seed,
-        "sha256": collect.sha256(path),
+        "sha256": files.sha256(path),
         "episode_returns": [float(f(episodes)) for f in (np.min, np.mean, np.max)],
     }
     return found, source
@@ -823,7 +829,7 @@ class Laboratory:
 
 def run(settings: Settings, levels: list[str], folder: Path) -> dict:
     """All experiments of one seed; what the JSON file of a seed holds."""
-    start, commit, result = time.process_time(), runs.git_commit(), Result()
+    start, commit, result = time.process_time(), git_commit(), Result()
     lab = Laboratory(settings, levels, folder)
     main_pair = tuple(levels[-2:])
     for pair in itertools.product(levels, repeat=2):
@@ -847,13 +853,15 @@ def run(settings: Settings, levels: list[str], folder: Path) -> dict:
         "levels": levels,
         "main_pair": list(main_pair),
         "sources": lab.sources,
-        "policies": {x: collect.fingerprint(f"{settings.robot}-{x}-v2") for x in levels},
+        "policies": {
+            x: policies.fingerprint(f"{settings.robot}-{x}-v2") for x in levels
+        },
         "rows_on_the_bounds": lab.clamped,
         "energy": lab.fits,
         "processor_seconds": time.process_time() - start,
-        "machine": runs.machine(),
+        "machine": describe(),
         "threads": torch.get_num_threads(),
-        "versions": runs.versions(),
+        "versions": versions(),
         "commit": commit,
         "columns": Result.COLUMNS,
         "tables": result.tables,
@@ -1384,7 +1392,7 @@ def write_json(path: Path, record: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(text)
-    collect.publish(part, path)
+    files.publish(part, path)
 
 
 def main() -> None:
@@ -1403,7 +1411,7 @@ def main() -> None:
             fields = [field.name for field in dataclasses.fields(Settings)]
             settings = Settings(**{name: getattr(args, name) for name in fields})
             check_same(args.out, dataclasses.asdict(settings), args.levels)
-            folder = args.data or datasets.cache_folder() / "exchange_accuracy"
+            folder = args.data or sources.cache_folder() / "exchange_accuracy"
             torch.set_num_threads(1)
             record = run(settings, args.levels, folder)
             write_json(args.out / f"seed_{settings.seed}.json", record)

@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from corl import machine, tasks
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from corl_dare import envs, runs
 
 ROOT = Path(__file__).parent.parent
 TASK = "hopper-medium-v2"
@@ -79,7 +80,7 @@ def growth(course: dict[int, float]) -> float:
     """MB from a fifth of the way to the end, less the rows written meanwhile."""
     last = max(course)
     first = min(step for step in course if step >= last / 5)
-    task = envs.task(TASK)
+    task = tasks.task(TASK)
     row = 4 * (2 * task.state_dim + task.action_dim + 2) / 1e6  # float32
     return course[last] - course[first] - row * (last - first)
 
@@ -100,9 +101,9 @@ def main() -> None:
         record = {
             "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
             "results": results,
-            "machine": runs.machine(),
-            "versions": runs.versions(),
-            "commit": runs.git_commit(),
+            "machine": machine.describe(),
+            "versions": machine.versions(),
+            "commit": machine.git_commit(),
         }
         args.out.write_text(json.dumps(record, indent=2) + "\n")
 

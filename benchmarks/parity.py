@@ -20,11 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from corl import d4rl_shim, machine
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import dare_cal_ql, dare_iql
-from corl import cal_ql, cql, iql
-from corl_dare import d4rl_shim, hook, runs
+from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl_dare import hook
 from scripts import make_patches
 
 S, A, B, ROWS, UPDATES, TASK = 11, 3, 256, 2000, 20, "hopper-medium-v2"
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--corl", type=Path, required=True, help="a CORL checkout")
     parser.add_argument("--out", type=Path, help="also write the report here")
     args = parser.parse_args()
-    runs.configure_threads(1)
+    machine.configure_threads(1)
     upstream = args.corl / "algorithms/finetune"
     results = iql_cases(load(upstream / "iql.py"))
     results.update(cql_cases(cql, load(upstream / "cql.py")))
@@ -318,7 +319,8 @@ def main() -> None:
     results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
     lines = [
         f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "
-        f"{runs.machine()['processor']}, torch {torch.__version__}, ours {runs.git_commit()}",
+        f"{machine.describe()['processor']}, torch {torch.__version__}, "
+        f"ours {machine.git_commit()}",
     ]
     for name, found in results.items():
         lines.append(f"\n{name}: largest difference {max(found.values()):.3g}")

@@ -24,12 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from corl import compiled
+from corl.machine import configure_threads, describe, git_commit, pick_device, versions
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import dare_cal_ql, dare_iql
+from algorithms import cal_ql, dare_cal_ql, dare_iql, iql
 from benchmarks import parity
-from corl import cal_ql, iql
-from corl_dare import compiled, hook, runs
+from corl_dare import hook
 
 S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
@@ -179,9 +181,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
-    device = runs.pick_device(args.device)
-    runs.configure_threads(args.threads)
-    machine = runs.machine()
+    device = pick_device(args.device)
+    configure_threads(args.threads)
+    machine = describe()
     print(
         f"{machine['gpu'] if device != 'cpu' else machine['processor']}, device {device}, "
         f"{args.threads} thread(s), torch {torch.__version__}"
@@ -222,8 +224,8 @@ def main() -> None:
         "device": device,
         "threads": args.threads,
         "machine": machine,
-        "versions": runs.versions(),
-        "commit": runs.git_commit(),
+        "versions": versions(),
+        "commit": git_commit(),
         "upstream_commit": parity.make_patches.COMMIT if args.corl else None,
     }
     args.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Runs unmodified CORL scripts through `corl_dare.d4rl_shim`; one row per script.
+"""Runs unmodified CORL scripts through `corl.d4rl_shim`; one row per script.
 
     python benchmarks/upstream_table.py PATH/TO/CORL [--out results/upstream/hopper.csv]
 
@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from corl_dare import datasets, runs
+from corl.data import sources
+from corl.machine import describe, git_commit, versions
 
 ROOT = Path(__file__).parent.parent
 TASK, COMMIT, EPISODES = "hopper-medium-v2", "6afec90", 5
@@ -66,7 +67,7 @@ def run(corl: Path, name: str, seed: int) -> dict:
     flags = [*COMMON, *flags, "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        command = [sys.executable, "-m", "corl_dare.d4rl_shim", "--log", str(log)]
+        command = [sys.executable, "-m", "corl.d4rl_shim", "--log", str(log)]
         start = time.perf_counter()
         subprocess.run(
             [*command, str(script), *flags],
@@ -118,15 +119,15 @@ def main() -> None:
     parser.add_argument("--only", choices=SCRIPTS, nargs="+", default=list(SCRIPTS))
     parser.add_argument("--out", type=Path, default=ROOT / "results/upstream/hopper.csv")
     args = parser.parse_args()
-    data, machine = datasets.resolve(TASK).provenance, runs.machine()
+    data, machine = sources.resolve(TASK).provenance, describe()
     facts = {
         "corl_commit": COMMIT,
         "task": TASK,
         "dataset": data["label"],
         "dataset_sha256": data["sha256"],
-        "commit": runs.git_commit(),
+        "commit": git_commit(),
         "machine": f"{machine['processor']}, 1 thread",
-        **runs.versions(),
+        **versions(),
     }
     rows = []
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,8 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from corl_dare import compiled
+from corl import compiled
+from corl.progress import progress_bar
 from corl_dare.behavior import (
     BehaviorModel,
     clipped_normal_log_prob,
@@ -40,7 +41,6 @@ from corl_dare.behavior import (
 )
 from corl_dare.exchange import ALIGNMENTS, alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
-from corl_dare.progress import progress_bar
 
 SCORES = ("reference", "likelihood", "policy_ratio")
 RULES = ("threshold", "posterior", "direct", "share", "random")

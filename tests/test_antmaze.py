@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_dare import antmaze, envs
+from corl import antmaze, envs, physics, tasks
 
 KINDS = ("umaze", "umaze-diverse", "medium-play", "medium-diverse") + (
     "large-play",
@@ -326,7 +326,7 @@ def test_a_fall_ends_nothing():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_score_is_the_success_rate(kind):
-    scores = envs.normalized_score(f"antmaze-{kind}-v2", [0.0, 1.0, 0.25])
+    scores = tasks.normalized_score(f"antmaze-{kind}-v2", [0.0, 1.0, 0.25])
     assert scores.tolist() == [0.0, 100.0, 25.0]
 
 
@@ -358,12 +358,12 @@ def test_state_gives_a_bit_identical_future_goal_and_resets_included(before):
     env.reset(seed=3)
     for _ in range(before):
         env.step(np.ones(8, np.float32))
-    saved = envs.get_state(env)
+    saved = physics.get_state(env)
     expected = future(env, 30)
     fresh = eval_env("medium-diverse")
     fresh.reset(seed=77)
     for again in (fresh, env):
-        envs.set_state(again, saved)
+        physics.set_state(again, saved)
         np.testing.assert_array_equal(future(again, 30), expected)
     assert len({tuple(row[-2:]) for row in expected}) == 2
 

@@ -11,14 +11,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_dare import ant_walker, antmaze, antmaze_collect, collect, datasets, envs, sac
+from corl import antmaze, files, tasks
+from corl.data import sources
+from corl.data.card import card
+from corl.standin import collect, maze_walks, policies, rollout, train_walker, walker
+from corl.standin.policies import (
+    POLICY_DIR,
+    NotCollectable,
+    TanhGaussianPolicy,
+    fingerprint,
+    kinds,
+    load_policy,
+    save_policy,
+)
 
-GAIT = ant_walker.Gait(7.8, 0.98, 0.67, 0.28, 0.29, 2.4, 0.22, -0.88)  # one that walks
+GAIT = train_walker.Gait(7.8, 0.98, 0.67, 0.28, 0.29, 2.4, 0.22, -0.88)  # one that walks
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return sac.load_policy(sac.POLICY_DIR / ant_walker.POLICY_NAME)
+    return load_policy(POLICY_DIR / walker.POLICY_NAME)
 
 
 def product(p, q):
@@ -61,9 +73,9 @@ def some_state(seed):
 )
 def test_features_are_the_same_wherever_the_world_is_turned(seed, angle, length, shift):
     state, direction = some_state(seed), length * np.array([0.6, -0.8])
-    expected = ant_walker.features(state[None], direction[None])
+    expected = walker.features(state[None], direction[None])
     state, direction = turned(state, direction, angle, (shift, -shift))
-    found = ant_walker.features(state[None], direction[None])
+    found = walker.features(state[None], direction[None])
     assert found.shape == (1, 27) and found.dtype == np.float32
     # A rotation by nearly half a turn may be written with either sign.
     if abs(expected[0, 1]) > 1e-3:
@@ -73,17 +85,17 @@ def test_features_are_the_same_wherever_the_world_is_turned(seed, angle, length,
 def test_features_along_the_x_axis_are_the_state_without_its_place():
     states = np.stack([some_state(s) for s in range(20)])
     states[:, 3] = np.abs(states[:, 3])
-    found = ant_walker.features(states, np.tile([2.5, 0.0], (20, 1)))
+    found = walker.features(states, np.tile([2.5, 0.0], (20, 1)))
     np.testing.assert_allclose(found, states[:, 2:], atol=1e-6)
     states[:, 3:7] *= -1  # the same rotation
-    again = ant_walker.features(states, np.tile([2.5, 0.0], (20, 1)))
+    again = walker.features(states, np.tile([2.5, 0.0], (20, 1)))
     np.testing.assert_array_equal(found, again)
 
 
 def test_yaw_is_the_angle_about_the_vertical():
     for angle in np.linspace(-3, 3, 13):
         state, _ = turned(1.1 * np.eye(29)[3], np.zeros(2), angle)
-        assert ant_walker.yaw(state) == pytest.approx(angle)
+        assert walker.yaw(state) == pytest.approx(angle)
 
 
 # ---------------------------------------------------------------- the gait
@@ -93,15 +105,15 @@ def test_the_gaits_geometry_is_that_of_the_compiled_ant():
     model = antmaze.load_model(None)
     joints = model.actuator_trnid[:, 0]
     places = model.jnt_qposadr[joints] - 7
-    assert places.tolist() == ant_walker.MOTORS
+    assert places.tolist() == train_walker.MOTORS
     for leg in range(4):
         hip, ankle = model.joint(f"hip_{leg + 1}"), model.joint(f"ankle_{leg + 1}")
         assert hip.qposadr[0] - 7 == 2 * leg and ankle.qposadr[0] - 7 == 2 * leg + 1
         x, y = model.body_pos[hip.bodyid[0]][:2]
         angle = math.atan2(y, x) % (2 * math.pi)
-        assert angle == pytest.approx(ant_walker.LEG_ANGLES[leg])
+        assert angle == pytest.approx(train_walker.LEG_ANGLES[leg])
         # Every ankle bends down by 30 to 70 degrees, on its own side of zero.
-        bends = np.sort(ant_walker.ANKLE_SIGNS[leg] * np.rad2deg(ankle.range))
+        bends = np.sort(train_walker.ANKLE_SIGNS[leg] * np.rad2deg(ankle.range))
         np.testing.assert_allclose(bends, [30, 70])
 
 
@@ -122,7 +134,7 @@ def test_the_gaits_targets_leg_by_leg():
     state, heading, phase = some_state(2), 0.3, 2.0
     action = GAIT.action(state, heading, phase)
     for leg in range(4):
-        angle = math.radians(45 + 90 * leg) + ant_walker.yaw(state) - heading
+        angle = math.radians(45 + 90 * leg) + walker.yaw(state) - heading
         clock = phase + (leg % 2) * math.pi
         hip = -GAIT.stride * math.sin(angle) * math.cos(clock)
         bend = GAIT.ankle + GAIT.lift * math.sin(clock + GAIT.lead)
@@ -132,15 +144,15 @@ def test_the_gaits_targets_leg_by_leg():
             pull = (
                 GAIT.stiffness * (target - state[7 + k]) - GAIT.damping * state[21 + k]
             )
-            motor = ant_walker.MOTORS.index(k)
+            motor = train_walker.MOTORS.index(k)
             assert action[motor] == pytest.approx(min(1, max(-1, pull)))
 
 
 def test_the_gait_walks_every_way():
-    plane, rng = ant_walker.Plane(), np.random.default_rng(0)
+    plane, rng = train_walker.Plane(), np.random.default_rng(0)
     for heading in (0.0, 1.3, 3.0, -2.0):
-        covered = ant_walker.walk(
-            plane, ant_walker.gait_policy(GAIT), heading, 60, 0.2, rng
+        covered = train_walker.walk(
+            plane, train_walker.gait_policy(GAIT), heading, 60, 0.2, rng
         )
         assert covered[-1] > 4.0  # metres in six seconds
         assert covered[30] < covered[-1]
@@ -148,14 +160,14 @@ def test_the_gait_walks_every_way():
 
 def test_the_search_finds_faster_gaits_and_repeats():
     options = {"generations": 3, "population": 10, "elite": 3, "steps": 30}
-    gait, log = ant_walker.search(**options, progress=False)
-    again, same = ant_walker.search(**options, progress=False)
+    gait, log = train_walker.search(**options, progress=False)
+    again, same = train_walker.search(**options, progress=False)
     assert gait == again and log == same
     speeds = [row["speed_elite"] for row in log]
     assert speeds[-1] > speeds[0] + 0.1 and speeds[-1] > 0.3
-    other, _ = ant_walker.search(**options, seed=1, progress=False)
+    other, _ = train_walker.search(**options, seed=1, progress=False)
     assert other != gait
-    low, high = ant_walker.LOWEST, ant_walker.HIGHEST
+    low, high = train_walker.LOWEST, train_walker.HIGHEST
     for field in vars(gait):
         assert getattr(low, field) <= getattr(gait, field) <= getattr(high, field)
 
@@ -169,21 +181,21 @@ def test_the_clone_regresses_actions_and_adds_no_noise_of_its_own():
     weights = rng.normal(size=(27, 8)) / 20
     actions = np.tanh((inputs - 5) @ weights)
     before = torch.get_rng_state()
-    policy, explained = ant_walker.clone(inputs, actions, 300, seed=0)
+    policy, explained = train_walker.clone(inputs, actions, 300, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     assert 0.6 < explained < 1.0
-    means = ant_walker.act(policy, inputs[900:])
+    means = walker.act(policy, inputs[900:])
     left = ((means - actions[900:]) ** 2).mean() / actions[900:].var(0, ddof=1).mean()
     assert explained == pytest.approx(1 - left, abs=1e-3)
     noise = torch.ones(100, 8)
     sampled = policy(torch.from_numpy(inputs[900:]), noise)[0].numpy()
     np.testing.assert_allclose(sampled, means, atol=1e-6)
-    again, _ = ant_walker.clone(inputs, actions, 300, seed=0)
-    np.testing.assert_array_equal(ant_walker.act(again, inputs[900:]), means)
+    again, _ = train_walker.clone(inputs, actions, 300, seed=0)
+    np.testing.assert_array_equal(walker.act(again, inputs[900:]), means)
 
 
 def test_demonstrations_hold_the_gaits_own_actions():
-    inputs, actions = ant_walker.demonstrations(GAIT, 6, 30, np.random.default_rng(0))
+    inputs, actions = train_walker.demonstrations(GAIT, 6, 30, np.random.default_rng(0))
     assert inputs.shape == (180, 27) and actions.shape == (180, 8)
     assert np.abs(actions).max() <= 1.0
     # Features along the heading suffice to compute the action again; the first walk and
@@ -199,11 +211,11 @@ def test_demonstrations_hold_the_gaits_own_actions():
 
 
 def test_the_shipped_walker_walks_as_its_manifest_says(shipped):
-    facts = json.loads((sac.POLICY_DIR / "manifest.json").read_text())
-    facts = facts[ant_walker.POLICY_NAME]
-    path = sac.POLICY_DIR / ant_walker.POLICY_NAME
+    facts = json.loads((POLICY_DIR / "manifest.json").read_text())
+    facts = facts[walker.POLICY_NAME]
+    path = POLICY_DIR / walker.POLICY_NAME
     assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    speeds = ant_walker.evaluate(shipped, 6, steps=100)
+    speeds = train_walker.evaluate(shipped, 6, steps=100)
     assert speeds.min() > 1.0
     assert abs(speeds.mean() - facts["speed_mean"]) < 0.25
 
@@ -211,27 +223,27 @@ def test_the_shipped_walker_walks_as_its_manifest_says(shipped):
 def test_shipping_writes_policy_log_and_manifest_beside_the_others(
     tmp_path, monkeypatch
 ):
-    policies, out = tmp_path / "policies", tmp_path / "out"
-    monkeypatch.setattr(sac, "POLICY_DIR", policies)
+    folder, out = tmp_path / "policies", tmp_path / "out"
+    monkeypatch.setattr(policies, "POLICY_DIR", folder)
     with pytest.raises(ValueError, match="no antmaze_walker.safetensors in .*train it"):
-        ant_walker.ship(out)
-    policies.mkdir()
+        train_walker.ship(out)
+    folder.mkdir()
     out.mkdir()
-    (policies / "manifest.json").write_text('{"other": {"robot": "hopper"}}')
+    (folder / "manifest.json").write_text('{"other": {"robot": "hopper"}}')
     (out / "train.csv").write_text("generation\n1\n")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sac.save_policy(sac.TanhGaussianPolicy(27, 8, 16), out / ant_walker.POLICY_NAME)
-    evaluate = ant_walker.evaluate
-    monkeypatch.setattr(ant_walker, "evaluate", lambda p, walks: evaluate(p, 2, 20))
-    ant_walker.ship(out, seed=3)
-    manifest = json.loads((policies / "manifest.json").read_text())
-    assert set(manifest) == {"other", ant_walker.POLICY_NAME}
-    facts = manifest[ant_walker.POLICY_NAME]
+        save_policy(TanhGaussianPolicy(27, 8, 16), out / walker.POLICY_NAME)
+    evaluate = train_walker.evaluate
+    monkeypatch.setattr(train_walker, "evaluate", lambda p, walks: evaluate(p, 2, 20))
+    train_walker.ship(out, seed=3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest) == {"other", walker.POLICY_NAME}
+    facts = manifest[walker.POLICY_NAME]
     assert (facts["robot"], facts["level"]) == ("antmaze", "walker")
     assert facts["command"].endswith("--seed 3")
     assert abs(facts["speed_mean"]) < 1.0  # an untrained network does not walk
-    assert (policies / "antmaze_train.csv").read_text() == "generation\n1\n"
+    assert (folder / "antmaze_train.csv").read_text() == "generation\n1\n"
 
 
 # ---------------------------------------------------------------- leading the ant
@@ -242,15 +254,15 @@ def test_waypoints_lead_over_cell_centres_to_the_goal():
     noise, xy = np.array([0.25, 0.75]), np.array([0.0, 0.0])
     trail = []
     for _ in range(10):
-        xy = antmaze_collect.waypoint(maze, xy, goal, noise)
+        xy = maze_walks.waypoint(maze, xy, goal, noise)
         trail.append(tuple(xy))
     ways = [(4.25, 0.75), (8.25, 0.75), (8.25, 4.75), (8.25, 8.75), (4.25, 8.75)]
     assert trail == [*ways, *[(0.5, 8.7)] * 5]
 
 
-@pytest.mark.parametrize("kind", envs.ANTMAZES)
+@pytest.mark.parametrize("kind", tasks.ANTMAZES)
 def test_goals_and_starts_of_each_kind(kind):
-    env = antmaze_collect.make_env(kind)
+    env = maze_walks.make_env(kind)
     size, _, style = kind.partition("-")
     assert env.maze is antmaze.MAZES[size]
     free, play = set(env.maze.free), set(env.maze.play_goals)
@@ -267,7 +279,7 @@ def test_goals_and_starts_of_each_kind(kind):
 def umaze(shipped):
     told = []
     seed = np.random.SeedSequence([4, 0, 0])
-    table = antmaze_collect.rollout("umaze", shipped, 1500, seed, told.append)
+    table = maze_walks.rollout("umaze", shipped, 1500, seed, told.append)
     assert sum(told) == 1500
     return table
 
@@ -326,7 +338,7 @@ def test_actions_are_the_walkers_plus_clipped_noise_of_a_fifth(umaze, shipped):
     ]
     states = np.array([row["observations"] for row in near], np.float64)
     directions = np.array([row["infos/goal"] for row in near]) - states[:, :2]
-    means = ant_walker.act(shipped, ant_walker.features(states, directions))
+    means = walker.act(shipped, walker.features(states, directions))
     actions = np.array([row["actions"] for row in near])
     assert len(near) > 300 and (np.abs(actions) == 1.0).any()
     free = np.abs(means) < 0.3  # five standard deviations from the bounds at least 3.5
@@ -338,7 +350,7 @@ def test_actions_are_the_walkers_plus_clipped_noise_of_a_fifth(umaze, shipped):
 def test_a_rollout_repeats_and_depends_on_its_seed(shipped):
     def rows(word):
         seed = np.random.SeedSequence([word])
-        return antmaze_collect.rollout("medium-diverse", shipped, 40, seed)
+        return maze_walks.rollout("medium-diverse", shipped, 40, seed)
 
     np.testing.assert_array_equal(rows(1), rows(1))
     assert not np.array_equal(rows(1)["actions"], rows(2)["actions"])
@@ -346,14 +358,14 @@ def test_a_rollout_repeats_and_depends_on_its_seed(shipped):
 
 
 def test_a_whole_rollout_ends_with_an_episode(shipped, monkeypatch):
-    monkeypatch.setattr(antmaze_collect, "ENVS", 2)
+    monkeypatch.setattr(maze_walks, "ENVS", 2)
     told = []
     seed = np.random.SeedSequence([1])
     args = ("umaze", shipped, 1450, seed, told.append)
-    table = antmaze_collect.rollout(*args, whole=True)
+    table = maze_walks.rollout(*args, whole=True)
     assert np.flatnonzero(table["timeouts"]).tolist() == [700, 1401, 2102]
     assert len(table) == 2103 and sum(told) == 1450
-    cut = antmaze_collect.rollout(*args)
+    cut = maze_walks.rollout(*args)
     np.testing.assert_array_equal(cut[:1402], table[:1402])
 
 
@@ -361,7 +373,7 @@ def test_a_whole_rollout_ends_with_an_episode(shipped, monkeypatch):
 
 
 def test_the_file_has_d4rls_antmaze_schema_and_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "CHUNK", 400)
+    monkeypatch.setattr(rollout, "CHUNK", 400)
     path = tmp_path / "a.hdf5"
     collect.collect("antmaze-umaze-v2", 710, path, progress=False)
     with h5py.File(path) as file:
@@ -382,12 +394,12 @@ def test_the_file_has_d4rls_antmaze_schema_and_loads(tmp_path, monkeypatch):
         assert np.flatnonzero(file["timeouts"]).tolist() == [700]
         assert len(file["rewards"]) == 710
         digest = json.loads(file.attrs["policies"])["walker"]
-    shipped_file = sac.POLICY_DIR / ant_walker.POLICY_NAME
+    shipped_file = POLICY_DIR / walker.POLICY_NAME
     assert digest == hashlib.sha256(shipped_file.read_bytes()).hexdigest()
-    data = datasets.resolve("antmaze-umaze-v2", path=path)
+    data = sources.resolve("antmaze-umaze-v2", path=path)
     assert len(data.arrays["rewards"]) == 708
-    card = datasets.card(data)
-    assert "score     none" in card and "1 complete" in card
+    text = card(data)
+    assert "score     none" in text and "1 complete" in text
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path):
@@ -395,27 +407,27 @@ def test_the_same_command_gives_the_same_bytes(tmp_path):
     for name in "ab":
         path = tmp_path / f"{name}.hdf5"
         collect.collect("antmaze-large-diverse-v2", 60, path, progress=False)
-        digests.append(collect.sha256(path))
+        digests.append(files.sha256(path))
     assert digests[0] == digests[1]
 
 
 def test_every_kind_is_offered_and_only_with_a_walker(tmp_path, monkeypatch):
-    assert collect.kinds("antmaze") == list(envs.ANTMAZES)
-    assert set(collect.fingerprint("antmaze-large-play-v2")) == {"walker"}
+    assert kinds("antmaze") == list(tasks.ANTMAZES)
+    assert set(fingerprint("antmaze-large-play-v2")) == {"walker"}
     with pytest.raises(ValueError, match="mix 'random' into antmaze-umaze-v2"):
-        collect.make_plan("antmaze-umaze-v2", 100, mix="random")
-    monkeypatch.setattr(collect, "POLICY_DIR", tmp_path)
-    assert collect.kinds("antmaze") == []
-    with pytest.raises(collect.NotCollectable, match="antmaze-umaze-v2.*not shipped"):
-        collect.make_plan("antmaze-umaze-v2", 100)
+        rollout.make_plan("antmaze-umaze-v2", 100, mix="random")
+    monkeypatch.setattr(policies, "POLICY_DIR", tmp_path)
+    assert kinds("antmaze") == []
+    with pytest.raises(NotCollectable, match="antmaze-umaze-v2.*not shipped"):
+        rollout.make_plan("antmaze-umaze-v2", 100)
 
 
 def test_a_policy_of_another_robot_is_no_walker(tmp_path, monkeypatch):
     path = tmp_path / "antmaze_walker.safetensors"
     with torch.random.fork_rng():
-        sac.save_policy(sac.TanhGaussianPolicy(29, 8, 16), path)
-    facts = {"robot": "antmaze", "level": "walker", "sha256": collect.sha256(path)}
+        save_policy(TanhGaussianPolicy(29, 8, 16), path)
+    facts = {"robot": "antmaze", "level": "walker", "sha256": files.sha256(path)}
     (tmp_path / "manifest.json").write_text(json.dumps({path.name: facts}))
-    monkeypatch.setattr(collect, "POLICY_DIR", tmp_path)
+    monkeypatch.setattr(policies, "POLICY_DIR", tmp_path)
     with pytest.raises(ValueError, match="29 state to 8 action.*antmaze has 27 and 8"):
-        collect.make_plan("antmaze-umaze-v2", 100)
+        rollout.make_plan("antmaze-umaze-v2", 100)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import decision_agreement, memory, update_speed
-from corl_dare import envs
+from corl import tasks
 
 
 def decision(scores, moved):
@@ -35,7 +35,7 @@ def test_chance_is_what_sets_drawn_by_lot_agree():
 
 
 def test_memory_growth_leaves_out_the_rows_that_came_in():
-    task = envs.task(memory.TASK)
+    task = tasks.task(memory.TASK)
     row = 4 * (2 * task.state_dim + task.action_dim + 2) / 1e6
     steady = {step: 300.0 + row * step for step in range(500, 50_001, 500)}
     assert memory.growth(steady) == pytest.approx(0.0, abs=1e-6)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from corl import iql
-from corl_dare import runs
+from algorithms import iql
+from corl import checkpoints
 
 ROOT = Path(__file__).parent.parent
 CORL_IQL_KEYS = "qf q_optimizer vf v_optimizer actor actor_optimizer".split()
@@ -79,7 +79,7 @@ def test_scalar_objects_come_as_tensors(upstream):
     path, value = upstream
     with pytest.raises(pickle.UnpicklingError):  # so this file needs the reader
         torch.load(path, weights_only=True)
-    state = runs.load_corl_checkpoint(path, ("actor", "sac_log_alpha"))
+    state = checkpoints.load_corl_checkpoint(path, ("actor", "sac_log_alpha"))
     assert set(state["sac_log_alpha"]) == {"constant"}
     assert state["sac_log_alpha"]["constant"].item() == value
     assert state["cql_log_alpha"]["constant"].item() == 1.5
@@ -92,10 +92,10 @@ def test_scalar_objects_come_as_tensors(upstream):
 def test_the_allowance_for_scalar_ends_with_the_read(upstream):
     path, _ = upstream
     before = set(torch.serialization.get_safe_globals())
-    runs.load_corl_checkpoint(path)
+    checkpoints.load_corl_checkpoint(path)
     assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(ValueError, match="never unpickled"):
-        runs.load_checkpoint(path, "iql")
+        checkpoints.load_checkpoint(path, "iql")
 
 
 class Evil:
@@ -109,7 +109,7 @@ class Evil:
 
 
 def in_scalar(evil):
-    return {"sac_log_alpha": runs._PickledScalar({"_parameters": evil})}
+    return {"sac_log_alpha": checkpoints._PickledScalar({"_parameters": evil})}
 
 
 def marker_calls(marker):
@@ -127,7 +127,7 @@ def marker_calls(marker):
 
 def save(value, path):
     """torch.save, with the inert class under the name that CORL's has."""
-    sys.modules["__main__"].Scalar = runs._PickledScalar
+    sys.modules["__main__"].Scalar = checkpoints._PickledScalar
     try:
         torch.save(value, path)
     finally:
@@ -146,7 +146,7 @@ def test_a_pickle_that_calls_something_is_refused_and_not_executed(
         path,
     )
     with pytest.raises(ValueError) as caught:
-        runs.load_corl_checkpoint(path)
+        checkpoints.load_corl_checkpoint(path)
     assert not marker.exists()
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert "never unpickled" in str(caught.value)
@@ -168,7 +168,7 @@ def test_old_and_bare_pickle_files_do_not_execute_either(tmp_path):
     (tmp_path / "protocol_0.pt").write_bytes(pickle.dumps(evil, protocol=0))
     for name in ("old", "bare", "protocol_0"):
         with pytest.raises(ValueError, match="cannot read"):
-            runs.load_corl_checkpoint(tmp_path / f"{name}.pt")
+            checkpoints.load_corl_checkpoint(tmp_path / f"{name}.pt")
     assert not marker.exists()
 
 
@@ -177,14 +177,14 @@ def test_another_class_of_main_is_refused_by_name(tmp_path):
     program = "class Other(Scalar): pass\ntorch.save({'a': Other(1.0)}, sys.argv[1])"
     run_main(program, path)
     with pytest.raises(ValueError, match=r"__main__\.Other.*never unpickled"):
-        runs.load_corl_checkpoint(path)
+        checkpoints.load_corl_checkpoint(path)
 
 
 def test_calling_scalar_with_arguments_gives_no_module(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    save({"sac_log_alpha": Evil(runs._PickledScalar, {"x": 1})}, path)
+    save({"sac_log_alpha": Evil(checkpoints._PickledScalar, {"x": 1})}, path)
     with pytest.raises(ValueError, match="sac_log_alpha"):
-        runs.load_corl_checkpoint(path)
+        checkpoints.load_corl_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_calling_scalar_with_arguments_gives_no_module(tmp_path):
 )
 def test_a_scalar_without_its_one_number_is_refused(tmp_path, state):
     path = tmp_path / "checkpoint.pt"
-    save({"total_it": 1, "cql_log_alpha": runs._PickledScalar(state)}, path)
+    save({"total_it": 1, "cql_log_alpha": checkpoints._PickledScalar(state)}, path)
     with pytest.raises(ValueError, match="cql_log_alpha"):
-        runs.load_corl_checkpoint(path)
+        checkpoints.load_corl_checkpoint(path)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1])
@@ -211,7 +211,7 @@ def test_a_damaged_file_is_refused_in_one_line(upstream, tmp_path, cut):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(upstream[0].read_bytes()[:cut])
     with pytest.raises(ValueError, match="damaged") as caught:
-        runs.load_corl_checkpoint(path)
+        checkpoints.load_corl_checkpoint(path)
     assert "\n" not in str(caught.value)
 
 
@@ -229,15 +229,15 @@ def scalars(first, second):
 
 def test_written_scalars_are_corls_own_modules_there(tmp_path):
     path = tmp_path / "checkpoint_4.pt"
-    runs.save_corl_checkpoint(path, scalars(-0.5, 2.0))
+    checkpoints.save_corl_checkpoint(path, scalars(-0.5, 2.0))
     # one step of x <- x - 0.25 * 2 x halves the value
     assert [float(v) for v in run_main(READER, path)] == [-0.25, 1.0]
 
 
 def test_what_is_written_is_read_back(tmp_path):
     path = tmp_path / "checkpoint_4.pt"
-    runs.save_corl_checkpoint(path, scalars(-0.5, 2.0))
-    state = runs.load_corl_checkpoint(path)
+    checkpoints.save_corl_checkpoint(path, scalars(-0.5, 2.0))
+    state = checkpoints.load_corl_checkpoint(path)
     assert state["sac_log_alpha"]["constant"].item() == -0.5
     assert state["cql_log_alpha"]["constant"].item() == 2.0
     assert torch.equal(state["actor"]["weight"], torch.arange(6.0).reshape(2, 3))
@@ -248,12 +248,14 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_writing_leaves_main_as_it_was(tmp_path, monkeypatch, fails):
     main_module = sys.modules["__main__"]
     if fails:
-        monkeypatch.setattr(runs, "save_checkpoint", lambda *args: 1 / 0)
+        monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: 1 / 0)
     for own in (None, "theirs"):
         if own is not None:
             monkeypatch.setattr(main_module, "Scalar", own, raising=False)
         try:
-            runs.save_corl_checkpoint(tmp_path / "checkpoint.pt", scalars(0.0, 1.0))
+            checkpoints.save_corl_checkpoint(
+                tmp_path / "checkpoint.pt", scalars(0.0, 1.0)
+            )
         except ZeroDivisionError:
             assert fails
         assert getattr(main_module, "Scalar", None) == own
@@ -261,7 +263,7 @@ def test_writing_leaves_main_as_it_was(tmp_path, monkeypatch, fails):
 
 def test_only_one_foreign_name_is_in_the_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    runs.save_corl_checkpoint(path, scalars(0.0, 1.0))
+    checkpoints.save_corl_checkpoint(path, scalars(0.0, 1.0))
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     assert foreign == ["__main__.Scalar"]
     with zipfile.ZipFile(path) as archive:
@@ -281,18 +283,18 @@ def run_folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     state = {
-        "format": runs.FORMAT,
+        "format": checkpoints.FORMAT,
         "algorithm": "iql",
         "step": 40,
         "parts": {"trainer": trainer.state_dict(), "collector": {"state": [1, 2]}},
     }
-    runs.save_checkpoint(folder / "checkpoint.pt", state)
+    checkpoints.save_checkpoint(folder / "checkpoint.pt", state)
     return folder, trainer, batch
 
 
 def test_an_exported_run_trains_on_the_same(run_folder):
     folder, trainer, batch = run_folder
-    command = [sys.executable, "-m", "corl_dare.runs", "export", str(folder)]
+    command = [sys.executable, "-m", "corl.checkpoints", "export", str(folder)]
     done = subprocess.run(
         [*command, "--to", "corl"], capture_output=True, text=True, cwd=ROOT
     )
@@ -303,7 +305,7 @@ def test_an_exported_run_trains_on_the_same(run_folder):
     assert set(CORL_IQL_KEYS) <= set(state)
     torch.manual_seed(1)
     other = iql.make_trainer(iql.TrainConfig(offline_iterations=5), 3, 2, 1.0, "cpu")
-    other.load_state_dict(runs.load_corl_checkpoint(path, CORL_IQL_KEYS))
+    other.load_state_dict(checkpoints.load_corl_checkpoint(path, CORL_IQL_KEYS))
     for one in (trainer, other):
         one.train(batch)
     for net in ("qf", "vf", "actor", "q_target"):
@@ -319,15 +321,15 @@ def test_an_exported_run_trains_on_the_same(run_folder):
 def test_export_writes_where_it_is_told(run_folder, tmp_path):
     folder, _, _ = run_folder
     out = tmp_path / "weights.pt"
-    runs.command_line(["export", str(folder), "--to", "corl", "--out", str(out)])
+    checkpoints.command_line(["export", str(folder), "--to", "corl", "--out", str(out)])
     assert out.is_file() and not list(folder.glob("checkpoint_*.pt"))
 
 
 def test_export_of_scalars_makes_modules(run_folder):
     folder, _, _ = run_folder
     state = {"step": 8, "parts": {"trainer": scalars(-0.5, 2.0)}}
-    runs.save_checkpoint(folder / "checkpoint.pt", state)
-    path = runs.export_corl(folder)
+    checkpoints.save_checkpoint(folder / "checkpoint.pt", state)
+    path = checkpoints.export_corl(folder)
     assert path.name == "checkpoint_7.pt"
     assert [float(v) for v in run_main(READER, path)] == [-0.25, 1.0]
 
@@ -342,9 +344,9 @@ def test_export_errors_are_one_line(run_folder, tmp_path, capsys):
     ]
     for args, words in cases:
         with pytest.raises(SystemExit) as caught:
-            runs.command_line(["export", *map(str, args), "--to", "corl"])
+            checkpoints.command_line(["export", *map(str, args), "--to", "corl"])
         assert words in str(caught.value) and "\n" not in str(caught.value)
         assert str(caught.value).startswith("error: ")
     with pytest.raises(SystemExit, match="2"):
-        runs.command_line(["export", str(folder), "--to", "jax"])
+        checkpoints.command_line(["export", str(folder), "--to", "jax"])
     assert "--to" in capsys.readouterr().err

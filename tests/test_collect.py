@@ -18,7 +18,22 @@ import numpy as np
 import pytest
 import torch
 
-from corl_dare import collect, envs, sac
+from corl import envs, files, tasks
+from corl.standin import collect, policies, rollout, train_sac
+from corl.standin.policies import (
+    POLICY_DIR,
+    STAND_IN_ROWS,
+    Behavior,
+    NotCollectable,
+    TanhGaussianPolicy,
+    default_rows,
+    fingerprint,
+    kinds,
+    load_policy,
+    load_series,
+    save_policy,
+    save_series,
+)
 
 S, A = 11, 3  # hopper
 
@@ -26,8 +41,8 @@ S, A = 11, 3  # hopper
 def make_policy(path, state_dim=S, action_dim=A, seed=0, hidden=16):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy = sac.TanhGaussianPolicy(state_dim, action_dim, hidden)
-    sac.save_policy(policy, path)
+        policy = TanhGaussianPolicy(state_dim, action_dim, hidden)
+    save_policy(policy, path)
     return path
 
 
@@ -35,7 +50,7 @@ def ship(folder, monkeypatch, robots=("hopper",), levels=("medium", "expert")):
     """A policy folder as the package ships it."""
     manifest = {}
     for i, (robot, level) in enumerate((r, v) for r in robots for v in levels):
-        facts, name = envs.ROBOTS[robot], f"{robot}_{level}.safetensors"
+        facts, name = tasks.ROBOTS[robot], f"{robot}_{level}.safetensors"
         path = make_policy(folder / name, facts.state_dim, facts.action_dim, seed=i)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         manifest[name] = {
@@ -45,28 +60,28 @@ def ship(folder, monkeypatch, robots=("hopper",), levels=("medium", "expert")):
             "return_mean": 1.0,
             "return_std": 0.5,
             "sha256": digest,
-            "command": "python -m corl_dare.sac",
+            "command": "python -m corl.standin.train_sac",
         }
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(collect, "POLICY_DIR", folder)
+    monkeypatch.setattr(policies, "POLICY_DIR", folder)
     return manifest
 
 
 def ship_series(folder, steps, warmup, robot="hopper"):
     """Adds a series to the policies of `ship`; the policies by step."""
-    facts, name = envs.ROBOTS[robot], f"{robot}_series.safetensors"
+    facts, name = tasks.ROBOTS[robot], f"{robot}_series.safetensors"
     policies = {}
     for step in steps:
         make_policy(folder / "one", facts.state_dim, facts.action_dim, seed=step)
-        policies[step] = sac.load_policy(folder / "one")
+        policies[step] = load_policy(folder / "one")
     (folder / "one").unlink()
-    sac.save_series(policies, folder / name)
+    save_series(policies, folder / name)
     manifest = json.loads((folder / "manifest.json").read_text())
     digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     facts = {"robot": robot, "level": "series", "steps": steps, "warmup": warmup}
     manifest[name] = {**facts, "sha256": digest}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return sac.load_series(folder / name)
+    return load_series(folder / name)
 
 
 @pytest.fixture
@@ -209,7 +224,7 @@ def test_fall_at_the_time_limit_counts_as_time_out(tmp_path, monkeypatch):
 
 def test_episodes_come_whole_and_in_the_order_of_their_start():
     rows, seed = 4200, np.random.SeedSequence([5, 0])
-    found = collect.rollout(collect.Behavior("random"), "hopper", rows, seed)
+    found = rollout.rollout(Behavior("random"), "hopper", rows, seed)
 
     seeds = seed.generate_state(5)  # the generator's, then one per thousand rows
     generator = torch.Generator().manual_seed(int(seeds[0]))
@@ -247,7 +262,7 @@ def test_medium_expert_is_half_and_half_with_a_seam(tmp_path, monkeypatch):
     assert levels["medium"] == manifest["hopper_medium.safetensors"]["sha256"]
     assert levels["expert"] == manifest["hopper_expert.safetensors"]["sha256"]
     for level, half in (("medium", slice(0, 150)), ("expert", slice(150, 301))):
-        behavior = sac.load_policy(tmp_path / f"hopper_{level}.safetensors")
+        behavior = load_policy(tmp_path / f"hopper_{level}.safetensors")
         columns = ("observations", "actions")
         states, actions = (torch.from_numpy(data[k][half]) for k in columns)
         found = data["infos/action_log_probs"][half]
@@ -312,13 +327,13 @@ def test_replay_comes_in_training_order_from_the_nearest_snapshot(
 
 def test_medium_replay_is_sized_as_d4rls_and_needs_the_series(tmp_path, monkeypatch):
     ship(tmp_path, monkeypatch)
-    assert collect.default_rows("hopper-medium-replay-v2") == 402_000
-    assert collect.default_rows("walker2d-medium-replay-v2") == 302_000
-    assert collect.default_rows("hopper-medium-v2") == collect.STAND_IN_ROWS
-    assert "medium-replay" not in collect.kinds("hopper")
+    assert default_rows("hopper-medium-replay-v2") == 402_000
+    assert default_rows("walker2d-medium-replay-v2") == 302_000
+    assert default_rows("hopper-medium-v2") == STAND_IN_ROWS
+    assert "medium-replay" not in kinds("hopper")
     ship_series(tmp_path, [2000], warmup=0)
-    assert collect.kinds("hopper")[-2:] == ["medium-replay", "full-replay"]
-    assert set(collect.fingerprint("hopper-medium-replay-v2")) == {"series", "medium"}
+    assert kinds("hopper")[-2:] == ["medium-replay", "full-replay"]
+    assert set(fingerprint("hopper-medium-replay-v2")) == {"series", "medium"}
     with pytest.raises(ValueError, match="series.* has no snapshot up to step 1000"):
         run("hopper-medium-replay-v2", 50, tmp_path / "x")
     data, _ = read(run("hopper-full-replay-v2", 50, tmp_path / "x"))
@@ -326,13 +341,13 @@ def test_medium_replay_is_sized_as_d4rls_and_needs_the_series(tmp_path, monkeypa
 
 
 def test_shipped_series_reaches_from_the_start_to_the_shipped_levels():
-    manifest = json.loads((collect.POLICY_DIR / "manifest.json").read_text())
+    manifest = json.loads((POLICY_DIR / "manifest.json").read_text())
     for name, facts in manifest.items():
-        path = collect.POLICY_DIR / name
+        path = POLICY_DIR / name
         assert hashlib.sha256(path.read_bytes()).hexdigest() == facts["sha256"]
         assert path.stat().st_size < 1.5e6
         if facts["level"] == "series":
-            assert list(sac.load_series(path)) == facts["steps"]
+            assert list(load_series(path)) == facts["steps"]
             assert len(facts["return_mean"]) == len(facts["steps"])
             levels = [
                 other["step"]
@@ -347,9 +362,9 @@ def test_series_keeps_every_policy_rounded_to_float16(tmp_path):
     policies = {}
     for step in (30, 4, 100):
         make_policy(tmp_path / "one", seed=step)
-        policies[step] = sac.load_policy(tmp_path / "one")
-    sac.save_series(policies, tmp_path / "x.safetensors")
-    found = sac.load_series(tmp_path / "x.safetensors")
+        policies[step] = load_policy(tmp_path / "one")
+    save_series(policies, tmp_path / "x.safetensors")
+    found = load_series(tmp_path / "x.safetensors")
     assert list(found) == [4, 30, 100]
     for step, policy in policies.items():
         for key, value in policy.state_dict().items():
@@ -357,24 +372,26 @@ def test_series_keeps_every_policy_rounded_to_float16(tmp_path):
 
 
 def test_ship_series_writes_the_file_and_the_manifest(tmp_path, monkeypatch):
-    monkeypatch.setattr(sac, "POLICY_DIR", tmp_path / "policies")
-    monkeypatch.setattr(sac, "sampled_returns", lambda *a, **k: np.array([1.0, 3.0]))
+    monkeypatch.setattr(policies, "POLICY_DIR", tmp_path / "policies")
+    monkeypatch.setattr(
+        train_sac, "sampled_returns", lambda *a, **k: np.array([1.0, 3.0])
+    )
     for step in (10, 20):
         make_policy(tmp_path / f"policy_{step:07d}.safetensors", seed=step)
     (tmp_path / "train.csv").write_text("step\n10\n20\n")
     command = f"sac hopper --out {tmp_path} --seed 3 --level series --ship"
     monkeypatch.setattr(sys, "argv", [*command.split(), "20", "10"])
-    sac.main()
+    train_sac.main()
     facts = json.loads((tmp_path / "policies/manifest.json").read_text())
     facts = facts["hopper_series.safetensors"]
     assert (facts["steps"], facts["return_mean"]) == ([10, 20], [2.0, 2.0])
-    assert (facts["level"], facts["warmup"]) == ("series", sac.WARMUP)
-    made = "python -m corl_dare.sac hopper --seed 3 --snapshot_every 10, series"
+    assert (facts["level"], facts["warmup"]) == ("series", train_sac.WARMUP)
+    made = "python -m corl.standin.train_sac hopper --seed 3 --snapshot_every 10, series"
     assert facts["command"].startswith(made)
     assert (tmp_path / "policies/hopper_train.csv").read_text() == "step\n10\n20\n"
     monkeypatch.setattr(sys, "argv", [*command.split(), "30"])
     with pytest.raises(SystemExit, match="no snapshot of step 30 .* it has 10, 20"):
-        sac.main()
+        train_sac.main()
 
 
 # ---------------------------------------------------------------- mixtures
@@ -404,13 +421,13 @@ def test_mixture_carries_labels_and_both_densities_in_every_row(
     assert json.loads(attributes["policy_labels"]) == ["medium", mix]
     label = data["infos/policy_label"]
     assert label.sum() == 300 and len(label) == 1000
-    own = sac.load_policy(tmp_path / "hopper_medium.safetensors")
+    own = load_policy(tmp_path / "hopper_medium.safetensors")
     clear = (np.abs(data["actions"]) < 0.999).all(1)
     assert clear.mean() > 0.8
     states, actions = data["observations"][clear], data["actions"][clear]
     expected = {"medium": float64_density(own, states, actions)}
     if mix == "expert":
-        other = sac.load_policy(tmp_path / "hopper_expert.safetensors")
+        other = load_policy(tmp_path / "hopper_expert.safetensors")
         expected[mix] = float64_density(other, states, actions)
     else:
         expected[mix] = np.full(clear.sum(), -A * np.log(2))
@@ -444,9 +461,9 @@ def test_mixture_shuffles_whole_episodes(tmp_path, monkeypatch):
     for level, number in (("medium", 0), ("expert", 1)):
         chosen = data["observations"][label == number]
         policy = tmp_path / f"hopper_{level}.safetensors"
-        behavior = collect.Behavior(level, sac.load_policy(policy))
+        behavior = Behavior(level, load_policy(policy))
         seed = np.random.SeedSequence([0, number, 0])
-        alone = collect.rollout(behavior, "hopper", 1000, seed)["observations"]
+        alone = rollout.rollout(behavior, "hopper", 1000, seed)["observations"]
         np.testing.assert_array_equal(np.sort(chosen, 0), np.sort(alone, 0))
 
 
@@ -484,7 +501,7 @@ def test_shipped_policy_is_used_with_its_training_step(tmp_path, monkeypatch):
     ship(tmp_path, monkeypatch)
     data, _ = read(run("hopper-expert-v2", 50, tmp_path / "data.hdf5"))
     assert data["metadata/iteration"] == 1001
-    weights = sac.load_policy(tmp_path / "hopper_expert.safetensors").net[0].weight
+    weights = load_policy(tmp_path / "hopper_expert.safetensors").net[0].weight
     np.testing.assert_array_equal(data["metadata/policy/fc0/weight"], weights)
 
 
@@ -501,7 +518,7 @@ def test_same_settings_give_the_same_bytes_whatever_the_global_state(tmp_path, p
         options = {"seed": 3, "policy": policy}
         path = run("hopper-medium-v2", 2500, tmp_path / f"{i}.hdf5", **options)
         assert torch.get_num_threads() == 1 + i
-        digests.append(collect.sha256(path))
+        digests.append(files.sha256(path))
     torch.set_num_threads(threads)
     assert digests[0] == digests[1]
     other = run("hopper-medium-v2", 2500, tmp_path / "o.hdf5", seed=4, policy=policy)
@@ -520,7 +537,7 @@ def test_global_random_streams_are_left_alone(tmp_path, policy):
 def test_existing_file_of_the_same_settings_is_left_alone(tmp_path, monkeypatch):
     path = run("hopper-random-v2", 50, tmp_path / "data.hdf5")
     stamp = path.stat().st_mtime_ns
-    monkeypatch.setattr(collect, "rollout", None)
+    monkeypatch.setattr(rollout, "rollout", None)
     assert run("hopper-random-v2", 50, path) == path
     assert path.stat().st_mtime_ns == stamp
 
@@ -535,10 +552,10 @@ def test_existing_file_of_the_same_settings_is_left_alone(tmp_path, monkeypatch)
 )
 def test_existing_file_of_other_settings_is_refused(tmp_path, task, rows, seed, named):
     path = run("hopper-random-v2", 50, tmp_path / "data.hdf5")
-    digest = collect.sha256(path)
+    digest = files.sha256(path)
     with pytest.raises(ValueError, match=f"data.hdf5 exists and has {named}.*delete"):
         run(task, rows, path, seed=seed)
-    assert collect.sha256(path) == digest
+    assert files.sha256(path) == digest
 
 
 def test_existing_file_of_another_kind_is_refused(tmp_path):
@@ -593,14 +610,14 @@ def test_final_name_appears_only_with_a_complete_file(tmp_path, monkeypatch):
             seen.append(len(read(part)[0]["observations"]))
         publish(part, out)
 
-    publish = collect.publish
-    monkeypatch.setattr(collect, "publish", watch)
+    publish = files.publish
+    monkeypatch.setattr(files, "publish", watch)
     run("hopper-random-v2", 50, tmp_path / "data.hdf5")
     assert seen == [50] and leftovers(tmp_path) == ["data.hdf5"]
 
 
 def test_interrupted_collection_goes_on_from_its_finished_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "CHUNK", 100)
+    monkeypatch.setattr(rollout, "CHUNK", 100)
     whole = run("hopper-random-v2", 350, tmp_path / "whole.hdf5")
 
     def interrupted(*args):
@@ -609,9 +626,9 @@ def test_interrupted_collection_goes_on_from_its_finished_chunks(tmp_path, monke
         made.append(args)
         return plain(*args)
 
-    made, plain, out = [], collect.rollout, tmp_path / "data.hdf5"
+    made, plain, out = [], rollout.rollout, tmp_path / "data.hdf5"
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "rollout", interrupted)
+        patch.setattr(rollout, "rollout", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run("hopper-random-v2", 350, out)
     assert not out.exists()
@@ -622,8 +639,8 @@ def test_interrupted_collection_goes_on_from_its_finished_chunks(tmp_path, monke
         made.append(args)
         return plain(*args)
 
-    monkeypatch.setattr(collect, "rollout", count)
-    assert collect.sha256(run("hopper-random-v2", 350, out)) == collect.sha256(whole)
+    monkeypatch.setattr(rollout, "rollout", count)
+    assert files.sha256(run("hopper-random-v2", 350, out)) == files.sha256(whole)
     assert len(made) == 4  # two before the interruption, two after
     assert leftovers(tmp_path) == ["data.hdf5", "whole.hdf5"]
 
@@ -633,13 +650,13 @@ def test_chunks_of_other_settings_or_versions_are_not_used(tmp_path, monkeypatch
     folders = set()
     for seed, version in ((0, "1"), (1, "1"), (0, "2")):
         monkeypatch.setattr(mujoco, "__version__", version)
-        plan = collect.make_plan("hopper-random-v2", 50, seed)
+        plan = rollout.make_plan("hopper-random-v2", 50, seed)
         folders.add(collect._chunk_folder(out, plan))
     assert len(folders) == 3
 
 
 def test_chunks_join_at_whole_episodes(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "CHUNK", 60)
+    monkeypatch.setattr(rollout, "CHUNK", 60)
     data, _ = read(run("hopper-random-v2", 400, tmp_path / "data.hdf5"))
     assert len(data["rewards"]) == 400
     ends = data["terminals"] | data["timeouts"]
@@ -653,20 +670,20 @@ def test_chunks_join_at_whole_episodes(tmp_path, monkeypatch):
 def test_the_number_of_processes_does_not_change_a_byte(tmp_path, monkeypatch):
     task, lines = "hopper-medium-expert-v2", []
     one = run(task, 301, tmp_path / "one.hdf5", seed=3, workers=1)
-    plan = collect.make_plan(task, 301, 3)
+    plan = rollout.make_plan(task, 301, 3)
     out = tmp_path / "two.hdf5"
     collect._chunk_folder(out, plan).mkdir()
     collect._roll_out_in_processes(plan, out, 2, lines.append)
     assert sum(lines) == 301
     assert len(list(tmp_path.glob("two.hdf5.*.chunks/*.npy"))) == 2
-    monkeypatch.setattr(collect, "rollout", None)  # all is there already
+    monkeypatch.setattr(rollout, "rollout", None)  # all is there already
     two = run(task, 301, out, seed=3, workers=2)
-    assert collect.sha256(one) == collect.sha256(two)
+    assert files.sha256(one) == files.sha256(two)
     assert leftovers(tmp_path) == ["one.hdf5", "two.hdf5"]
 
 
 def test_failing_process_is_one_line_and_keeps_what_is_done(tmp_path, policy, capfd):
-    plan = collect.make_plan("hopper-medium-v2", 50, policy=policy)
+    plan = rollout.make_plan("hopper-medium-v2", 50, policy=policy)
     policy.write_bytes(b"no policy any more")
     with pytest.raises(RuntimeError, match="exit code 1.*repeat the command"):
         collect._roll_out_in_processes(plan, tmp_path / "x.hdf5", 1, lambda rows: None)
@@ -713,7 +730,7 @@ def test_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect, "rollout", interrupted)
+    monkeypatch.setattr(rollout, "rollout", interrupted)
     command = f"collect hopper-random-v2 --rows 50 --out {tmp_path / 'x.hdf5'}"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit, match="^interrupted; .*repeat the command"):
@@ -743,8 +760,8 @@ def test_second_process_waits_and_finds_the_file(tmp_path, monkeypatch):
                 waiting.set()
             return super().acquire(*args, **kwargs)
 
-    plain = collect.rollout
-    monkeypatch.setattr(collect, "rollout", count)
+    plain = rollout.rollout
+    monkeypatch.setattr(rollout, "rollout", count)
     monkeypatch.setattr(filelock, "FileLock", Watched)
     results = []
     work = [
@@ -762,7 +779,7 @@ def test_second_process_waits_and_finds_the_file(tmp_path, monkeypatch):
 
 def test_two_real_processes_make_the_file_once(tmp_path):
     out = tmp_path / "data.hdf5"
-    command = [sys.executable, "-m", "corl_dare.collect", "hopper-random-v2"]
+    command = [sys.executable, "-m", "corl.standin.collect", "hopper-random-v2"]
     command += ["--rows", "3000", "--out", str(out)]
     root = str(Path(collect.__file__).parent.parent)
     work = [
@@ -778,7 +795,7 @@ def test_two_real_processes_make_the_file_once(tmp_path):
     ]
     printed = [process.communicate(timeout=100)[0] for process in work]
     assert [process.returncode for process in work] == [0, 0]
-    digest = collect.sha256(out)
+    digest = files.sha256(out)
     assert all(digest in text for text in printed)
     assert leftovers(tmp_path) == ["data.hdf5"]
 
@@ -789,7 +806,7 @@ def test_two_real_processes_make_the_file_once(tmp_path):
 def test_folder_that_cannot_be_written_is_one_line_before_any_work(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(collect, "rollout", None)
+    monkeypatch.setattr(rollout, "rollout", None)
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(
@@ -816,7 +833,7 @@ def test_full_disk_is_refused_before_any_work(tmp_path, monkeypatch):
     def usage(folder):
         return shutil._ntuple_diskusage(100, 99, 1_000_000)
 
-    monkeypatch.setattr(collect, "rollout", None)
+    monkeypatch.setattr(rollout, "rollout", None)
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(RuntimeError, match="has 1 MB left, collecting 200000 rows"):
         run("hopper-random-v2", 200_000, tmp_path / "data.hdf5")
@@ -848,13 +865,13 @@ def test_space_estimate_covers_the_real_sizes(tmp_path, monkeypatch):
 
 def test_kinds_follow_from_the_shipped_policies(tmp_path, monkeypatch):
     ship(tmp_path, monkeypatch, levels=("medium",))
-    assert collect.kinds("hopper") == ["random", "medium"]
-    assert collect.kinds("walker2d") == ["random"]
-    assert collect.kinds("antmaze") == []
+    assert kinds("hopper") == ["random", "medium"]
+    assert kinds("walker2d") == ["random"]
+    assert kinds("antmaze") == []
     ship(tmp_path, monkeypatch)
-    assert collect.kinds("hopper") == ["random", "medium", "expert", "medium-expert"]
-    monkeypatch.setattr(collect, "POLICY_DIR", tmp_path / "nowhere")
-    assert collect.kinds("hopper") == ["random"]
+    assert kinds("hopper") == ["random", "medium", "expert", "medium-expert"]
+    monkeypatch.setattr(policies, "POLICY_DIR", tmp_path / "nowhere")
+    assert kinds("hopper") == ["random"]
 
 
 @pytest.mark.parametrize(
@@ -872,9 +889,9 @@ def test_what_cannot_be_collected_says_what_can(tmp_path, monkeypatch, task, the
     ship(tmp_path, monkeypatch, levels=("medium",))
     for refused in (
         lambda: run(task, 50, tmp_path / "x"),
-        lambda: collect.fingerprint(task),
+        lambda: fingerprint(task),
     ):
-        with pytest.raises(collect.NotCollectable, match=f"for {task}.*{there}"):
+        with pytest.raises(NotCollectable, match=f"for {task}.*{there}"):
             refused()
     assert not (tmp_path / "x").exists()
 

@@ -9,9 +9,8 @@ import torch
 from test_hook import make_hook
 from torch._dynamo.utils import counters
 
-from algorithms import dare_cal_ql, dare_iql
-from corl import iql
-from corl_dare import compiled
+from algorithms import dare_cal_ql, dare_iql, iql
+from corl import compiled
 from corl_dare.exchange import exchange
 
 S, A, B = 5, 2, 16

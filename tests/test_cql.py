@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_cql import OracleCQL, Settings, returns_to_go
 
-from algorithms import dare_cal_ql
+from algorithms import cal_ql, cql, dare_cal_ql
 from benchmarks import parity
-from corl import cal_ql, cql
-from corl_dare import datasets, runs
+from corl import checkpoints
+from corl.data import sources
 
 CORL_DIR = os.environ.get("CORL_DIR")
 S, A, B, WIDTH = 5, 2, 12, 24
@@ -389,8 +389,8 @@ def test_a_loaded_trainer_goes_on_exactly(tmp_path, module, case, corl_file):
     train_on_noise(trainer)
     state, path = trainer.state_dict(), tmp_path / "checkpoint_4.pt"
     if corl_file:  # the form that CORL's own scripts read
-        runs.save_corl_checkpoint(path, state)
-        state = runs.load_corl_checkpoint(path, UPSTREAM_KEYS)
+        checkpoints.save_corl_checkpoint(path, state)
+        state = checkpoints.load_corl_checkpoint(path, UPSTREAM_KEYS)
     else:
         torch.save(state, path)
         state = torch.load(path, weights_only=True)
@@ -411,7 +411,7 @@ def test_a_loaded_trainer_goes_on_exactly(tmp_path, module, case, corl_file):
 def test_multipliers_learn_on_after_load_model(tmp_path, monkeypatch, module, compat):
     """Upstream's stand still: its optimizers hold the parameters from before the load."""
     toy.install(monkeypatch, tmp_path)
-    monkeypatch.setattr(datasets, "resolve", lambda *a, **k: toy.make_dataset(40))
+    monkeypatch.setattr(sources, "resolve", lambda *a, **k: toy.make_dataset(40))
 
     def run(name, updates, **more):
         config = module.TrainConfig(
@@ -432,7 +432,7 @@ def test_multipliers_learn_on_after_load_model(tmp_path, monkeypatch, module, co
         )
         module.train(config)
         path = tmp_path / name / f"checkpoint_{updates - 1}.pt"
-        return path, runs.load_corl_checkpoint(path)
+        return path, checkpoints.load_corl_checkpoint(path)
 
     path, first = run("first", 3)
     _, second = run("second", 4, load_model=str(path))

@@ -18,7 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_dare import d4rl_shim, datasets, envs, runs
+from corl import checkpoints, d4rl_shim, envs, tasks
+from corl.config import parse_config
+from corl.data import sources
 
 TASK = "hopper-medium-v2"
 
@@ -265,9 +267,9 @@ def test_a_real_d4rl_package_does_not_meet_the_stand_ins(gym, monkeypatch):
     def resolve(task, **options):
         assert not {"gym", "d4rl", "wandb"} & set(sys.modules)
         sys.modules["d4rl"] = "the real one"
-        return datasets.Dataset(task, {"rewards": 1}, {}, {})
+        return sources.Dataset(task, {"rewards": 1}, {}, {})
 
-    monkeypatch.setattr(datasets, "resolve", resolve)
+    monkeypatch.setattr(sources, "resolve", resolve)
     assert d4rl.qlearning_dataset(gym.make(TASK)) == {"rewards": 1}
     assert sys.modules["d4rl"] is d4rl and sys.modules["gym"] is gym
 
@@ -354,7 +356,7 @@ def test_a_script_in_corls_manner_runs(tmp_path, data, capsys):
     while not over:
         _, reward, over, _, _ = env.step(np.zeros(3))
         total += reward
-    score = float(envs.normalized_score(TASK, total))
+    score = float(tasks.normalized_score(TASK, total))
     assert last["eval/d4rl_normalized_score"] == pytest.approx(score, rel=1e-12)
     assert (
         f"last eval/d4rl_normalized_score: {score:.5f}"[:-2] in capsys.readouterr().out
@@ -433,7 +435,7 @@ YAML = {
         RUN + HAND + CQL + CQL_HAND + CAL_QL,
     ),
 }
-MAZES = [f"antmaze-{kind}-v2" for kind in envs.ANTMAZES]
+MAZES = [f"antmaze-{kind}-v2" for kind in tasks.ANTMAZES]
 HANDS = [f"{robot}-cloned-v1" for robot in ("pen", "door", "hammer", "relocate")]
 
 
@@ -449,7 +451,7 @@ def test_corls_yaml_files_are_read_unchanged(tmp_path, algorithm, env):
     module = importlib.import_module(f"corl.{algorithm}")
     path = tmp_path / "corl.yaml"
     path.write_text(corl_yaml(algorithm, env))
-    config = runs.parse_config(module.TrainConfig, ["--config", str(path)])
+    config = parse_config(module.TrainConfig, ["--config", str(path)])
     assert (config.env, config.seed, config.discount) == (env, 0, 0.99)
     assert config.buffer_size == 10_000_000 and config.qf_lr == 3e-4
     assert config.normalize_reward is env.startswith("antmaze")
@@ -469,9 +471,9 @@ def test_corls_yaml_files_are_read_unchanged(tmp_path, algorithm, env):
     ],
 )
 def test_adroit_tasks_are_known_but_have_no_environment_here(name, dims, limits):
-    task = envs.task(name)
+    task = tasks.task(name)
     assert (task.state_dim, task.action_dim, task.horizon) == dims
-    np.testing.assert_allclose(envs.normalized_score(name, limits), [0, 100], atol=1e-9)
+    np.testing.assert_allclose(tasks.normalized_score(name, limits), [0, 100], atol=1e-9)
     with pytest.raises(ValueError, match=f"{name}.*env_backend d4rl"):
         envs.make(name)
 
@@ -479,7 +481,7 @@ def test_adroit_tasks_are_known_but_have_no_environment_here(name, dims, limits)
 @pytest.mark.parametrize("name", ["pen-cloned-v2", "pen-medium-v1", "hopper-human-v2"])
 def test_no_adroit_names_beyond_d4rls(name):
     with pytest.raises(ValueError, match="unknown task"):
-        envs.task(name)
+        tasks.task(name)
 
 
 # ---------------------------------------------------------------- CORL itself
@@ -504,13 +506,13 @@ def test_upstream_scripts_run_and_their_checkpoints_load_both_ways(tmp_path, dat
     run = d4rl_shim.run_file(script, [*flags, str(tmp_path / "a")], path=data[0])
     assert any("d4rl_normalized_score" in key for key in run.summary)
     saved = max(tmp_path.glob("a/*/checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
-    state = runs.load_corl_checkpoint(saved)
+    state = checkpoints.load_corl_checkpoint(saved)
     out = tmp_path / "checkpoint_9.pt"
-    runs.save_corl_checkpoint(out, state)
+    checkpoints.save_corl_checkpoint(out, state)
     flags += [str(tmp_path / "b"), "--load_model", str(out)]
     d4rl_shim.run_file(script, flags, path=data[0])
     (again, *_) = sorted(tmp_path.glob("b/*/checkpoint_*.pt"))
-    again = runs.load_corl_checkpoint(again)
+    again = checkpoints.load_corl_checkpoint(again)
     assert again["total_it"] > state["total_it"]
     for name in {"sac_log_alpha", "cql_log_alpha"} & set(state):
         # CORL's own fault: after a load its optimizers move the parameters of before.
@@ -537,10 +539,10 @@ def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
     d4rl_shim.run_file(script, [*flags, str(tmp_path / "theirs")], path=data[0])
     own = ["--compat", "true", "--dataset_path", str(data[0]), "--runs_dir"]
     argv = [*flags, str(tmp_path / "ours"), *own, str(tmp_path / "runs")]
-    ours.train(runs.parse_config(ours.TrainConfig, argv))
+    ours.train(parse_config(ours.TrainConfig, argv))
     for name in ("checkpoint_25.pt", "checkpoint_51.pt"):
         one, two = (
-            leaves(runs.load_corl_checkpoint(*tmp_path.glob(f"{who}/**/{name}")))
+            leaves(checkpoints.load_corl_checkpoint(*tmp_path.glob(f"{who}/**/{name}")))
             for who in ("theirs", "ours")
         )
         assert len(one) > 20 and set(one) <= set(two)

@@ -16,7 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_dare import collect, convert, datasets, envs, runs
+from corl import files, machine, tasks
+from corl.data import card, published, schema, sources
+from corl.data.minari import _episodes, caveat, stack_episodes
+from corl.standin import collect, policies, rollout
+from corl.tasks import normalized_score, task_names
 
 S, A = 11, 3  # hopper
 TASK = "hopper-medium-v2"
@@ -66,9 +70,9 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("CORL_DARE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(collect, "STAND_IN_ROWS", 60)
+    monkeypatch.setattr(policies, "STAND_IN_ROWS", 60)
     monkeypatch.setenv("CORL_DARE_D4RL_URL", "")
-    monkeypatch.setattr(datasets, "_unreachable", {})
+    monkeypatch.setattr(sources, "_unreachable", {})
     (tmp_path / "d4rl").mkdir()
     return tmp_path
 
@@ -118,7 +122,7 @@ def assert_same(found, expected):
 
 def test_all_ends_of_episodes_as_d4rl_reads_them():
     raw = v2_raw()
-    found = datasets.qlearning_dataset(raw)
+    found = schema.qlearning_dataset(raw)
     assert_same(found, d4rl_loop(raw))
     assert len(found["rewards"]) == 10  # 12 rows without the time-out and the last one
     assert found["terminals"].sum() == 2
@@ -129,18 +133,18 @@ def test_all_ends_of_episodes_as_d4rl_reads_them():
 
 def test_true_next_states_with_time_outs_kept():
     raw = v2_raw()
-    found = datasets.qlearning_dataset(raw, keep_timeouts=True)
+    found = schema.qlearning_dataset(raw, keep_timeouts=True)
     assert_same(found, {key: raw[key] for key in found})
     assert len(found["rewards"]) == 12
     del raw["next_observations"]
     with pytest.raises(ValueError, match="needs stored next_observations"):
-        datasets.qlearning_dataset(raw, keep_timeouts=True)
+        schema.qlearning_dataset(raw, keep_timeouts=True)
 
 
 @pytest.mark.parametrize("keep_timeouts", [False, True])
 def test_result_shares_no_memory_with_the_raw_data(keep_timeouts):
     raw = v2_raw()
-    for values in datasets.qlearning_dataset(raw, keep_timeouts).values():
+    for values in schema.qlearning_dataset(raw, keep_timeouts).values():
         assert not any(np.shares_memory(values, original) for original in raw.values())
 
 
@@ -156,10 +160,10 @@ def test_any_pattern_of_flags_equals_the_loop(flags, as_float):
         raw["terminals"] = raw["terminals"].astype(np.float64)
         raw["timeouts"] = raw["timeouts"].astype(np.float32)
     if len(expected["rewards"]):
-        assert_same(datasets.qlearning_dataset(raw), expected)
+        assert_same(schema.qlearning_dataset(raw), expected)
     else:
         with pytest.raises(ValueError, match="no transition is left"):
-            datasets.qlearning_dataset(raw)
+            schema.qlearning_dataset(raw)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -171,26 +175,26 @@ def test_without_time_outs_the_counter_equals_the_loop(terminals, horizon):
     raw = make_raw(terminals)
     expected = d4rl_loop(raw, horizon)
     if len(expected["rewards"]):
-        assert_same(datasets.qlearning_dataset(raw, horizon=horizon), expected)
+        assert_same(schema.qlearning_dataset(raw, horizon=horizon), expected)
 
 
 def test_counter_cuts_one_step_early_after_a_terminal():
     terminals = np.zeros(30, bool)
     terminals[4] = True
-    flags = datasets.timeout_flags({"terminals": terminals}, horizon=10)
+    flags = schema.timeout_flags({"terminals": terminals}, horizon=10)
     # Ten rows per episode otherwise, but nine after the terminal.
     assert np.flatnonzero(flags).tolist() == [13, 23]
-    flags = datasets.timeout_flags({"terminals": np.zeros(30, bool)}, horizon=10)
+    flags = schema.timeout_flags({"terminals": np.zeros(30, bool)}, horizon=10)
     assert np.flatnonzero(flags).tolist() == [9, 19, 29]
     with pytest.raises(ValueError, match="horizon is 1"):
-        datasets.timeout_flags({"terminals": terminals}, horizon=1)
+        schema.timeout_flags({"terminals": terminals}, horizon=1)
 
 
 def test_missing_key_is_named():
     raw = v2_raw()
     del raw["actions"]
     with pytest.raises(ValueError, match="raw data lacks actions"):
-        datasets.qlearning_dataset(raw)
+        schema.qlearning_dataset(raw)
 
 
 def test_equals_the_real_d4rl(tmp_path, monkeypatch):
@@ -203,15 +207,15 @@ def test_equals_the_real_d4rl(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for raw in (v2_raw(), make_raw(*(rng.random((2, 500)) < 0.1))):
         expected = d4rl.qlearning_dataset(None, dataset=raw)
-        assert_same(datasets.qlearning_dataset(raw), expected)
+        assert_same(schema.qlearning_dataset(raw), expected)
         del raw["timeouts"]
         env = types.SimpleNamespace(_max_episode_steps=7)
         expected = d4rl.qlearning_dataset(env, dataset=raw)
-        assert_same(datasets.qlearning_dataset(raw, horizon=7), expected)
-    for task in envs.task_names():
+        assert_same(schema.qlearning_dataset(raw, horizon=7), expected)
+    for task in task_names():
         monkeypatch.delenv("CORL_DARE_D4RL_URL", raising=False)
-        assert d4rl.infos.DATASET_URLS[task] == datasets.url(task)
-        facts = envs.task(task)
+        assert d4rl.infos.DATASET_URLS[task] == published.url(task)
+        facts = task(task)
         assert d4rl.infos.REF_MIN_SCORE[task] == facts.ref_min
         assert d4rl.infos.REF_MAX_SCORE[task] == facts.ref_max
 
@@ -226,7 +230,7 @@ def test_file_is_read_whole_and_only_what_is_needed(tmp_path):
 
 
 def assert_read(path, raw, task=TASK):
-    found = datasets.load_hdf5(path, task)
+    found = schema.load_hdf5(path, task)
     assert set(found) == set(raw)
     for key in raw:
         np.testing.assert_array_equal(found[key], raw[key].reshape(found[key].shape))
@@ -250,7 +254,7 @@ def test_antmaze_layout_is_read(tmp_path):
     raw = make_raw(*flags, state_dim=29, action_dim=8)
     del raw["next_observations"]
     assert_read(write(tmp_path / "x.hdf5", raw), raw, "antmaze-umaze-v2")
-    found = datasets.statistics(raw, "antmaze-umaze-v2")
+    found = schema.statistics(raw, "antmaze-umaze-v2")
     assert (found["episodes"], found["unfinished_rows"]) == (1, 10)
 
 
@@ -320,7 +324,7 @@ def test_bad_contents_are_refused_with_file_key_and_row(tmp_path, spoil, message
     spoil(raw)
     path = write(tmp_path / "spoilt.hdf5", raw)
     with pytest.raises(ValueError, match=f"spoilt.hdf5.*{message}") as caught:
-        datasets.load_hdf5(path, TASK)
+        schema.load_hdf5(path, TASK)
     assert "\n" not in str(caught.value)
 
 
@@ -330,20 +334,20 @@ def test_rounding_beyond_the_action_bound_is_accepted(tmp_path):
     assert_read(write(tmp_path / "x.hdf5", raw), raw)
 
 
-@pytest.mark.parametrize("key", datasets.REQUIRED)
+@pytest.mark.parametrize("key", schema.REQUIRED)
 def test_missing_keys_are_named(tmp_path, key):
     raw = v2_raw()
     del raw[key]
     path = write(tmp_path / "x.hdf5", raw)
     with pytest.raises(ValueError, match=f"x.hdf5 lacks {key}; it holds .*next_obs"):
-        datasets.load_hdf5(path, TASK)
+        schema.load_hdf5(path, TASK)
 
 
 def test_group_in_place_of_an_array_is_named(tmp_path):
     raw = v2_raw()
     raw["observations/desired_goal"] = raw.pop("observations")
     with pytest.raises(ValueError, match="observations is a group"):
-        datasets.load_hdf5(write(tmp_path / "x.hdf5", raw), TASK)
+        schema.load_hdf5(write(tmp_path / "x.hdf5", raw), TASK)
 
 
 @pytest.mark.parametrize(
@@ -359,17 +363,17 @@ def test_group_in_place_of_an_array_is_named(tmp_path):
 def test_files_of_other_kinds_are_recognized(tmp_path, content, message):
     (tmp_path / "x.hdf5").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.hdf5 is not an HDF5 file: .*{message}"):
-        datasets.load_hdf5(tmp_path / "x.hdf5", TASK)
+        schema.load_hdf5(tmp_path / "x.hdf5", TASK)
 
 
 def test_truncated_file_folder_and_missing_file_are_refused(tmp_path):
     path = write(tmp_path / "x.hdf5", v2_raw())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="x.hdf5 is a damaged or incomplete HDF5 file"):
-        datasets.load_hdf5(path, TASK)
+        schema.load_hdf5(path, TASK)
     for name in ("", "none.hdf5"):
         with pytest.raises(ValueError, match="does not exist"):
-            datasets.load_hdf5(tmp_path / name, TASK)
+            schema.load_hdf5(tmp_path / name, TASK)
 
 
 def test_damaged_chunk_is_refused(tmp_path):
@@ -383,7 +387,7 @@ def test_damaged_chunk_is_refused(tmp_path):
         handle.seek(place)
         handle.write(b"\xff" * 64)
     with pytest.raises(ValueError, match="x.hdf5 is a damaged or incomplete HDF5 file"):
-        datasets.load_hdf5(path, TASK)
+        schema.load_hdf5(path, TASK)
 
 
 @pytest.mark.parametrize("dtype, allowed", [(np.float32, 1.9), (np.float64, 2.5)])
@@ -393,11 +397,11 @@ def test_memory_while_loading_stays_near_the_arrays(home, dtype, allowed):
     for key in ("observations", "actions", "rewards", "next_observations"):
         raw[key] = raw[key].astype(dtype)
     path = write(home / "x.hdf5", raw)
-    datasets.resolve(TASK, path=path)  # what is imported or cached on the way
+    sources.resolve(TASK, path=path)  # what is imported or cached on the way
     del raw
     tracemalloc.start()
     try:
-        found = datasets.resolve(TASK, path=path)
+        found = sources.resolve(TASK, path=path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -427,26 +431,24 @@ def test_memory_while_loading_stays_near_the_arrays(home, dtype, allowed):
     ],
 )
 def test_file_names_are_d4rls(task, name):
-    assert datasets.file_name(task) == name
+    assert published.file_name(task) == name
 
 
 def test_every_task_has_its_own_file_name():
-    names = {datasets.file_name(task) for task in envs.task_names()}
-    assert len(names) == len(envs.task_names())
+    names = {published.file_name(task) for task in task_names()}
+    assert len(names) == len(task_names())
     with pytest.raises(ValueError, match="-v2 tasks only"):
-        datasets.file_name("hopper-medium-v0")
+        published.file_name("hopper-medium-v0")
 
 
 def test_table_of_known_files():
-    known = datasets.known_files()
-    assert set(known) == set(envs.task_names()) - {"antmaze-medium-play-v2"}
+    known = published.known_files()
+    assert set(known) == set(task_names()) - {"antmaze-medium-play-v2"}
     assert all(len(bytes.fromhex(digest)) == 32 for _, digest in known.values())
     assert len({digest for _, digest in known.values()}) == len(known)
     assert known["hopper-medium-v2"][0] == 152756557
     assert known["antmaze-large-diverse-v2"][1].startswith("84f775eb")
-    assert set(datasets.D4RL_RETURNS) <= {
-        t.removesuffix("-v2") for t in envs.task_names()
-    }
+    assert set(published.D4RL_RETURNS) <= {t.removesuffix("-v2") for t in task_names()}
 
 
 def test_statistics_of_complete_episodes_against_a_loop():
@@ -457,7 +459,7 @@ def test_statistics_of_complete_episodes_against_a_loop():
             returns.append(sum(float(r) for r in raw["rewards"][start : i + 1]))
             lengths.append(i + 1 - start)
             start = i + 1
-    found = datasets.statistics(raw, TASK)
+    found = schema.statistics(raw, TASK)
     assert lengths == [4, 3, 1]
     for name, values in (("return", returns), ("length", lengths)):
         expected = [np.mean(values), np.std(values), min(values), max(values)]
@@ -470,7 +472,7 @@ def test_statistics_of_complete_episodes_against_a_loop():
 
 
 def test_statistics_without_a_complete_episode():
-    found = datasets.statistics(make_raw([0] * 5, [0] * 5), TASK)
+    found = schema.statistics(make_raw([0] * 5, [0] * 5), TASK)
     assert found["episodes"] == 0 and found["unfinished_rows"] == 5
     assert found["return"] == dict.fromkeys(("mean", "std", "min", "max"))
 
@@ -480,7 +482,7 @@ def test_statistics_without_a_complete_episode():
 
 def test_order_of_sources(home, capsys, monkeypatch):
     task, name = "hopper-random-v2", "hopper_random-v2.hdf5"
-    last = datasets.resolve(task)
+    last = sources.resolve(task)
     assert last.provenance["source"] == "self-collected"
     printed = capsys.readouterr().out
     assert f"there is no {home / 'd4rl' / name}" in printed
@@ -488,30 +490,30 @@ def test_order_of_sources(home, capsys, monkeypatch):
     assert last.provenance["message"] in printed
 
     folder = write(home / "d4rl" / name, v2_raw())
-    found = datasets.resolve(task)
+    found = sources.resolve(task)
     assert (found.provenance["source"], found.provenance["rows"]) == ("d4rl_dir", 10)
     assert found.provenance["path"] == str(folder)
 
     explicit = write(home / "mine.hdf5", make_raw([0] * 5, [0] * 5))
-    found = datasets.resolve(task, path=explicit)
+    found = sources.resolve(task, path=explicit)
     assert (found.provenance["source"], found.provenance["rows"]) == ("file", 4)
 
-    found = datasets.resolve(task, source="self-collected", rows=30)
+    found = sources.resolve(task, source="self-collected", rows=30)
     assert (found.provenance["source"], found.provenance["rows_raw"]) == (
         "self-collected",
         30,
     )
-    assert datasets.resolve(task, source="d4rl_dir").provenance["rows"] == 10
+    assert sources.resolve(task, source="d4rl_dir").provenance["rows"] == 10
 
     monkeypatch.delenv("D4RL_DATASET_DIR")
     with pytest.raises(RuntimeError, match="home/.d4rl/datasets/hopper_random"):
-        datasets.resolve(task, source="d4rl_dir")
+        sources.resolve(task, source="d4rl_dir")
 
 
 def test_arrays_and_provenance_of_a_file(home):
     raw = v2_raw()
     path = write(home / "x.hdf5", raw)
-    found = datasets.resolve(TASK, source="file", path=path)
+    found = sources.resolve(TASK, source="file", path=path)
     assert_same(found.arrays, d4rl_loop(raw))
     facts = found.provenance
     assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -523,41 +525,41 @@ def test_arrays_and_provenance_of_a_file(home):
 
 def test_d4rls_own_bytes_are_recognised_for_their_task_only(home, monkeypatch):
     path = write(home / "x.hdf5", v2_raw())
-    digest = collect.sha256(path)
-    monkeypatch.setattr(datasets, "CHECKSUMS", f"hopper\nmedium 99 {digest}\n")
-    own = datasets.resolve(TASK, path=path).provenance
+    digest = files.sha256(path)
+    monkeypatch.setattr(published, "CHECKSUMS", f"hopper\nmedium 99 {digest}\n")
+    own = sources.resolve(TASK, path=path).provenance
     assert own["recognised"] and own["label"].startswith(
         "D4RL's own file of hopper-medium"
     )
-    other = datasets.resolve("hopper-expert-v2", path=path).provenance
+    other = sources.resolve("hopper-expert-v2", path=path).provenance
     assert not other["recognised"] and "hopper-medium-v2" in other["label"]
 
 
 def test_file_in_d4rls_folder_that_is_too_short_is_marked(home):
     write(home / "d4rl" / FILE, v2_raw())
-    assert "shorter than D4RL's 152756557" in datasets.resolve(TASK).provenance["label"]
+    assert "shorter than D4RL's 152756557" in sources.resolve(TASK).provenance["label"]
 
 
 def test_stand_in_is_labelled_kept_and_collected_once(home, monkeypatch):
     task = "hopper-random-v2"
-    first = datasets.resolve(task)
+    first = sources.resolve(task)
     facts = first.provenance
     assert facts["label"] == "self-collected stand-in (not D4RL data)"
     assert facts["rows_raw"] == 60 and not facts["recognised"]
     assert facts["collected"]["seed"] == 0
     assert facts["path"].startswith(str(home / "cache"))
     json.dumps(facts)
-    copy = datasets.resolve(TASK, path=facts["path"]).provenance
+    copy = sources.resolve(TASK, path=facts["path"]).provenance
     assert copy["label"].startswith("self-collected stand-in (not D4RL data), made for")
-    monkeypatch.setattr(collect, "rollout", None)
-    again = datasets.resolve(task)
+    monkeypatch.setattr(rollout, "rollout", None)
+    again = sources.resolve(task)
     assert again.provenance == facts
     np.testing.assert_array_equal(again.arrays["actions"], first.arrays["actions"])
 
 
 def test_cache_folder_argument_variable_and_default(home, monkeypatch):
     def folder(**options):
-        found = datasets.resolve("hopper-random-v2", "self-collected", **options)
+        found = sources.resolve("hopper-random-v2", "self-collected", **options)
         return os.path.relpath(os.path.dirname(found.provenance["path"]), home)
 
     assert folder(cache_dir=home / "here") == "here/datasets"
@@ -570,17 +572,19 @@ def test_new_policies_get_a_new_stand_in(home, monkeypatch):
     asked = []
     monkeypatch.setattr(collect, "collect", lambda task, rows, out: asked.append(out))
     facts = {"source": "self-collected", "path": "", "label": ""}
-    monkeypatch.setattr(datasets, "_from_file", lambda *args: (v2_raw(), facts))
+    monkeypatch.setattr(sources, "_from_file", lambda *args: (v2_raw(), facts))
     for digest in ("a" * 64, "b" * 64):
-        monkeypatch.setattr(collect, "fingerprint", lambda task, d=digest: {"medium": d})
-        datasets.resolve(TASK, "self-collected")
+        monkeypatch.setattr(
+            policies, "fingerprint", lambda task, d=digest: {"medium": d}
+        )
+        sources.resolve(TASK, "self-collected")
     assert [p.name for p in asked] == [f"{TASK}-60-{c * 8}.hdf5" for c in "ab"]
 
 
 def test_nothing_found_tells_all_that_was_tried(home, monkeypatch):
-    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
+    monkeypatch.setattr(policies, "POLICY_DIR", home / "nowhere")
     with pytest.raises(ValueError) as caught:
-        datasets.resolve("antmaze-large-play-v2")
+        sources.resolve("antmaze-large-play-v2")
     message = str(caught.value)
     for part in (
         "Ant_maze_hardest",
@@ -615,13 +619,13 @@ def test_nothing_found_tells_all_that_was_tried(home, monkeypatch):
 )
 def test_impossible_requests_are_refused(home, options, error, message):
     with pytest.raises(error, match=message):
-        datasets.resolve(TASK, **options)
+        sources.resolve(TASK, **options)
 
 
 def test_file_without_a_usable_row_is_refused(home):
     path = write(home / "x.hdf5", make_raw([0] * 3, [1, 1, 0]))
     with pytest.raises(ValueError, match="x.hdf5: no transition is left"):
-        datasets.resolve(TASK, path=path)
+        sources.resolve(TASK, path=path)
 
 
 # ---------------------------------------------------------------- D4RL's server
@@ -632,8 +636,8 @@ def server(home, monkeypatch):
     """A folder behind HTTP in place of D4RL's server, which knows hopper-medium."""
     (home / "served" / "gym_mujoco_v2").mkdir(parents=True)
     path = write(home / "served" / "gym_mujoco_v2" / FILE, v2_raw())
-    digest, size = collect.sha256(path), path.stat().st_size
-    monkeypatch.setattr(datasets, "CHECKSUMS", f"hopper\nmedium {size} {digest}\n")
+    digest, size = files.sha256(path), path.stat().st_size
+    monkeypatch.setattr(published, "CHECKSUMS", f"hopper\nmedium {size} {digest}\n")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -655,41 +659,41 @@ def server(home, monkeypatch):
 def test_addresses_are_d4rls(home, monkeypatch):
     monkeypatch.delenv("CORL_DARE_D4RL_URL")
     stem = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-    assert datasets.url(TASK) == f"{stem}/gym_mujoco_v2/{FILE}"
+    assert published.url(TASK) == f"{stem}/gym_mujoco_v2/{FILE}"
     name = "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"
-    assert datasets.url("antmaze-umaze-v2") == f"{stem}/ant_maze_v2/{name}"
+    assert published.url("antmaze-umaze-v2") == f"{stem}/ant_maze_v2/{name}"
 
 
 def test_download_goes_to_d4rls_folder_once(home, server):
-    found = datasets.resolve(TASK).provenance
+    found = sources.resolve(TASK).provenance
     assert (found["source"], found["path"]) == ("d4rl", str(home / "d4rl" / FILE))
     assert found["recognised"] and "checksum matches" in found["label"]
     assert [n for n in os.listdir(home / "d4rl") if n != FILE + ".lock"] == [FILE]
     asked = len(server.asked)
-    assert datasets.resolve(TASK).provenance["source"] == "d4rl_dir"
-    assert datasets.resolve(TASK, "d4rl").provenance["source"] == "d4rl"
+    assert sources.resolve(TASK).provenance["source"] == "d4rl_dir"
+    assert sources.resolve(TASK, "d4rl").provenance["source"] == "d4rl"
     assert len(server.asked) == asked
 
 
 def test_file_that_the_server_lacks_falls_on_to_the_stand_in(home, server, capsys):
-    found = datasets.resolve("hopper-random-v2").provenance
+    found = sources.resolve("hopper-random-v2").provenance
     assert found["source"] == "self-collected"
     lines = capsys.readouterr().out.splitlines()
     assert sum("HTTP 404" in line for line in lines) == 1
     with pytest.raises(RuntimeError, match="d4rl: .*hopper_random-v2.hdf5: HTTP 404"):
-        datasets.resolve("hopper-random-v2", "d4rl")
+        sources.resolve("hopper-random-v2", "d4rl")
     # The server answers, so other files are still asked for.
-    assert datasets.resolve(TASK).provenance["source"] == "d4rl"
+    assert sources.resolve(TASK).provenance["source"] == "d4rl"
 
 
 def test_download_with_another_checksum_is_refused(home, server):
     content = server.path.read_bytes()
     server.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(RuntimeError, match="has sha256 .*, not D4RL's .* deleted"):
-        datasets.resolve(TASK, "d4rl")
+        sources.resolve(TASK, "d4rl")
     server.path.write_bytes(content[:-1])
     with pytest.raises(RuntimeError, match="bytes; D4RL's file has"):
-        datasets.resolve(TASK, "d4rl")
+        sources.resolve(TASK, "d4rl")
     assert [n for n in os.listdir(home / "d4rl") if not n.endswith(".lock")] == []
 
 
@@ -698,26 +702,24 @@ def test_unreachable_server_is_asked_once_per_process(home, monkeypatch, capsys)
 
     def refuse(*args, **options):
         calls.append(args)
-        raise datasets.download.Unreachable(
-            "http://x: no connection (OSError: no route)"
-        )
+        raise sources.download.Unreachable("http://x: no connection (OSError: no route)")
 
-    monkeypatch.setattr(datasets.download, "download", refuse)
+    monkeypatch.setattr(sources.download, "download", refuse)
     monkeypatch.setenv("CORL_DARE_D4RL_URL", "http://x")
     for _ in range(3):
-        found = datasets.resolve("hopper-random-v2").provenance
+        found = sources.resolve("hopper-random-v2").provenance
         assert found["source"] == "self-collected"
     printed = capsys.readouterr().out
     assert len(calls) == 1 and printed.count("no route") == 3
     monkeypatch.setenv("CORL_DARE_D4RL_URL", "http://y")
     with pytest.raises(RuntimeError, match="no connection"):
-        datasets.resolve(TASK, "d4rl")
+        sources.resolve(TASK, "d4rl")
     assert len(calls) == 2
 
 
 def test_download_without_a_known_checksum_says_so(home, server, monkeypatch):
-    monkeypatch.setattr(datasets, "CHECKSUMS", "")
-    label = datasets.resolve(TASK).provenance["label"]
+    monkeypatch.setattr(published, "CHECKSUMS", "")
+    label = sources.resolve(TASK).provenance["label"]
     assert label.startswith("unknown file (not D4RL's checksum)")
 
 
@@ -726,42 +728,42 @@ def test_download_without_a_known_checksum_says_so(home, server, monkeypatch):
 
 def test_cache_that_cannot_be_written_is_one_line(home, monkeypatch):
     (home / "file").write_text("mine")
-    monkeypatch.setattr(collect, "rollout", None)
+    monkeypatch.setattr(rollout, "rollout", None)
     with pytest.raises(
         RuntimeError, match="cannot write to .*CORL_DARE_CACHE"
     ) as caught:
-        datasets.resolve("hopper-random-v2", cache_dir=home / "file" / "cache")
+        sources.resolve("hopper-random-v2", cache_dir=home / "file" / "cache")
     assert "\n" not in str(caught.value)
     command = f"datasets hopper-random-v2 --cache_dir {home}/file/cache"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit, match="^error: cannot write to"):
-        datasets.main()
+        card.main()
 
 
 def test_damaged_stand_in_in_the_cache_is_refused_and_named(home):
-    path = datasets.resolve("hopper-random-v2").provenance["path"]
+    path = sources.resolve("hopper-random-v2").provenance["path"]
     with open(path, "r+b") as handle:
         handle.truncate(os.path.getsize(path) - 200)
     with pytest.raises(ValueError, match="is not a readable HDF5 file .*delete it"):
-        datasets.resolve("hopper-random-v2")
+        sources.resolve("hopper-random-v2")
 
 
 def test_locomotion_file_without_time_outs_is_read_by_the_counter(home):
     raw = make_raw([0] * 2500)  # as the v0 files of halfcheetah would be
     path = write(home / "x.hdf5", {k: v for k, v in raw.items() if k != "timeouts"})
-    found = datasets.resolve(TASK, path=path)
+    found = sources.resolve(TASK, path=path)
     assert_same(found.arrays, d4rl_loop(raw))
     assert found.statistics["timeouts"] == 2 and found.provenance["rows"] == 2497
     with pytest.raises(ValueError, match="known here for -v2 tasks only; pass the file"):
-        datasets.file_name("hopper-medium-v0")
-    assert datasets.resolve("hopper-medium-v0", path=path).provenance["rows"] == 2497
+        published.file_name("hopper-medium-v0")
+    assert sources.resolve("hopper-medium-v0", path=path).provenance["rows"] == 2497
 
 
 def test_file_of_another_task_of_the_same_robot_is_named(home, monkeypatch):
     path = write(home / FILE, v2_raw())
-    line = f"hopper\nexpert 99 {collect.sha256(path)}\n"
-    monkeypatch.setattr(datasets, "CHECKSUMS", line)
-    facts = datasets.resolve(TASK, path=path).provenance
+    line = f"hopper\nexpert 99 {files.sha256(path)}\n"
+    monkeypatch.setattr(published, "CHECKSUMS", line)
+    facts = sources.resolve(TASK, path=path).provenance
     assert not facts["recognised"] and "own file of hopper-expert-v2" in facts["label"]
     assert facts["label"].endswith(f", NOT of {TASK}")
 
@@ -773,13 +775,13 @@ def test_halfcheetah_and_walker2d_are_told_apart(home):
         paths[name] = collect.collect(
             f"{name}-random-v2", 1200, home / f"{name}.hdf5", progress=False, workers=1
         )
-        raw = datasets.load_hdf5(paths[name], f"{name}-medium-v2")
+        raw = schema.load_hdf5(paths[name], f"{name}-medium-v2")
         assert len(raw["rewards"]) == 1200
     for name, wrong in ((robot, other), (other, robot)):
         with pytest.raises(
             ValueError, match=f"{wrong}.hdf5.* as {wrong}'s; {name}-medium-v2 needs"
         ):
-            datasets.load_hdf5(paths[wrong], f"{name}-medium-v2")
+            schema.load_hdf5(paths[wrong], f"{name}-medium-v2")
 
 
 # ---------------------------------------------------------------- Minari
@@ -807,7 +809,7 @@ def test_minari_episodes_keep_every_row_with_true_next_states(home, monkeypatch,
         iterate_episodes=lambda: iter(episodes)
     )
     monkeypatch.setitem(sys.modules, "minari", module)
-    found = datasets.resolve(TASK, path="minari:mujoco/hopper/medium-v0")
+    found = sources.resolve(TASK, path="minari:mujoco/hopper/medium-v0")
     states = [e.observations for e in episodes]
     expected = {
         "observations": np.concatenate([s[:-1] for s in states]),
@@ -822,18 +824,18 @@ def test_minari_episodes_keep_every_row_with_true_next_states(home, monkeypatch,
     assert "not D4RL data" in found.provenance["label"]
     assert "gymnasium's v5 environments" in found.provenance["warning"]
     assert f"WARNING: {found.provenance['warning']}" in capsys.readouterr().out
-    assert "\nwarning   other policies than D4RL's" in datasets.card(found)
-    same = datasets.resolve(TASK, "minari", "mujoco/hopper/medium-v0")
+    assert "\nwarning   other policies than D4RL's" in card.card(found)
+    same = sources.resolve(TASK, "minari", "mujoco/hopper/medium-v0")
     assert same.provenance["sha256"] == found.provenance["sha256"]
     episodes[0].rewards[0] += 1
-    other = datasets.resolve(TASK, "minari", "mujoco/hopper/medium-v0")
+    other = sources.resolve(TASK, "minari", "mujoco/hopper/medium-v0")
     assert other.provenance["sha256"] != found.provenance["sha256"]
 
 
 def test_minari_missing_or_failing_is_one_line(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(RuntimeError, match="minari:a/b-v0 needs.*requirements-minari"):
-        datasets.resolve(TASK, path="minari:a/b-v0")
+        sources.resolve(TASK, path="minari:a/b-v0")
 
     def missing(name, download):
         raise FileNotFoundError(name)
@@ -842,13 +844,13 @@ def test_minari_missing_or_failing_is_one_line(home, monkeypatch):
     module.load_dataset = missing
     monkeypatch.setitem(sys.modules, "minari", module)
     with pytest.raises(RuntimeError, match="cannot load 'a/b-v0' \\(FileNotFoundError"):
-        datasets.resolve(TASK, path="minari:a/b-v0")
+        sources.resolve(TASK, path="minari:a/b-v0")
 
 
 def test_caveats_follow_the_id():
-    assert "v5 environments" in convert.caveat("mujoco/walker2d/expert-v0")
-    assert "0.45" in convert.caveat("D4RL/antmaze/umaze-v1")
-    assert convert.caveat("mine/hopper-v0").startswith("not D4RL's own file")
+    assert "v5 environments" in caveat("mujoco/walker2d/expert-v0")
+    assert "0.45" in caveat("D4RL/antmaze/umaze-v1")
+    assert caveat("mine/hopper-v0").startswith("not D4RL's own file")
 
 
 def test_minari_goal_observations_become_d4rls_state():
@@ -866,7 +868,7 @@ def test_minari_goal_observations_become_d4rls_state():
         terminations=flags[0],
         truncations=flags[1],
     )
-    raw = convert.stack_episodes([episode])
+    raw = stack_episodes([episode])
     assert raw["observations"].shape == (n, 29)
     np.testing.assert_array_equal(
         raw["observations"][:, :2], states["achieved_goal"][:-1]
@@ -876,7 +878,7 @@ def test_minari_goal_observations_become_d4rls_state():
     )
     assert raw["timeouts"].tolist() == [False] * 4 + [True] and not flags.any()
     with pytest.raises(ValueError, match="no episode"):
-        convert.stack_episodes([])
+        stack_episodes([])
 
 
 def as_episodes(buffers):
@@ -903,7 +905,7 @@ def test_rows_survive_the_way_to_episodes_and_back(lengths, ends, unfinished):
             flags[kind][stop - 1] = True
     raw = make_raw(**flags)
     bounds = np.append(0, stops)
-    found = convert.stack_episodes(as_episodes(convert._episodes(raw, bounds, "hopper")))
+    found = stack_episodes(as_episodes(_episodes(raw, bounds, "hopper")))
     if unfinished:  # an episode with neither flag reads as cut by a reset
         raw["timeouts"][-1] = True
     for key, values in raw.items():
@@ -916,16 +918,16 @@ def test_antmaze_rows_lose_the_last_of_an_episode_whose_next_state_is_not_stored
     timeouts = np.arange(10) == 5
     raw = make_raw(terminals, timeouts, state_dim=29, action_dim=8)
     del raw["next_observations"]
-    episodes = as_episodes(convert._episodes(raw, np.array([0, 6, 10]), "antmaze"))
-    found = convert.stack_episodes(episodes)
+    episodes = as_episodes(_episodes(raw, np.array([0, 6, 10]), "antmaze"))
+    found = stack_episodes(episodes)
     kept = [0, 1, 2, 3, 4, 6, 7, 8]
-    expected = datasets.qlearning_dataset(raw)
+    expected = schema.qlearning_dataset(raw)
     for key, values in expected.items():
         np.testing.assert_array_equal(found[key], values, err_msg=key)
     np.testing.assert_array_equal(found["actions"], raw["actions"][kept])
     assert np.flatnonzero(found["timeouts"]).tolist() == [4, 7]
     with pytest.raises(ValueError, match="no next_observations"):
-        list(convert._episodes(raw, np.array([0, 6, 10]), "hopper"))
+        list(_episodes(raw, np.array([0, 6, 10]), "hopper"))
 
 
 def test_rows_that_are_no_episodes_are_not_exported():
@@ -934,7 +936,7 @@ def test_rows_that_are_no_episodes_are_not_exported():
     with pytest.raises(
         ValueError, match="row 5 is not followed by its next observation"
     ):
-        list(convert._episodes(raw, np.array([0, 4, 7, 8, 12]), "hopper"))
+        list(_episodes(raw, np.array([0, 4, 7, 8, 12]), "hopper"))
 
 
 @pytest.fixture
@@ -949,34 +951,34 @@ def test_round_trip_through_real_minari(home, minari, monkeypatch, capsys):
     path = write(home / "x.hdf5", raw)
     command = f"datasets {TASK} --path {path} --export minari mine/hopper/medium-v0"
     monkeypatch.setattr(sys, "argv", command.split())
-    datasets.main()
+    card.main()
     assert f"wrote {home / 'minari/mine/hopper/medium-v0'}" in capsys.readouterr().out
     stored = minari.load_dataset("mine/hopper/medium-v0")
     assert (stored.total_episodes, stored.total_steps) == (4, 12)
     score = minari.get_normalized_score(stored, np.array([1422.06]))
-    expected = envs.normalized_score(TASK, [1422.06]) / 100
+    expected = normalized_score(TASK, [1422.06]) / 100
     np.testing.assert_allclose(score, expected)
     assert stored.recover_environment(eval_env=True).spec.id == "Hopper-v4"
     assert "mine/hopper/medium-v0" in minari.list_local_datasets()
     assert [n for n in os.listdir(home / "minari") if n.startswith(".")] == []
 
-    found, facts = datasets.find(TASK, path="minari:mine/hopper/medium-v0")
+    found, facts = sources.find(TASK, path="minari:mine/hopper/medium-v0")
     raw["timeouts"][-1] = True
     for key, values in raw.items():
         np.testing.assert_array_equal(found[key], values, err_msg=key)
         assert found[key].dtype == values.dtype
-    resolved = datasets.resolve(TASK, path="minari:mine/hopper/medium-v0")
+    resolved = sources.resolve(TASK, path="minari:mine/hopper/medium-v0")
     assert resolved.provenance["rows"] == 12 and facts["minari_version"]
 
     with pytest.raises(SystemExit, match="medium-v0 exists in"):
-        datasets.main()
+        card.main()
     # And back into a file of D4RL's schema.
     out = home / "back.hdf5"
-    datasets.export(resolved, "d4rl", str(out))
-    again, _ = datasets.find(TASK, path=out)
+    card.export(resolved, "d4rl", str(out))
+    again, _ = sources.find(TASK, path=out)
     for key, values in raw.items():
         np.testing.assert_array_equal(again[key], values, err_msg=key)
-    label = datasets.resolve(TASK, path=out).provenance["label"]
+    label = sources.resolve(TASK, path=out).provenance["label"]
     assert "exported from Minari dataset mine/hopper/medium-v0" in label
 
 
@@ -1002,7 +1004,7 @@ def test_real_minari_reads_what_its_own_recorder_format_holds(home, minari):
         ),
         action_space=box(-1, 1, (8,), np.float64),
     )
-    found = datasets.resolve("antmaze-umaze-v2", path="minari:mine/antmaze-v0")
+    found = sources.resolve("antmaze-umaze-v2", path="minari:mine/antmaze-v0")
     states = np.concatenate(
         [buffer.observations[k] for k in ("achieved_goal", "observation")], 1
     )
@@ -1019,13 +1021,13 @@ def test_interrupted_minari_export_leaves_nothing(home, minari, monkeypatch):
 
     plain = minari.create_dataset_from_buffers
     monkeypatch.setattr(minari, "create_dataset_from_buffers", interrupted)
-    found = datasets.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
+    found = sources.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
     with pytest.raises(KeyboardInterrupt):
-        datasets.export(found, "minari", "mine/hopper/medium-v0")
+        card.export(found, "minari", "mine/hopper/medium-v0")
     assert os.listdir(home / "minari") == []
     assert os.environ["MINARI_DATASETS_PATH"] == str(home / "minari")
     with pytest.raises(ValueError, match="Malformed dataset ID"):
-        datasets.export(found, "minari", "a name!")
+        card.export(found, "minari", "a name!")
 
 
 def test_missing_minari_dataset_is_one_line(home, minari, monkeypatch):
@@ -1038,14 +1040,14 @@ def test_missing_minari_dataset_is_one_line(home, minari, monkeypatch):
     with pytest.raises(
         RuntimeError, match="cannot load 'a/b-v0' \\(FileNotFoundError: no"
     ):
-        datasets.resolve(TASK, path="minari:a/b-v0")
+        sources.resolve(TASK, path="minari:a/b-v0")
 
 
 def test_export_without_minari_says_how_to_get_it(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
-    found = datasets.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
+    found = sources.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
     with pytest.raises(RuntimeError, match="requirements-minari.txt"):
-        datasets.export(found, "minari", "mine/x-v0")
+        card.export(found, "minari", "mine/x-v0")
 
 
 # ---------------------------------------------------------------- D4RL's schema
@@ -1054,10 +1056,10 @@ def test_export_without_minari_says_how_to_get_it(home, monkeypatch):
 def test_round_trip_of_a_stand_in_through_d4rls_schema(home, monkeypatch, capsys):
     task, out = "hopper-random-v2", home / "out" / "x.hdf5"
     monkeypatch.setattr(sys, "argv", f"datasets {task} --export d4rl {out}".split())
-    datasets.main()
+    card.main()
     assert f"wrote {out}" in capsys.readouterr().out
-    original = datasets.resolve(task)
-    copy = datasets.resolve(task, path=out)
+    original = sources.resolve(task)
+    copy = sources.resolve(task, path=out)
     assert_same(copy.arrays, original.arrays)
     assert copy.provenance["label"] == original.provenance["label"]  # still a stand-in
     with h5py.File(original.provenance["path"]) as a, h5py.File(out) as b:
@@ -1071,7 +1073,7 @@ def test_round_trip_of_a_stand_in_through_d4rls_schema(home, monkeypatch, capsys
         assert original.provenance["sha256"] in b.attrs["exported_from"]
     before = out.read_bytes()
     with pytest.raises(SystemExit, match="x.hdf5 exists; delete it"):
-        datasets.main()
+        card.main()
     assert out.read_bytes() == before and os.listdir(out.parent) == ["x.hdf5"]
 
 
@@ -1079,25 +1081,25 @@ def test_exported_file_of_another_type_is_d4rls(home):
     raw = v2_raw()
     spoilt = {**raw, "observations": raw["observations"].astype(np.float64)}
     spoilt["terminals"] = raw["terminals"].astype(np.float32)[:, None]
-    found = datasets.resolve(TASK, path=write(home / "x.hdf5", spoilt))
-    datasets.export(found, "d4rl", str(home / "y.hdf5"))
+    found = sources.resolve(TASK, path=write(home / "x.hdf5", spoilt))
+    card.export(found, "d4rl", str(home / "y.hdf5"))
     with h5py.File(home / "y.hdf5") as file:
         assert file["observations"].dtype == np.float32
         assert file["terminals"].dtype == bool and file["terminals"].shape == (12,)
 
 
 def test_export_to_an_unfit_place_is_one_line(home, monkeypatch):
-    found = datasets.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
+    found = sources.resolve(TASK, path=write(home / "x.hdf5", v2_raw()))
     (home / "file").write_text("mine")
     with pytest.raises(RuntimeError, match="cannot write .*file/y.hdf5"):
-        datasets.export(found, "d4rl", str(home / "file" / "y.hdf5"))
+        card.export(found, "d4rl", str(home / "file" / "y.hdf5"))
 
     def full(self, name, **options):
         raise OSError("no space left")
 
     monkeypatch.setattr(h5py.Group, "create_dataset", full)
     with pytest.raises(RuntimeError, match="no space left"):
-        datasets.export(found, "d4rl", str(home / "y.hdf5"))
+        card.export(found, "d4rl", str(home / "y.hdf5"))
     assert not [n for n in os.listdir(home) if n.startswith("y.hdf5")]
 
 
@@ -1108,7 +1110,7 @@ def test_card_shows_the_data_beside_d4rls_published_numbers(home):
     raw = v2_raw()
     raw["rewards"][:] = 0.0
     raw["rewards"][[3, 6, 7]] = 100.0, 200.0, 300.0
-    text = datasets.card(datasets.resolve(TASK, path=write(home / "x.hdf5", raw)))
+    text = card.card(sources.resolve(TASK, path=write(home / "x.hdf5", raw)))
     lines = {
         line[:9].strip(): line[10:] for line in text.splitlines() if line[:9].strip()
     }
@@ -1126,7 +1128,7 @@ def test_card_shows_the_data_beside_d4rls_published_numbers(home):
 
 
 def test_card_of_a_stand_in_says_what_made_it(home):
-    text = datasets.card(datasets.resolve("hopper-random-v2"))
+    text = card.card(sources.resolve("hopper-random-v2"))
     lines = dict(line.split(maxsplit=1) for line in text.splitlines() if line[0] != " ")
     assert lines["seed"] == "0" and lines["policies"] == "{}"
     for package in ("gymnasium", "mujoco", "torch", "numpy"):
@@ -1147,18 +1149,18 @@ def test_plot_shows_every_return(home, monkeypatch):
     path, out = write(home / "x.hdf5", v2_raw()), home / "returns.png"
     command = f"datasets {TASK} --path {path} --plot {out}"
     monkeypatch.setattr(sys, "argv", command.split())
-    datasets.main()
+    card.main()
     assert out.read_bytes().startswith(b"\x89PNG")
-    expected = datasets.resolve(TASK, path=path).statistics["return"]
+    expected = sources.resolve(TASK, path=path).statistics["return"]
     np.testing.assert_allclose(drawn[0].mean(), expected["mean"], rtol=1e-6)
     assert len(drawn[0]) == 3 and not list(home.glob(".*.part"))
     monkeypatch.setattr(sys, "argv", command.replace(".png", ".xyz").split())
     with pytest.raises(SystemExit, match="error: .*xyz"):
-        datasets.main()
+        card.main()
     assert not (home / "returns.xyz").exists() and not list(home.glob(".*.part"))
     empty = write(home / "y.hdf5", make_raw([0] * 5, [0] * 5))
     with pytest.raises(ValueError, match="no complete episode"):
-        datasets.plot_returns(datasets.resolve(TASK, path=empty), out)
+        card.plot_returns(sources.resolve(TASK, path=empty), out)
 
 
 def test_overview_has_a_line_for_every_task_and_touches_nothing(
@@ -1171,13 +1173,13 @@ def test_overview_has_a_line_for_every_task_and_touches_nothing(
     before = sorted(home.rglob("*"))
     for name in ("collect", "rollout"):
         monkeypatch.setattr(collect, name, None)
-    monkeypatch.setattr(datasets.download, "download", None)
-    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
+    monkeypatch.setattr(sources.download, "download", None)
+    monkeypatch.setattr(policies, "POLICY_DIR", home / "nowhere")
     monkeypatch.setattr(sys, "argv", ["datasets", "--all"])
-    datasets.main()
+    card.main()
     lines = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: line for line in lines[1:]}
-    assert list(table) == envs.task_names()
+    assert list(table) == task_names()
     assert "d4rl/walker2d_medium-v2.hdf5" in table["walker2d-medium-v2"]
     assert " 12 " in table["walker2d-medium-v2"]
     assert "unreadable" in table["walker2d-expert-v2"]
@@ -1189,29 +1191,29 @@ def test_overview_has_a_line_for_every_task_and_touches_nothing(
 
 
 def test_overview_finds_a_stand_in_that_is_there(home):
-    path = datasets.resolve("hopper-random-v2").provenance["path"]
-    assert f"self-collected, {path}" in datasets.overview()
+    path = sources.resolve("hopper-random-v2").provenance["path"]
+    assert f"self-collected, {path}" in card.overview()
 
 
-def report(home, monkeypatch, tasks, out, rows=400):
+def report(home, monkeypatch, names, out, rows=400):
     """Writes the report of some tasks by the command; its text and rows of cells."""
-    monkeypatch.setattr(envs, "task_names", lambda: tasks)
+    monkeypatch.setattr(tasks, "task_names", lambda: names)
     command = f"datasets --report {out} --rows {rows} --cache_dir {home}/cache"
     monkeypatch.setattr(sys, "argv", command.split())
-    datasets.main()
+    card.main()
     text = (home / out).read_text()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     return text, [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
 
 
 def test_report_compares_every_stand_in_with_d4rls_figures(home, monkeypatch):
-    monkeypatch.setattr(collect, "POLICY_DIR", home / "nowhere")
+    monkeypatch.setattr(policies, "POLICY_DIR", home / "nowhere")
     monkeypatch.chdir(home)
-    tasks = ["hopper-random-v2", "antmaze-umaze-v2", "halfcheetah-random-v2"]
-    text, rows = report(home, monkeypatch, tasks, "new/report.md")
-    assert [row[0] for row in rows] == ["task", *tasks[::2], "task"]
+    names = ["hopper-random-v2", "antmaze-umaze-v2", "halfcheetah-random-v2"]
+    text, rows = report(home, monkeypatch, names, "new/report.md")
+    assert [row[0] for row in rows] == ["task", *names[::2], "task"]
     hopper, cheetah = rows[1:3]
-    stats = datasets.resolve(tasks[0], cache_dir=home / "cache", rows=400).statistics
+    stats = sources.resolve(names[0], cache_dir=home / "cache", rows=400).statistics
     assert hopper[1:3] == ["400", str(stats["episodes"])]
     mean = stats["return"]["mean"]
     assert hopper[3].startswith(f"{mean:.0f} ± ")
@@ -1221,10 +1223,10 @@ def test_report_compares_every_stand_in_with_d4rls_figures(home, monkeypatch):
     assert "No stand-in: antmaze-umaze-v2." in text
     made = text.splitlines()[2]
     assert made.startswith(
-        "Command: `python -m corl_dare.datasets --report new/report.md --rows 400`"
+        "Command: `python -m corl.data.card --report new/report.md --rows 400`"
     )
-    assert f"commit {runs.git_commit()}, " in made and "mujoco 3" in made
-    assert str(home) not in text and f"{runs.machine()['cores']} cores" in made
+    assert f"commit {machine.git_commit()}, " in made and "mujoco 3" in made
+    assert str(home) not in text and f"{machine.describe()['cores']} cores" in made
     assert not list(home.glob("new/*.part"))
 
 
@@ -1251,7 +1253,7 @@ def test_report_to_an_unfit_place_is_one_line_before_any_work(home, monkeypatch)
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(type(home), "touch", refuse)
-    monkeypatch.setattr(datasets, "resolve", None)
+    monkeypatch.setattr(sources, "resolve", None)
     with pytest.raises(SystemExit, match="^error: cannot write .*Read-only"):
         report(home, monkeypatch, ["hopper-random-v2"], home / "report.md")
 
@@ -1269,22 +1271,22 @@ def test_report_to_an_unfit_place_is_one_line_before_any_work(home, monkeypatch)
 def test_impossible_commands_are_refused(home, monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["datasets", *arguments.split()])
     with pytest.raises(SystemExit) as caught:
-        datasets.main()
+        card.main()
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
 
 
 def test_card_without_published_numbers_or_complete_episodes(home):
     path = write(home / "x.hdf5", make_raw([0] * 5, [0] * 5))
-    text = datasets.card(datasets.resolve("hopper-full-replay-v2", path=path))
+    text = card.card(sources.resolve("hopper-full-replay-v2", path=path))
     assert "no complete episode" in text and "D4RL's  " not in text
 
 
 def test_command_prints_the_card_or_one_line(home, monkeypatch, capsys):
     path = write(home / "x.hdf5", v2_raw())
     monkeypatch.setattr(sys, "argv", ["datasets", TASK, "--path", str(path)])
-    datasets.main()
+    card.main()
     assert "10 transitions from 12 rows" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["datasets", TASK, "--source", "d4rl_dir"])
     with pytest.raises(SystemExit, match="^error: no dataset for hopper-medium-v2"):
-        datasets.main()
+        card.main()

@@ -15,10 +15,9 @@ from pathlib import Path
 import filelock
 import pytest
 
-from corl_dare import download as downloads
-from corl_dare.download import DownloadError, Unreachable, download
+from corl.data.download import HDF5_START, DownloadError, Unreachable, download
 
-CONTENT = downloads.HDF5_START + bytes(range(256)) * 4000
+CONTENT = HDF5_START + bytes(range(256)) * 4000
 SIZE = len(CONTENT)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
@@ -234,8 +233,8 @@ def test_second_download_waits_for_the_first(server, tmp_path, monkeypatch):
                 waiting.set()
             return super().acquire(*args, **kwargs)
 
-    plain = downloads._fetch
-    monkeypatch.setattr(downloads, "_fetch", slow)
+    plain = download._fetch
+    monkeypatch.setattr(download, "_fetch", slow)
     monkeypatch.setattr(filelock, "FileLock", Watched)
     work = [threading.Thread(target=get, args=[server, target]) for _ in range(2)]
     work[0].start()
@@ -249,9 +248,9 @@ def test_second_download_waits_for_the_first(server, tmp_path, monkeypatch):
 
 def test_killed_process_leaves_a_part_that_is_used(server, tmp_path):
     server.stop_after, server.hang = 400_000, threading.Event()
-    root = Path(downloads.__file__).parent.parent
+    root = Path(download.__file__).parent.parent
     program = (
-        "import sys; from pathlib import Path; from corl_dare.download import download; "
+        "import sys; from pathlib import Path; from corl.data.download import download; "
         f"download('{server.url}/x.hdf5', Path(sys.argv[1]), {len(CONTENT)}, '{DIGEST}',"
         " timeout=60.0)"
     )

@@ -8,7 +8,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from corl_dare import envs
+from corl import envs, physics, tasks
 
 # Written down again from D4RL's table, not read from the code under test.
 REFERENCE = {
@@ -35,24 +35,26 @@ def healthy(robot, qpos, qvel):
 # ---------------------------------------------------------------- names and scores
 
 
-@pytest.mark.parametrize("name", envs.task_names())
+@pytest.mark.parametrize("name", tasks.task_names())
 def test_reference_scores_are_the_ends_of_the_normalized_scale(name):
     low, high = REFERENCE[name.split("-")[0]]
-    scores = envs.normalized_score(name, [low, high, (low + high) / 2])
+    scores = tasks.normalized_score(name, [low, high, (low + high) / 2])
     np.testing.assert_allclose(scores, [0.0, 100.0, 50.0], atol=1e-12)
 
 
 def test_scores_of_published_returns():
-    assert round(float(envs.normalized_score("hopper-medium-v2", 1422.06)), 1) == 44.3
-    assert round(float(envs.normalized_score("walker2d-expert-v2", 4920.51)), 1) == 107.1
-    assert envs.normalized_score("hopper-medium-v2", np.zeros((2, 3))).shape == (2, 3)
+    assert round(float(tasks.normalized_score("hopper-medium-v2", 1422.06)), 1) == 44.3
+    assert (
+        round(float(tasks.normalized_score("walker2d-expert-v2", 4920.51)), 1) == 107.1
+    )
+    assert tasks.normalized_score("hopper-medium-v2", np.zeros((2, 3))).shape == (2, 3)
 
 
 def test_all_d4rl_tasks_are_known_once():
-    names = envs.task_names()
+    names = tasks.task_names()
     assert len(names) == len(set(names)) == 3 * 6 + 6
-    assert envs.task("hopper-medium-replay-v2").kind == "medium-replay"
-    assert envs.task("antmaze-large-play-v2").state_dim == 29
+    assert tasks.task("hopper-medium-replay-v2").kind == "medium-replay"
+    assert tasks.task("antmaze-large-play-v2").state_dim == 29
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_all_d4rl_tasks_are_known_once():
 )
 def test_unknown_names_are_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match="hopper-medium-v2.*antmaze-large-diverse-v2"):
-        envs.task(name)
+        tasks.task(name)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_unknown_names_are_refused_with_the_known_ones(name):
     + [("antmaze-umaze-diverse-v2", 700), ("antmaze-medium-play-v2", 1000)],
 )
 def test_horizon(name, horizon):
-    assert envs.task(name).horizon == horizon
+    assert tasks.task(name).horizon == horizon
 
 
 # ---------------------------------------------------------------- physics
@@ -192,7 +194,7 @@ def test_state_gives_a_bit_identical_future_mid_episode_and_over_resets(before):
     env.reset(seed=3)
     env.action_space.seed(3)
     future(env, before, np.random.default_rng(1))
-    saved = envs.get_state(env)
+    saved = physics.get_state(env)
     expected = future(env, 150, np.random.default_rng(2))
     assert (expected[:, -2] == 1).sum() >= 2  # falls, so the reset generator matters
 
@@ -201,7 +203,7 @@ def test_state_gives_a_bit_identical_future_mid_episode_and_over_resets(before):
     fresh.reset(seed=99)
     future(fresh, 33, np.random.default_rng(4))
     for again in (fresh, env):
-        envs.set_state(again, saved)
+        physics.set_state(again, saved)
         found = future(again, 150, np.random.default_rng(2))
         np.testing.assert_array_equal(found, expected)
 
@@ -211,9 +213,9 @@ def test_state_keeps_the_elapsed_steps():
     env.reset(seed=0)
     for _ in range(990):
         env.step(np.zeros(6, np.float32))
-    saved = envs.get_state(env)
+    saved = physics.get_state(env)
     fresh = envs.make_robot("halfcheetah")
-    envs.set_state(fresh, saved)
+    physics.set_state(fresh, saved)
     cut = [fresh.step(np.zeros(6, np.float32))[3] for _ in range(10)]
     assert cut == [False] * 9 + [True]
 
@@ -227,10 +229,10 @@ def test_saved_warm_start_survives_a_forward_that_writes_its_own(monkeypatch):
     env = envs.make_robot("hopper")
     env.reset(seed=0)
     env.step(np.ones(3, np.float32))
-    saved = envs.get_state(env)
+    saved = physics.get_state(env)
     monkeypatch.setattr(mujoco, "mj_forward", forward)
-    envs.set_state(env, saved)
-    np.testing.assert_array_equal(envs.get_state(env)["physics"], saved["physics"])
+    physics.set_state(env, saved)
+    np.testing.assert_array_equal(physics.get_state(env)["physics"], saved["physics"])
 
 
 def test_state_survives_wrappers_around_the_environment():
@@ -238,15 +240,15 @@ def test_state_survives_wrappers_around_the_environment():
     shifted = gym.wrappers.TransformObservation(env, lambda s: s + 1, None)
     shifted.reset(seed=0)
     shifted.step(np.ones(3, np.float32))
-    saved = envs.get_state(shifted)
+    saved = physics.get_state(shifted)
     first = shifted.step(np.ones(3, np.float32))[0]
-    envs.set_state(shifted, saved)
+    physics.set_state(shifted, saved)
     np.testing.assert_array_equal(shifted.step(np.ones(3, np.float32))[0], first)
 
 
 def test_state_of_another_environment_is_refused():
     with pytest.raises(TypeError, match="CartPoleEnv has no state to save"):
-        envs.get_state(gym.make("CartPole-v1"))
+        physics.get_state(gym.make("CartPole-v1"))
 
 
 # ---------------------------------------------------------------- backends

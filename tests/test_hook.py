@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl.iql import ReplayBuffer
+from algorithms.iql import ReplayBuffer
 from corl_dare.behavior import make_behavior_model
 from corl_dare.hook import (
     DareConfig,

@@ -13,8 +13,7 @@ from test_hook import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from algorithms import dare_cal_ql, dare_iql
-from corl import cal_ql, cql, iql
+from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
 
 S, A, B = 11, 3, 32
 TASK = "hopper-medium-v2"

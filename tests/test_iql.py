@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_iql import OracleIQL
 
-from algorithms import dare_iql
-from corl import iql
-from corl_dare import hook, runs
+from algorithms import dare_iql, iql
+from corl import checkpoints
+from corl_dare import hook
 
 S, A, B = 11, 3, 64
 TASK = "hopper-medium-v2"
@@ -338,7 +338,7 @@ def test_a_loaded_model_brings_no_random_stream(tmp_path):
     stream = trainer.dare_generator.get_state()
     parts = dare_iql.CHECKPOINT_PARTS
     trainer.load_state_dict(
-        runs.load_corl_checkpoint(tmp_path / "checkpoint_9.pt", parts)
+        checkpoints.load_corl_checkpoint(tmp_path / "checkpoint_9.pt", parts)
     )
     assert torch.equal(trainer.dare_generator.get_state(), stream)
     loaded = trainer.vf.state_dict()

@@ -7,9 +7,9 @@ import pytest
 import torch
 import toy
 
-from algorithms import dare_cal_ql, dare_iql
-from corl import cal_ql, cql, iql
-from corl_dare import hook, runs
+from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl import curves, runs
+from corl_dare import hook
 
 FIELDS = {
     "env": toy.TASK,
@@ -87,7 +87,7 @@ def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
     assert summary["score_offline"] > 65
     assert summary["score_final"] > 85, summary
     folder = next(tmp_path.glob("*-s0-*"))
-    metrics = runs.read_csv(folder / "metrics.csv")
+    metrics = curves.read_csv(folder / "metrics.csv")
     assert metrics["phase"].count("online") >= 6  # the online phase was entered
     assert summary["updates"] == 1000
     written = json.loads((folder / "summary.json").read_text())
@@ -115,7 +115,7 @@ def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch)
     summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65, summary
     assert summary["score_final"] > 85, summary
-    metrics = runs.read_csv(next(tmp_path.glob("*-s0-*")) / "metrics.csv")
+    metrics = curves.read_csv(next(tmp_path.glob("*-s0-*")) / "metrics.csv")
     online = [i for i, phase in enumerate(metrics["phase"]) if phase == "online"]
     assert len(online) >= 6
     if module is dare_cal_ql:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import tqdm
 
-from corl_dare.progress import LOG_SECONDS, progress_bar
+from corl.progress import LOG_SECONDS, progress_bar
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from algorithms import dare_iql
-from corl import iql
-from corl_dare import figures, report, runs, snapshot
+from algorithms import dare_iql, iql
+from corl import curves, machine, runs
+from corl.config import parse_config
+from experiments import figures, report, snapshot
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50  # online steps of a made-up run; an evaluation every 10
@@ -53,12 +54,12 @@ class Config:
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     """A run folder as `runs.Run` leaves it, with scores made up from the seed."""
-    monkeypatch.setattr(runs, "git_commit", lambda: "0123456789abcdef")
-    monkeypatch.setattr(runs, "plot_curves", lambda *args: None)
+    monkeypatch.setattr(machine, "git_commit", lambda: "0123456789abcdef")
+    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
     monkeypatch.setattr(runs.os, "fsync", lambda file: None)  # hundreds of small files
     monkeypatch.setattr(
-        runs,
-        "machine",
+        machine,
+        "describe",
         lambda: {"processor": "Abacus", "cores": 3, "gpu": None},
     )
 
@@ -892,11 +893,11 @@ MIXTURE = (
 @pytest.fixture
 def toy_run(monkeypatch, tmp_path):
     toy.install(monkeypatch, tmp_path)
-    monkeypatch.setattr(runs, "git_commit", lambda: "0123456789abcdef")
+    monkeypatch.setattr(machine, "git_commit", lambda: "0123456789abcdef")
 
     def train(module, extra=""):
         flags = f"{SMALL} {extra} --runs_dir {tmp_path / 'runs'}".split()
-        module.train(runs.parse_config(module.TrainConfig, flags))
+        module.train(parse_config(module.TrainConfig, flags))
         return max((tmp_path / "runs").iterdir(), key=lambda p: p.stat().st_mtime_ns)
 
     return train

@@ -139,7 +139,12 @@ def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(
 def test_resume_refuses_another_algorithm_and_other_settings(
     tmp_path, environment, unbroken
 ):
-    other = [sys.executable, str(ROOT / "corl" / "iql.py"), "--resume", str(unbroken)]
+    other = [
+        sys.executable,
+        str(ROOT / "algorithms" / "iql.py"),
+        "--resume",
+        str(unbroken),
+    ]
     process = start(other, tmp_path, environment)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from algorithms import dare_iql
-from corl_dare import runs
+from corl import checkpoints, curves, machine, runs
+from corl.config import ConfigError, dump_config, main, make_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
@@ -65,7 +66,7 @@ class Config:
 
 
 def parse(*argv, ignore=()):
-    return runs.parse_config(Config, [str(a) for a in argv], ignore)
+    return parse_config(Config, [str(a) for a in argv], ignore)
 
 
 @pytest.fixture
@@ -100,21 +101,21 @@ class Derived:
 
 
 def test_what_a_config_derives_from_its_defaults_is_not_taken_for_given():
-    assert runs.parse_config(Derived, []) == Derived(True, 0.5)
-    assert runs.parse_config(Derived, ["--on", "false"]) == Derived(False, None)
+    assert parse_config(Derived, []) == Derived(True, 0.5)
+    assert parse_config(Derived, ["--on", "false"]) == Derived(False, None)
 
 
 def test_dare_off_is_the_baseline_with_its_single_buffer():
-    config = runs.parse_config(dare_iql.TrainConfig, ["--dare.enabled", "false"])
+    config = parse_config(dare_iql.TrainConfig, ["--dare.enabled", "false"])
     assert config.mixing_ratio is None
 
 
 def test_later_layers_win_field_by_field_and_errors_name_the_layer():
     first, second = ("file", {"seed": 1, "dare": {"cap": 3, "on": False}}), {"cap": 4}
-    config = runs.make_config(Config, [first, ("sweep", {"dare": second})])
+    config = make_config(Config, [first, ("sweep", {"dare": second})])
     assert config == Config(seed=1, dare=Block(4, 1.0, False))
-    with pytest.raises(runs.ConfigError, match="^sweep: unknown field dare.capp; did"):
-        runs.make_config(Config, [first, ("sweep", {"dare": {"capp": 4}})])
+    with pytest.raises(ConfigError, match="^sweep: unknown field dare.capp; did"):
+        make_config(Config, [first, ("sweep", {"dare": {"capp": 4}})])
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -263,7 +264,7 @@ FIELDS = st.fixed_dictionaries(
 def test_a_dumped_config_is_complete_and_reads_back_equal(tmp_path_factory, values):
     config = Config(**values)
     file = tmp_path_factory.getbasetemp() / "round.yaml"
-    file.write_text(runs.dump_config(config), encoding="utf-8")
+    file.write_text(dump_config(config), encoding="utf-8")
     assert parse("--config", file) == config
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert list(written) == sorted(f.name for f in dataclasses.fields(Config))
@@ -274,26 +275,26 @@ def test_a_dumped_config_is_complete_and_reads_back_equal(tmp_path_factory, valu
 
 def test_devices(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runs.pick_device("auto") == runs.pick_device("cpu") == "cpu"
-    assert runs.pick_device("cuda:1") == "cpu"
+    assert machine.pick_device("auto") == machine.pick_device("cpu") == "cpu"
+    assert machine.pick_device("cuda:1") == "cpu"
     assert "no CUDA device" in capsys.readouterr().out  # not in silence
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert runs.pick_device("auto") == "cuda"
-    assert runs.pick_device("cuda:1") == "cuda:1"
+    assert machine.pick_device("auto") == "cuda"
+    assert machine.pick_device("cuda:1") == "cuda:1"
     for name in ("gpu", "cuda1", "", "cpu:0"):
-        with pytest.raises(runs.ConfigError, match="device"):
-            runs.pick_device(name)
+        with pytest.raises(ConfigError, match="device"):
+            machine.pick_device(name)
 
 
 def test_threads():
     before = torch.get_num_threads()
     try:
-        runs.configure_threads(2)
+        machine.configure_threads(2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    with pytest.raises(runs.ConfigError, match="threads"):
-        runs.configure_threads(0)
+    with pytest.raises(ConfigError, match="threads"):
+        machine.configure_threads(0)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_threads():
     [(0, "0 s"), (45, "45 s"), (720, "12 min"), (12240, "3.4 h"), (181440, "2.1 days")],
 )
 def test_readable_time(seconds, words):
-    assert runs.readable_time(seconds) == words
+    assert machine.readable_time(seconds) == words
 
 
 def test_paths_are_shown_without_the_home_folder(monkeypatch, tmp_path):
@@ -309,20 +310,20 @@ def test_paths_are_shown_without_the_home_folder(monkeypatch, tmp_path):
     here.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    assert runs.tidy_path(here / "runs" / "a") == "runs/a"
-    assert runs.tidy_path("runs/a") == "runs/a"
-    assert runs.tidy_path(home / "data.hdf5") == "~/data.hdf5"
-    assert runs.tidy_path("/data/x") == "/data/x"
+    assert machine.tidy_path(here / "runs" / "a") == "runs/a"
+    assert machine.tidy_path("runs/a") == "runs/a"
+    assert machine.tidy_path(home / "data.hdf5") == "~/data.hdf5"
+    assert machine.tidy_path("/data/x") == "/data/x"
 
 
 def test_commit_of_this_code_or_unknown(monkeypatch):
-    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", runs.git_commit())
+    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", machine.git_commit())
 
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", missing)
-    assert runs.git_commit() == "unknown"
+    assert machine.git_commit() == "unknown"
 
 
 def test_only_changed_code_makes_a_commit_dirty(tmp_path, monkeypatch):
@@ -333,19 +334,19 @@ def test_only_changed_code_makes_a_commit_dirty(tmp_path, monkeypatch):
     for words in (("init", "-q"), ("add", "."), (*person, "commit", "-qm", "first")):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "corl_dare" / "runs.py"))
-    assert re.fullmatch(r"[0-9a-f]{40}", runs.git_commit())
+    assert re.fullmatch(r"[0-9a-f]{40}", machine.git_commit())
     (tmp_path / "results/numbers.json").write_text("2")
-    assert re.fullmatch(r"[0-9a-f]{40}", runs.git_commit())
+    assert re.fullmatch(r"[0-9a-f]{40}", machine.git_commit())
     (tmp_path / "algorithms/a.py").write_text("2")
-    assert re.fullmatch(r"[0-9a-f]{40}\+dirty", runs.git_commit())
+    assert re.fullmatch(r"[0-9a-f]{40}\+dirty", machine.git_commit())
 
 
 # ---------------------------------------------------------------- pack, random streams
 
 
 def through_a_file(value, path):
-    torch.save(runs.pack(value), path)
-    return runs.unpack(torch.load(path, weights_only=True))
+    torch.save(checkpoints.pack(value), path)
+    return checkpoints.unpack(torch.load(path, weights_only=True))
 
 
 def assert_same(a, b):
@@ -398,11 +399,11 @@ def test_pack_is_lossless_through_a_file(tmp_path_factory, value):
 
 def test_packed_arrays_are_copies():
     array = np.arange(6)[::-2]
-    packed = runs.pack(array)
+    packed = checkpoints.pack(array)
     array[:] = 0
-    assert runs.unpack(packed).tolist() == [5, 3, 1]
-    runs.unpack(packed)[:] = 0
-    assert runs.unpack(packed).tolist() == [5, 3, 1]
+    assert checkpoints.unpack(packed).tolist() == [5, 3, 1]
+    checkpoints.unpack(packed)[:] = 0
+    assert checkpoints.unpack(packed).tolist() == [5, 3, 1]
 
 
 @pytest.mark.parametrize("name", ["PCG64", "MT19937", "Philox", "SFC64"])
@@ -429,25 +430,30 @@ def draws():
 @settings(deadline=None, derandomize=True, max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 700))
 def test_global_streams_go_on_exactly(tmp_path_factory, seed, before):
-    streams = runs.rng_state()
+    streams = checkpoints.rng_state()
     try:
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         random.gauss(0, 1), np.random.normal()  # both keep a second number for later
         for _ in range(before):
             random.random(), np.random.random(), torch.rand(1)
         path = tmp_path_factory.getbasetemp() / "rng.pt"
-        torch.save(runs.rng_state(), path)
+        torch.save(checkpoints.rng_state(), path)
         wanted = draws()
         assert draws() != wanted
-        runs.set_rng_state(torch.load(path, weights_only=True))
+        checkpoints.set_rng_state(torch.load(path, weights_only=True))
         assert draws() == wanted
     finally:
-        runs.set_rng_state(streams)
+        checkpoints.set_rng_state(streams)
 
 
 # ---------------------------------------------------------------- checkpoints
 
-STATE = {"format": runs.FORMAT, "algorithm": "iql", "step": 3, "w": torch.arange(3.0)}
+STATE = {
+    "format": checkpoints.FORMAT,
+    "algorithm": "iql",
+    "step": 3,
+    "w": torch.arange(3.0),
+}
 
 
 @pytest.mark.parametrize("place", ["torch.save", "half", "os.fsync", "os.replace"])
@@ -456,7 +462,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(
     tmp_path, monkeypatch, place, error
 ):
     path = tmp_path / "checkpoint.pt"
-    runs.save_checkpoint(path, STATE)
+    checkpoints.save_checkpoint(path, STATE)
 
     def crash(*args, **kwargs):
         if place == "half":
@@ -468,12 +474,12 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(
     else:
         monkeypatch.setattr(os, place.removeprefix("os."), crash)
     with pytest.raises(type(error)):
-        runs.save_checkpoint(path, {**STATE, "step": 4})
+        checkpoints.save_checkpoint(path, {**STATE, "step": 4})
     monkeypatch.undo()
-    assert runs.load_checkpoint(path, "iql")["step"] == 3
+    assert checkpoints.load_checkpoint(path, "iql")["step"] == 3
     assert os.listdir(tmp_path) == ["checkpoint.pt"]  # and no litter
-    runs.save_checkpoint(path, {**STATE, "step": 4})
-    assert runs.load_checkpoint(path, "iql")["step"] == 4
+    checkpoints.save_checkpoint(path, {**STATE, "step": 4})
+    assert checkpoints.load_checkpoint(path, "iql")["step"] == 4
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
@@ -481,7 +487,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypa
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda *a: (calls.append("replace"), replace(*a)))
-    runs.save_checkpoint(tmp_path / "checkpoint.pt", STATE)
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", STATE)
     assert calls == ["fsync", "replace", "fsync"]
 
 
@@ -495,7 +501,7 @@ class Evil:
 
 def load_error(path, algorithm="iql"):
     with pytest.raises(ValueError) as caught:
-        runs.load_checkpoint(path, algorithm)
+        checkpoints.load_checkpoint(path, algorithm)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     return str(caught.value)
 
@@ -503,13 +509,13 @@ def load_error(path, algorithm="iql"):
 def test_checkpoints_of_others_are_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     assert "does not exist" in load_error(path)
-    runs.save_checkpoint(path, STATE)
-    assert torch.equal(runs.load_checkpoint(path, "iql")["w"], STATE["w"])
+    checkpoints.save_checkpoint(path, STATE)
+    assert torch.equal(checkpoints.load_checkpoint(path, "iql")["w"], STATE["w"])
     assert "belongs to iql, not to cql" in load_error(path, "cql")
-    for number in (runs.FORMAT + 1, None):
-        runs.save_checkpoint(path, {**STATE, "format": number})
+    for number in (checkpoints.FORMAT + 1, None):
+        checkpoints.save_checkpoint(path, {**STATE, "format": number})
         assert f"format {number}" in load_error(path)
-    runs.save_checkpoint(path, {"algorithm": "iql"})
+    checkpoints.save_checkpoint(path, {"algorithm": "iql"})
     assert "format" in load_error(path)
     for other in ({"step": 3}, [1], torch.zeros(2)):
         torch.save(other, path)
@@ -518,7 +524,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 
 def test_damaged_checkpoints_are_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    runs.save_checkpoint(path, STATE)
+    checkpoints.save_checkpoint(path, STATE)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     for cut in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
@@ -624,7 +630,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(here, monkeypatch):
 def test_a_place_that_cannot_be_written_is_refused_at_once(here, monkeypatch):
     (here / "file").write_text("mine")
     for place in ("file", "file/below"):
-        with pytest.raises(runs.ConfigError, match="run folder file.*runs_dir"):
+        with pytest.raises(ConfigError, match="run folder file.*runs_dir"):
             make_run(runs_dir=place)
     assert (here / "file").read_text() == "mine"
 
@@ -632,7 +638,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(here, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(runs.ConfigError, match=r"Permission denied.*runs_dir"):
+    with pytest.raises(ConfigError, match=r"Permission denied.*runs_dir"):
         make_run()
 
 
@@ -641,12 +647,12 @@ def test_a_full_disk_is_one_line(here, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(runs.ConfigError, match=r"config\.yaml.*No space left"):
+    with pytest.raises(ConfigError, match=r"config\.yaml.*No space left"):
         make_run()
 
 
 def test_a_bad_wandb_mode_is_refused_before_a_folder_is_made(here):
-    with pytest.raises(runs.ConfigError, match="wandb_mode 'on'"):
+    with pytest.raises(ConfigError, match="wandb_mode 'on'"):
         make_run(wandb_mode="on")
     assert not (here / "runs").exists()
 
@@ -756,7 +762,7 @@ def test_the_config_of_a_resumed_run_still_runs_it_from_the_start(here):
 
 def test_what_cannot_be_resumed_is_refused(here):
     run = make_run()
-    with pytest.raises(runs.ConfigError, match=r"no checkpoint\.pt yet"):
+    with pytest.raises(ConfigError, match=r"no checkpoint\.pt yet"):
         runs.Run(Config(resume=str(run.folder)), "iql", [])
     run.dataset = {"sha256": "abc"}
     run.save({"part": Part()})
@@ -765,7 +771,7 @@ def test_what_cannot_be_resumed_is_refused(here):
     other = runs.Run(Config(resume=str(run.folder)), "iql", [])
     other.dataset = {"sha256": "def", "path": "data.hdf5"}
     part = Part()
-    with pytest.raises(runs.ConfigError, match=r"data\.hdf5.*sha256"):
+    with pytest.raises(ConfigError, match=r"data\.hdf5.*sha256"):
         other.restore({"part": part})
     assert part.sum.tolist() == [0, 0]
 
@@ -885,7 +891,7 @@ def test_main_shows_errors_as_one_line(monkeypatch, capsys, error, status, line)
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        runs.main(train, Config)
+        main(train, Config)
     assert caught.value.code == status
     shown = capsys.readouterr().err
     assert shown.startswith(line) and shown.count("\n") == 1
@@ -1025,9 +1031,9 @@ def test_the_summary_names_everything_and_nobody(here, monkeypatch, tmp_path_fac
 
 
 def test_the_commit_is_that_of_the_start(here, monkeypatch):
-    monkeypatch.setattr(runs, "git_commit", lambda: "at the start")
+    monkeypatch.setattr(machine, "git_commit", lambda: "at the start")
     run = make_run()
-    monkeypatch.setattr(runs, "git_commit", lambda: "at the end")
+    monkeypatch.setattr(machine, "git_commit", lambda: "at the end")
     assert run.finish()["commit"] == "at the start"
 
 
@@ -1071,7 +1077,7 @@ def test_curves_are_drawn_whatever_is_there(here, exchange, offline, online, row
             run.evaluation(i + 1, "online", np.array([odd, 1.0]), np.array([odd, 1.0]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = runs.plot_curves(run.folder, run.config, "self-collected")
+        path = curves.plot_curves(run.folder, run.config, "self-collected")
     assert path == run.folder / "curves.png" and is_image(path)
 
 
@@ -1085,7 +1091,7 @@ def drawn(run, label, monkeypatch):
         "savefig",
         lambda self, *a, **k: (figures.append(self), save(self, *a, **k)),
     )
-    runs.plot_curves(run.folder, run.config, label)
+    curves.plot_curves(run.folder, run.config, label)
     return figures[0]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from corl_dare import stats
+from experiments import stats
 
 FINITE = st.floats(-1e3, 1e3)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import dare_cal_ql, dare_iql
-from corl import cal_ql, cql, iql
-from corl_dare import envs, runs
+from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl.config import parse_config
+from corl.tasks import ANTMAZES, KINDS
 
 ROOT = Path(__file__).parent.parent
 # module -> modules of ours that it may import (design: who may import whom)
@@ -69,12 +69,8 @@ SHARED = (  # functions that every baseline repeats, as CORL's single files do
     "announce",
 )
 TABLE_1 = [
-    *(
-        f"{r}-{k}-v2"
-        for r in ("halfcheetah", "hopper", "walker2d")
-        for k in envs.KINDS[1:4]
-    ),
-    *(f"antmaze-{k}-v2" for k in envs.ANTMAZES[:4]),
+    *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),
+    *(f"antmaze-{k}-v2" for k in ANTMAZES[:4]),
 ]
 
 
@@ -136,7 +132,7 @@ def test_the_baselines_repeat_the_same_helpers():
 def test_the_baselines_run_with_the_hook_deleted():
     program = (
         "import sys; sys.modules['corl_dare.hook'] = None; "
-        "import corl.iql, corl.cql, corl.cal_ql; "
+        "import algorithms.iql, algorithms.cql, algorithms.cal_ql; "
         "assert not {'corl_dare.exchange', 'corl_dare.behavior'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
@@ -156,7 +152,7 @@ def test_config_is_read_by_its_files_and_sorted(path):
     assert list(values.get("dare", {})) == sorted(values.get("dare", {}))
     for module in READERS[path.parent.name]:
         ignore = getattr(module, "OTHER_BLOCKS", ())
-        config = runs.parse_config(module.TrainConfig, ["--config", str(path)], ignore)
+        config = parse_config(module.TrainConfig, ["--config", str(path)], ignore)
         assert config.env == values["env"]
         if module is dare_iql:
             assert config.mixing_ratio == 0.5
@@ -170,7 +166,7 @@ def test_git_ignores_nothing_that_docs_or_pages_rest_on():
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout")
     command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard"]
-    folders = ["results", "configs", "sweeps", "patches", "docs", "corl_dare/policies"]
+    folders = ["results", "configs", "sweeps", "patches", "docs", "corl/standin/weights"]
     made = subprocess.run(
         [*command, *folders], cwd=ROOT, capture_output=True, check=True
     )
@@ -180,7 +176,7 @@ def test_git_ignores_nothing_that_docs_or_pages_rest_on():
 def read_config(module, name):
     path = ROOT / "configs" / f"{name}.yaml"
     ignore = getattr(module, "OTHER_BLOCKS", ())
-    return runs.parse_config(module.TrainConfig, ["--config", str(path)], ignore)
+    return parse_config(module.TrainConfig, ["--config", str(path)], ignore)
 
 
 @pytest.mark.parametrize(

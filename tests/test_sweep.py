@@ -25,7 +25,9 @@ import pytest
 import torch
 import yaml
 
-from corl_dare import runs, sweep
+from corl import curves
+from corl.config import ConfigError
+from experiments import sweep
 from tests import toy
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +152,7 @@ def store(tmp_path, monkeypatch):
     (tmp_path / "walk.py").write_text(CELL_PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.setattr(runs, "plot_curves", lambda *args: None)
+    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
 
     def write(**fields):
         values = {"tasks": ["a-v2"], "seeds": [0, 1], "methods": METHODS, **fields}
@@ -419,7 +421,11 @@ def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp
     models = [c for c in cells if c.is_model]
     # One model per baseline, task and seed, whatever the methods change online.
     families = {c.algorithm for c in models}
-    assert families and families <= {"corl/iql.py", "corl/cal_ql.py", "corl/cql.py"}
+    assert families and families <= {
+        "algorithms/iql.py",
+        "algorithms/cal_ql.py",
+        "algorithms/cql.py",
+    }
     count = len(families) * len(values["tasks"]) * len(values["seeds"])
     assert len(models) == count
 
@@ -714,8 +720,7 @@ def test_fine_tuning_a_shared_model_starts_where_an_unbroken_run_switches(
 ):
     """One online step without an update: weights, optimizers, rates, targets are the same."""
     toy.install(monkeypatch, tmp_path)
-    folder = "algorithms" if name.startswith("dare") else "corl"
-    algorithm = str(ROOT / folder / f"{name}.py")
+    algorithm = str(ROOT / "algorithms" / f"{name}.py")
     settings = {
         **{"offline_iterations": 20, "online_iterations": 1, "online_warmup": 1},
         **{"eval_freq": 20, "n_episodes": 1, "batch_size": 32, "buffer_size": 5000},
@@ -728,7 +733,9 @@ def test_fine_tuning_a_shared_model_starts_where_an_unbroken_run_switches(
     file = store(methods=methods, tasks=[toy.TASK], seeds=[5])
     done, (model, cell), shown, _ = drive(file)
     assert done, shown
-    assert model.algorithm == str(ROOT / "corl" / f"{name.removeprefix('dare_')}.py")
+    assert model.algorithm == str(
+        ROOT / "algorithms" / f"{name.removeprefix('dare_')}.py"
+    )
     program = sweep.load_algorithm(algorithm)
     whole = dataclasses.replace(
         cell.config, offline_iterations=20, load_model="", runs_dir="whole"
@@ -759,7 +766,7 @@ def test_a_baseline_leaves_out_shared_dare_settings_and_refuses_its_own(
     store, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    iql = {"algorithm": "corl/iql.py"}
+    iql = {"algorithm": "algorithms/iql.py"}
     fields = {
         "tasks": ["hopper-medium-v2"],
         "config": "configs/iql/{task}.yaml",
@@ -771,9 +778,7 @@ def test_a_baseline_leaves_out_shared_dare_settings_and_refuses_its_own(
     assert cells["dare"].config.dare.cap == 3 and cells["iql"].config.online_iterations
     assert cells["iql"].model is cells["dare"].model
     fields["methods"]["iql"] = {**iql, "settings": {"dare.cap": 3}}
-    with pytest.raises(
-        runs.ConfigError, match="methods.iql.settings: unknown field dare"
-    ):
+    with pytest.raises(ConfigError, match="methods.iql.settings: unknown field dare"):
         sweep.plan(store(**fields))
 
 
@@ -830,7 +835,7 @@ def _wait_for(condition, process, seconds=300):
 
 
 def _start(file, *flags):
-    words = [sys.executable, "-m", "corl_dare.sweep", str(file), *map(str, flags)]
+    words = [sys.executable, "-m", "experiments.sweep", str(file), *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(

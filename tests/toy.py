@@ -9,7 +9,8 @@ dataset's policy goes slowly the right way, a = -0.3 x + noise, and returns abou
 import gymnasium
 import numpy as np
 
-from corl_dare import datasets, envs
+from corl import envs, tasks
+from corl.data import sources
 
 TASK = "toy-medium-v2"
 HORIZON = 5
@@ -61,13 +62,13 @@ def make_dataset(rows=4000, seed=0):
     arrays = {k: np.array(v, dtype=np.float32) for k, v in out.items()}
     arrays["terminals"] = np.zeros(rows, bool)
     provenance = {"source": "toy", "sha256": f"toy{rows}-{seed}", "rows": rows}
-    return datasets.Dataset(TASK, arrays, {**provenance, "path": "", "label": "toy"}, {})
+    return sources.Dataset(TASK, arrays, {**provenance, "path": "", "label": "toy"}, {})
 
 
 def install(monkeypatch, tmp_path):
     """Make TASK known to envs and datasets; caches go to tmp_path."""
-    robot = envs.Robot("Toy", 2, 1, RETURN_STILL, RETURN_BEST, HORIZON)
-    monkeypatch.setitem(envs.ROBOTS, "toy", robot)
+    robot = tasks.Robot("Toy", 2, 1, RETURN_STILL, RETURN_BEST, HORIZON)
+    monkeypatch.setitem(tasks.ROBOTS, "toy", robot)
     monkeypatch.setattr(envs, "make", make)
-    monkeypatch.setattr(datasets, "resolve", lambda *args, **kwargs: make_dataset())
+    monkeypatch.setattr(sources, "resolve", lambda *args, **kwargs: make_dataset())
     monkeypatch.setenv("CORL_DARE_CACHE", str(tmp_path / "cache"))

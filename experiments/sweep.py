@@ -1,9 +1,9 @@
 """Sweeps on Ray: methods × tasks × seeds × overrides, each cell a run of an algorithm file.
 
-    python -m corl_dare.sweep sweeps/smoke.yaml             # a Ray of its own, one worker per core
-    python -m corl_dare.sweep sweeps/hopper.yaml --address HOST:6379 --gpus 0.25
-    python -m corl_dare.sweep sweeps/hopper.yaml --only iql n0   # two of its methods
-    python -m corl_dare.sweep sweeps/hopper.yaml --status   # the table, nothing is started
+    python -m experiments.sweep sweeps/smoke.yaml     # a Ray of its own, one worker per core
+    python -m experiments.sweep sweeps/hopper.yaml --address HOST:6379 --gpus 0.25
+    python -m experiments.sweep sweeps/hopper.yaml --only iql n0   # two of its methods
+    python -m experiments.sweep sweeps/hopper.yaml --status   # the table, nothing is started
 
 The store is folders and small files, each written atomically: `runs/SWEEP/CELL/` holds
 `cell.json` (what it is), `config.yaml` (all its settings), `log.txt`, `state.json` (done or
@@ -44,7 +44,8 @@ from typing import Any, Protocol, TextIO
 
 import filelock
 
-from corl_dare import runs
+from corl import checkpoints, files, machine
+from corl.config import ConfigError, dump_config, make_config, read_yaml
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = "requirements-sweep.txt"
@@ -124,30 +125,28 @@ def plan(path: Path | str, runs_dir: Path | str = "runs") -> list[Cell]:
             with other settings. One line that names the place.
     """
     path, runs_dir = Path(path), Path(runs_dir)
-    sweep = _fields(runs.read_yaml(path), SWEEP_FIELDS, str(path))
+    sweep = _fields(read_yaml(path), SWEEP_FIELDS, str(path))
     for name in ("tasks", "seeds", "methods"):
         if not sweep.get(name):
-            raise runs.ConfigError(f"{path}: {name} is missing or empty")
+            raise ConfigError(f"{path}: {name} is missing or empty")
     name = sweep.get("name", path.stem)
     if not re.fullmatch(r"\w[\w.+-]*", name) or name == "offline":
-        raise runs.ConfigError(
-            f"{path}: {name!r} cannot be the name of a sweep's folder"
-        )
+        raise ConfigError(f"{path}: {name!r} cannot be the name of a sweep's folder")
     for task in sweep["tasks"]:
         if not isinstance(task, str):
-            raise runs.ConfigError(f"{path}: tasks must be D4RL names, not {task!r}")
+            raise ConfigError(f"{path}: tasks must be D4RL names, not {task!r}")
     for seed in sweep["seeds"]:
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise runs.ConfigError(f"{path}: seeds must be whole numbers, not {seed!r}")
+            raise ConfigError(f"{path}: seeds must be whole numbers, not {seed!r}")
     cells: dict[Path, Cell] = {}
     models: dict[Path, Cell] = {}
     for key, method in sweep["methods"].items():
         origin = f"{path}: methods.{key}"
         if not re.fullmatch(r"\w[\w.+-]*", str(key)):
-            raise runs.ConfigError(f"{origin}: use letters, digits and . + - _ only")
+            raise ConfigError(f"{origin}: use letters, digits and . + - _ only")
         method = _fields(method, METHOD_FIELDS, origin)
         if "algorithm" not in method:
-            raise runs.ConfigError(f"{origin}: algorithm is missing")
+            raise ConfigError(f"{origin}: algorithm is missing")
         grid = {**sweep.get("grid", {}), **method.get("grid", {})}
         for overrides in _combinations(grid, origin):
             for task, seed in itertools.product(sweep["tasks"], sweep["seeds"]):
@@ -162,7 +161,7 @@ def plan(path: Path | str, runs_dir: Path | str = "runs") -> list[Cell]:
                         load_model=str(cell.model.folder / "model.pt"),
                     )
                 if cell.folder in cells:
-                    raise runs.ConfigError(f"{path}: {cell.label} is there twice")
+                    raise ConfigError(f"{path}: {cell.label} is there twice")
                 cells[cell.folder] = cell
     ordered = [*models.values(), *cells.values()]
     for cell in ordered:
@@ -186,7 +185,7 @@ def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
             named.setdefault(name, []).append(cell)
     for method in methods:
         if method not in named:
-            raise runs.ConfigError(
+            raise ConfigError(
                 f"--only: the sweep has no method {method}; it has {', '.join(sorted(named))}"
             )
     taken = {c.folder: c for method in methods for c in named[method]}
@@ -196,26 +195,26 @@ def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
 
 def _fields(values: Any, known: dict[str, type], origin: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise runs.ConfigError(f"{origin} must be a block of fields, not {values!r}")
+        raise ConfigError(f"{origin} must be a block of fields, not {values!r}")
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise runs.ConfigError(
+            raise ConfigError(
                 f"{origin}: unknown field {name}{hint} (known: {', '.join(known)})"
             )
         if not isinstance(value, known[name]):
             kind = {list: "a list", dict: "a block of fields", str: "a text"}.get(
                 known[name], "true or false"
             )
-            raise runs.ConfigError(f"{origin}: {name} must be {kind}, not {value!r}")
+            raise ConfigError(f"{origin}: {name} must be {kind}, not {value!r}")
     return values
 
 
 def _combinations(grid: dict[str, list], origin: str) -> list[dict[str, Any]]:
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise runs.ConfigError(
+            raise ConfigError(
                 f"{origin}: grid.{name} must be a list of values, not {values!r}"
             )
     points = itertools.product(*grid.values())
@@ -241,7 +240,7 @@ def _cell(
     if template is not None:
         short = re.sub(r"-v\d+$", "", task).replace("-", "_")
         file = template.replace("{task}", short)
-        shared.insert(0, (file, runs.read_yaml(Path(file))))
+        shared.insert(0, (file, read_yaml(Path(file))))
     others = getattr(program, "OTHER_BLOCKS", ())  # another algorithm's blocks
     shared = [
         (where, {k: v for k, v in values.items() if k not in others})
@@ -286,7 +285,7 @@ def _model_of(path: Path, sweep: dict, method: dict, cell: Cell, folder: Path) -
     ]
     config = _make(program, layers, f"{path}: the offline phase of {cell.label}")
     if config.offline_iterations % config.eval_freq:
-        raise runs.ConfigError(
+        raise ConfigError(
             f"{path}: eval_freq {config.eval_freq} does not divide offline_iterations "
             f"{config.offline_iterations}, so the score before fine-tuning would be unknown; "
             "set offline_settings: {eval_freq: ...}"
@@ -298,9 +297,9 @@ def _model_of(path: Path, sweep: dict, method: dict, cell: Cell, folder: Path) -
 
 
 def _baseline(algorithm: str) -> str:
-    """The baseline that shares its offline phase: corl/X.py for algorithms/dare_X.py."""
+    """The baseline that shares its offline phase: algorithms/X.py for algorithms/dare_X.py."""
     file = Path(algorithm)
-    twin = file.parent.parent / "corl" / file.name.removeprefix("dare_")
+    twin = file.with_name(file.name.removeprefix("dare_"))
     return str(twin) if twin.is_file() else algorithm
 
 
@@ -314,33 +313,33 @@ def load_algorithm(file: str, origin: str = "") -> types.ModuleType:
     prefix = f"{origin}: " if origin else ""
     path = Path(file)
     if not path.is_file():
-        raise runs.ConfigError(
+        raise ConfigError(
             f"{prefix}algorithm {file} does not exist (paths are relative to "
-            f"{runs.tidy_path(Path.cwd())})"
+            f"{machine.tidy_path(Path.cwd())})"
         )
     name = "sweep_" + re.sub(r"\W", "_", str(path.resolve()))
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or path.suffix != ".py":
-        raise runs.ConfigError(f"{prefix}algorithm {file} is not a Python file")
+        raise ConfigError(f"{prefix}algorithm {file} is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise runs.ConfigError(
+        raise ConfigError(
             f"{prefix}algorithm {file} cannot be imported: {type(error).__name__}: {error}"
         ) from None
     if not dataclasses.is_dataclass(getattr(module, "TrainConfig", None)):
-        raise runs.ConfigError(f"{prefix}{file} is no algorithm: it has no TrainConfig")
+        raise ConfigError(f"{prefix}{file} is no algorithm: it has no TrainConfig")
     return module
 
 
 def _make(program: types.ModuleType, layers: list, origin: str) -> Any:
     try:
-        return runs.make_config(program.TrainConfig, layers)
-    except runs.ConfigError:
+        return make_config(program.TrainConfig, layers)
+    except ConfigError:
         raise  # names its place already
     except ValueError as error:
-        raise runs.ConfigError(f"{origin}: {error}") from None
+        raise ConfigError(f"{origin}: {error}") from None
 
 
 def _nested(values: dict, origin: Any) -> dict[str, Any]:
@@ -348,13 +347,13 @@ def _nested(values: dict, origin: Any) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, value in values.items():
         if name in GIVEN:
-            raise runs.ConfigError(f"{origin}: {name} is given by {GIVEN[name]}")
+            raise ConfigError(f"{origin}: {name} is given by {GIVEN[name]}")
         *blocks, last = str(name).split(".")
         target = nested
         for block in blocks:
             target = target.setdefault(block, {})
             if not isinstance(target, dict):
-                raise runs.ConfigError(
+                raise ConfigError(
                     f"{origin}: {name} is set, but {block} is {target!r} and not a block"
                 )
         if isinstance(value, dict) and isinstance(target.get(last), dict):
@@ -398,11 +397,11 @@ def _check_store(cell: Cell) -> None:
     """What changed since a cell was begun, and is not in its name, must not pass unseen."""
     if not any(cell.folder.glob("*/config.yaml")):
         return
-    begun = _flat(runs.read_yaml(cell.folder / "config.yaml"))
+    begun = _flat(read_yaml(cell.folder / "config.yaml"))
     model = Path(str(begun.get("load_model"))).parent.name
     if cell.model and model != cell.model.folder.name:
-        raise runs.ConfigError(
-            f"{runs.tidy_path(cell.folder)} was begun from the offline model {model}, now the "
+        raise ConfigError(
+            f"{machine.tidy_path(cell.folder)} was begun from the offline model {model}, now the "
             f"sweep file asks for {cell.model.folder.name}: put its offline settings back, "
             "give the sweep another name, or remove that folder"
         )
@@ -410,8 +409,8 @@ def _check_store(cell: Cell) -> None:
     for name in sorted(begun.keys() & now.keys()):
         bookkeeping = NOT_RESULTS | ({"load_model"} if cell.model else set())
         if name.split(".")[0] not in bookkeeping and begun[name] != now[name]:
-            raise runs.ConfigError(
-                f"{runs.tidy_path(cell.folder)} was begun with {name} {begun[name]}, now it "
+            raise ConfigError(
+                f"{machine.tidy_path(cell.folder)} was begun with {name} {begun[name]}, now it "
                 f"is {now[name]}: give {name} in the sweep file, or remove that folder"
             )
 
@@ -432,8 +431,8 @@ def write_cell(cell: Cell) -> None:
         "is_model": cell.is_model,
     }
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
-    runs.write_text(cell.folder / "config.yaml", runs.dump_config(cell.config))
-    runs.write_text(cell.folder / "cell.json", text)
+    files.write_text(cell.folder / "config.yaml", dump_config(cell.config))
+    files.write_text(cell.folder / "cell.json", text)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -445,13 +444,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         return {}
     except ValueError:
         raise ValueError(
-            f"{runs.tidy_path(file)} is damaged; remove it, and the sweep looks at the cell again"
+            f"{machine.tidy_path(file)} is damaged; remove it, and the sweep looks at the "
+            "cell again"
         ) from None
 
 
 def _write_state(folder: Path, **state: Any) -> None:
     text = json.dumps(state, indent=2, sort_keys=True) + "\n"
-    runs.write_text(folder / "state.json", text)
+    files.write_text(folder / "state.json", text)
 
 
 def _is_done(cell: Cell) -> bool:
@@ -523,7 +523,7 @@ def _conclude(folder: Path, about: dict[str, Any]) -> None:
     run = folder / "run"
     summary = json.loads((run / "summary.json").read_text())
     if about["is_model"]:
-        runs.export_corl(run, folder / "model.pt")
+        checkpoints.export_corl(run, folder / "model.pt")
     if about["offline"]:
         offline = json.loads((Path(about["offline"]) / "run/summary.json").read_text())
         here, there = summary["dataset"]["sha256"], offline["dataset"]["sha256"]
@@ -534,8 +534,8 @@ def _conclude(folder: Path, about: dict[str, Any]) -> None:
                 "that has the wrong one and run the sweep again"
             )
         summary["score_offline"] = offline["score_offline"]
-        summary["offline_run"] = runs.tidy_path(Path(about["offline"]) / "run")
-        runs.write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        summary["offline_run"] = machine.tidy_path(Path(about["offline"]) / "run")
+        files.write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     score = summary["score_offline" if about["is_model"] else "score_final"]
     _write_state(folder, state="done", score=score)
 
@@ -590,7 +590,7 @@ def _order(cell: Cell) -> tuple:
     kept = ("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK")
     variables = {k: os.environ[k] for k in kept if k in os.environ}
     variables["OMP_NUM_THREADS"] = str(cell.config.threads)
-    words = ["-u", "-m", "corl_dare.sweep", "--cell", str(cell.folder)]
+    words = ["-u", "-m", "experiments.sweep", "--cell", str(cell.folder)]
     log = str((cell.folder / "log.txt").absolute())
     return words, str(Path.cwd()), str(ROOT), variables, log
 
@@ -731,7 +731,7 @@ def drive(cells: Sequence[Cell], pool: Pool, table: "Table", retries: int = 3) -
     while waiting or running:
         for cell in list(waiting):
             if cell.model and cell.model.folder in failed:
-                folder = runs.tidy_path(cell.model.folder)
+                folder = machine.tidy_path(cell.model.folder)
                 fail(cell, [f"its offline model failed: {folder}"])
             elif (not cell.model or _is_done(cell.model)) and pool.room(
                 cell, len(running)
@@ -765,7 +765,7 @@ def drive(cells: Sequence[Cell], pool: Pool, table: "Table", retries: int = 3) -
     table.show(last=True)
     for cell in cells:
         if cell.folder in failed:
-            log = runs.tidy_path(cell.folder / "log.txt")
+            log = machine.tidy_path(cell.folder / "log.txt")
             table.event(f"\nFAILED: {cell.label} ({log})")
             for line in failed[cell.folder]:
                 table.event(f"    {line}")
@@ -870,7 +870,7 @@ def _last_step(file: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 all done, 1 some failed, 2 bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m corl_dare.sweep",
+        prog="python -m experiments.sweep",
         description="Run a sweep file; run it again to go on. docs/sweep.md explains it.",
     )
     parser.add_argument("sweep", nargs="?", help="YAML file")
@@ -903,13 +903,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     if args.sweep is None:
-        raise runs.ConfigError("name a sweep file, for example sweeps/smoke.yaml")
+        raise ConfigError("name a sweep file, for example sweeps/smoke.yaml")
     if args.address is not None and args.workers is not None:
-        raise runs.ConfigError("--workers is for a Ray of our own, not for --address")
+        raise ConfigError("--workers is for a Ray of our own, not for --address")
     if args.workers is not None and args.workers < 1:
-        raise runs.ConfigError(f"--workers must be at least 1, not {args.workers}")
+        raise ConfigError(f"--workers must be at least 1, not {args.workers}")
     if args.gpus < 0 or args.retries < 0:
-        raise runs.ConfigError("--gpus and --retries must not be negative")
+        raise ConfigError("--gpus and --retries must not be negative")
     cells = plan(args.sweep, args.runs_dir)
     if args.only:
         cells = select(cells, args.only)

@@ -17,7 +17,7 @@ import gymnasium
 import h5py
 import numpy as np
 
-from corl_dare import collect, envs
+from corl import files, tasks
 
 INSTALL = "pip install -r requirements-minari.txt"
 CAVEATS = {
@@ -127,7 +127,7 @@ def to_minari(
     from minari.namespace import create_namespace, list_local_namespaces
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    facts = envs.task(task)
+    facts = tasks.task(task)
     namespace = parse_dataset_id(name)[0]
     target = Path(get_dataset_path(name))
     if target.exists():
@@ -254,7 +254,7 @@ def to_d4rl(
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        collect.write_hdf5(out, fill)
+        files.write_hdf5(out, fill)
     except OSError as error:
         line = " ".join(str(error).split())
         raise RuntimeError(f"cannot write {out} ({line})") from error

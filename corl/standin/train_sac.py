@@ -5,14 +5,15 @@ size, learned temperature with target entropy -A, one update per environment ste
 `snapshot_every` steps the policy is saved as safetensors with the returns of its *sampled*
 actions, because sampled actions are what D4RL's datasets hold.
 
-    python -m corl_dare.sac hopper --steps 300000 --out sac/hopper
+    python -m corl.standin.train_sac hopper --steps 300000 --out sac/hopper
 
 An interrupted run goes on when the command is repeated (from a new episode). The snapshot that
 `collect.py` is to use as a level, and the series that its replay data comes from, are shipped
 with their returns by
 
-    python -m corl_dare.sac hopper --out sac/hopper --ship 255000 --level medium
-    python -m corl_dare.sac hopper --out sac/hopper --ship 30000 80000 255000 --level series
+    python -m corl.standin.train_sac hopper --out sac/hopper --ship 255000 --level medium
+    python -m corl.standin.train_sac hopper --out sac/hopper \\
+        --ship 30000 80000 255000 --level series
 """
 
 import argparse
@@ -29,67 +30,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from corl_dare import envs
-from corl_dare.progress import progress_bar
+from corl import envs, tasks
+from corl.progress import progress_bar
+from corl.standin import policies
 
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 WARMUP = 5_000  # first steps of a training, which act uniformly
-POLICY_DIR = Path(__file__).parent / "policies"  # shipped with the package
-
-
-class TanhGaussianPolicy(nn.Module):
-    """a = tanh(mean(s) + std(s) * noise), two hidden layers; actions in (-1, 1)."""
-
-    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(state_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, 2 * action_dim),
-        )
-
-    def forward(
-        self, states: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States (B, S), normal noise (B, A) -> actions (B, A), log-density (B,) in nats."""
-        mean, log_std = self._mean_and_log_std(states)
-        u = mean + log_std.exp() * noise
-        return torch.tanh(u), _log_density(noise, log_std, u)
-
-    def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Log-density (B,) in nats of actions (B, A); those on the bounds are moved inside."""
-        inside = actions.clamp(-1 + 1e-6, 1 - 1e-6)
-        return self.log_prob_of_tanh(states, torch.atanh(inside))
-
-    def log_prob_of_tanh(self, states: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Log-density (B,) in nats of tanh(u), u (B, A): exact where tanh rounds to 1."""
-        mean, log_std = self._mean_and_log_std(states)
-        return _log_density((u - mean) * (-log_std).exp(), log_std, u)
-
-    def pre_tanh(self, states: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The u (B, A) whose tanh `forward` returns for the same noise (B, A)."""
-        mean, log_std = self._mean_and_log_std(states)
-        return mean + log_std.exp() * noise
-
-    def _mean_and_log_std(
-        self, states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_std = self.net(states).chunk(2, dim=-1)
-        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-
-
-def _log_density(
-    noise: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor
-) -> torch.Tensor:
-    normal = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-    # log(1 - tanh(u)^2), in the form that does not overflow
-    jacobian = (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
-    return normal - jacobian
 
 
 class TwinQ(nn.Module):
@@ -125,7 +72,7 @@ class SAC:
         self.device, self.action_dim = device, action_dim
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.policy = TanhGaussianPolicy(state_dim, action_dim).to(device)
+            self.policy = policies.TanhGaussianPolicy(state_dim, action_dim).to(device)
             self.critic = TwinQ(state_dim, action_dim).to(device)
             self.target = TwinQ(state_dim, action_dim).to(device)
         self.target.load_state_dict(self.critic.state_dict())
@@ -198,49 +145,6 @@ class SAC:
         self.generator.set_state(state["generator"].cpu())
 
 
-def save_policy(policy: TanhGaussianPolicy, path: Path, half: bool = False) -> None:
-    """Write a policy as safetensors, rounded to float16 when `half`."""
-    dtype = torch.float16 if half else torch.float32
-    tensors = {k: v.detach().cpu().to(dtype) for k, v in policy.state_dict().items()}
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    os.replace(part, path)
-
-
-def load_policy(path: Path) -> TanhGaussianPolicy:
-    """Read a policy of `save_policy` as float32, on the CPU, frozen."""
-    return _policy(load_file(path))
-
-
-def save_series(policies: dict[int, TanhGaussianPolicy], path: Path) -> None:
-    """Write the policies of several training steps as one float16 safetensors file."""
-    tensors = {
-        f"{step}/{key}": value.detach().cpu().half()
-        for step, policy in policies.items()
-        for key, value in policy.state_dict().items()
-    }
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    os.replace(part, path)
-
-
-def load_series(path: Path) -> dict[int, TanhGaussianPolicy]:
-    """Read a file of `save_series`: training step -> policy as of `load_policy`, ascending."""
-    weights: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(path).items():
-        step, _, name = key.partition("/")
-        weights.setdefault(int(step), {})[name] = value
-    return {step: _policy(weights[step]) for step in sorted(weights)}
-
-
-def _policy(tensors: dict[str, torch.Tensor]) -> TanhGaussianPolicy:
-    tensors = {k: v.float() for k, v in tensors.items()}
-    hidden, state_dim = tensors["net.0.weight"].shape
-    policy = TanhGaussianPolicy(state_dim, tensors["net.4.weight"].shape[0] // 2, hidden)
-    policy.load_state_dict(tensors)
-    return policy.requires_grad_(False)
-
-
 def sampled_returns(agent: SAC, robot: str, episodes: int, seed: int) -> np.ndarray:
     """Raw returns (episodes,) of the policy's sampled actions; episode i resets with seed + i."""
     env, returns = envs.make_robot(robot), []
@@ -266,7 +170,7 @@ def train(
 ) -> None:
     """Train SAC for `steps` environment steps; snapshots and `train.csv` go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    facts = envs.ROBOTS[robot]
+    facts = tasks.ROBOTS[robot]
     agent = SAC(facts.state_dim, facts.action_dim, device, seed)
     widths = (facts.state_dim, facts.action_dim, 1, facts.state_dim, 1)
     columns = list(np.cumsum((0, *widths)))
@@ -304,7 +208,7 @@ def train(
             agent.update(batch)
         if (t + 1) % snapshot_every == 0:
             returns = sampled_returns(agent, robot, 10, seed=10_000)
-            save_policy(agent.policy, out / f"policy_{t + 1:07d}.safetensors")
+            policies.save_policy(agent.policy, out / f"policy_{t + 1:07d}.safetensors")
             row = {
                 "step": t + 1,
                 "return_mean": returns.mean(),
@@ -334,9 +238,11 @@ def ship(robot: str, out: Path, step: int, level: str, seed: int = 0) -> None:
     sampled actions.
     """
     name = f"{robot}_{level}.safetensors"
-    POLICY_DIR.mkdir(exist_ok=True)
-    save_policy(load_policy(snapshot(out, step)), POLICY_DIR / name, half=True)
-    policy = load_policy(POLICY_DIR / name)
+    policies.POLICY_DIR.mkdir(exist_ok=True)
+    policies.save_policy(
+        policies.load_policy(snapshot(out, step)), policies.POLICY_DIR / name, half=True
+    )
+    policy = policies.load_policy(policies.POLICY_DIR / name)
     facts = {"step": step, **_evaluated(robot, policy, episodes=100)}
     _to_manifest(robot, level, out, seed, facts, f"snapshot {step}")
 
@@ -347,12 +253,15 @@ def ship_series(robot: str, out: Path, steps: list[int], seed: int = 0) -> None:
     Ten episodes of sampled actions per float16 policy say where the training stood.
     """
     name = f"{robot}_series.safetensors"
-    POLICY_DIR.mkdir(exist_ok=True)
+    policies.POLICY_DIR.mkdir(exist_ok=True)
     steps = sorted(set(steps))
-    save_series({s: load_policy(snapshot(out, s)) for s in steps}, POLICY_DIR / name)
+    policies.save_series(
+        {s: policies.load_policy(snapshot(out, s)) for s in steps},
+        policies.POLICY_DIR / name,
+    )
     returns = [
         _evaluated(robot, policy, episodes=10)
-        for policy in load_series(POLICY_DIR / name).values()
+        for policy in policies.load_series(policies.POLICY_DIR / name).values()
     ]
     facts = {"steps": steps, "warmup": WARMUP, "episodes": 10}
     for key in ("return_mean", "return_std"):
@@ -374,8 +283,8 @@ def snapshot(out: Path, step: int) -> Path:
     return path
 
 
-def _evaluated(robot: str, policy: TanhGaussianPolicy, episodes: int) -> dict:
-    facts = envs.ROBOTS[robot]
+def _evaluated(robot: str, policy: policies.TanhGaussianPolicy, episodes: int) -> dict:
+    facts = tasks.ROBOTS[robot]
     agent = SAC(facts.state_dim, facts.action_dim, "cpu", seed=0)
     agent.policy = policy
     returns = sampled_returns(agent, robot, episodes, seed=20_000)
@@ -393,20 +302,20 @@ def _to_manifest(
         # A snapshot's episodes draw noise, so their interval is part of the recipe.
         every = next(csv.DictReader(handle))["step"]
     name = f"{robot}_{level}.safetensors"
-    path = POLICY_DIR / "manifest.json"
+    path = policies.POLICY_DIR / "manifest.json"
     manifest = json.loads(path.read_text()) if path.exists() else {}
     manifest[name] = {
         "robot": robot,
         "level": level,
         **facts,
-        "sha256": hashlib.sha256((POLICY_DIR / name).read_bytes()).hexdigest(),
-        "command": f"python -m corl_dare.sac {robot} --seed {seed} "
+        "sha256": hashlib.sha256((policies.POLICY_DIR / name).read_bytes()).hexdigest(),
+        "command": f"python -m corl.standin.train_sac {robot} --seed {seed} "
         f"--snapshot_every {every}, {what}",
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     os.replace(part, path)
-    shutil.copy(out / "train.csv", POLICY_DIR / f"{robot}_train.csv")
+    shutil.copy(out / "train.csv", policies.POLICY_DIR / f"{robot}_train.csv")
     print(f"{name}: return {facts['return_mean']} ± {facts['return_std']}")
 
 

@@ -6,8 +6,8 @@ cross-entropy method (Rubinstein 1999) on the speed along a given heading; it ta
 A network then clones it, because the trot has a clock and behavior data should come from a
 policy of the state alone. Both run on the open plane, with D4RL's ant and torques.
 
-    python -m corl_dare.ant_walker --out walker          # gait.json, train.csv, policy
-    python -m corl_dare.ant_walker --out walker --ship   # evaluates, becomes the shipped one
+    python -m corl.standin.train_walker --out walker          # gait.json, train.csv, policy
+    python -m corl.standin.train_walker --out walker --ship   # evaluates, becomes the shipped one
 """
 
 import argparse
@@ -26,12 +26,10 @@ import mujoco
 import numpy as np
 import torch
 
-from corl_dare import antmaze, sac
-from corl_dare.progress import progress_bar
+from corl import antmaze
+from corl.progress import progress_bar
+from corl.standin import policies, walker
 
-FEATURES, ACTIONS = 27, 8
-NOISE = 0.2  # of the actions in D4RL's collection; the gait is searched under it
-POLICY_NAME = "antmaze_walker.safetensors"
 # The four legs stand at these angles; each has a hip (about z) and an ankle. The ankles' axes
 # alternate in sign. Diagonal legs swing together.
 LEG_ANGLES = np.deg2rad([45.0, 135.0, 225.0, 315.0])
@@ -55,10 +53,12 @@ class Gait:
 
     def action(self, state: np.ndarray, heading: float, phase: float) -> np.ndarray:
         """Action (8,) in [-1, 1] for a state (29,), to walk along a heading (rad)."""
-        angles = LEG_ANGLES + yaw(state) - heading  # of the legs against the heading
+        angles = (
+            LEG_ANGLES + walker.yaw(state) - heading
+        )  # of the legs against the heading
         phases = phase + LEG_PHASES
         swing = -np.cos(phases)
-        targets = np.empty(ACTIONS)
+        targets = np.empty(policies.ACTIONS)
         targets[0::2] = self.stride * np.sin(angles) * swing
         targets[1::2] = ANKLE_SIGNS * (
             self.ankle
@@ -71,35 +71,6 @@ class Gait:
 
 LOWEST = Gait(4.0, 0.3, 0.6, 0.0, -0.4, 0.5, 0.0, -1.5)
 HIGHEST = Gait(12.0, 1.2, 1.1, 0.6, 0.4, 5.0, 0.6, 1.5)
-
-
-def yaw(state: np.ndarray) -> float:
-    """Angle (rad) of the torso about the vertical; the quaternion may have any length.
-
-    MuJoCo leaves the noise of a reset in it until the first step.
-    """
-    w, x, y, z = state[3:7]
-    return math.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
-
-
-def features(states: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """States (B, 29) as seen along directions (B, 2), without the place: (B, 27) float32.
-
-    Quaternion and velocity are turned so that the direction is the x axis. MuJoCo gives the
-    angular velocity in the torso's own frame, so it stays.
-    """
-    x, y = (directions / np.linalg.norm(directions, axis=1, keepdims=True)).T
-    half = -np.arctan2(y, x) / 2
-    c, s = np.cos(half), np.sin(half)
-    qw, qx, qy, qz = states[:, 3:7].T
-    turned = np.stack(
-        [c * qw - s * qz, c * qx - s * qy, c * qy + s * qx, c * qz + s * qw], 1
-    )
-    turned *= np.where(turned[:, :1] < 0, -1.0, 1.0)  # q and -q are the same rotation
-    vx, vy = states[:, 15], states[:, 16]
-    velocity = np.stack([x * vx + y * vy, x * vy - y * vx], 1)
-    parts = [states[:, 2:3], turned, states[:, 7:15], velocity, states[:, 17:]]
-    return np.concatenate(parts, 1).astype(np.float32)
 
 
 class Plane:
@@ -143,7 +114,7 @@ def walk(
     along = np.array([math.cos(heading), math.sin(heading)])
     start = state[:2] @ along
     for t in range(steps):
-        jitter = noise * rng.standard_normal(ACTIONS)
+        jitter = noise * rng.standard_normal(policies.ACTIONS)
         state = plane.step(action(state, heading, t) + jitter)
         covered[t] = state[:2] @ along - start
     return covered
@@ -185,7 +156,7 @@ def search(
                     gait_policy(Gait(*draw)),
                     heading,
                     steps,
-                    NOISE,
+                    walker.NOISE,
                     np.random.default_rng(s),
                 )[-1]
                 for s, heading in zip(seeds, (0.0, math.pi / 6), strict=True)
@@ -219,21 +190,23 @@ def demonstrations(
     for number in range(walks):
         state, heading = plane.reset(rng), rng.uniform(0, 2 * math.pi)
         phase = rng.uniform(0, 2 * math.pi) if number % 3 else 0.0
-        noise = NOISE * rng.integers(3)
+        noise = walker.NOISE * rng.integers(3)
         for _ in range(steps):
             if rng.random() < 0.02:
                 heading = rng.uniform(0, 2 * math.pi)
             states.append(state)
             directions.append([math.cos(heading), math.sin(heading)])
             actions.append(gait.action(state, heading, phase))
-            state = plane.step(actions[-1] + noise * rng.standard_normal(ACTIONS))
+            state = plane.step(
+                actions[-1] + noise * rng.standard_normal(policies.ACTIONS)
+            )
             phase += turn
-    return features(np.array(states), np.array(directions)), np.array(actions)
+    return walker.features(np.array(states), np.array(directions)), np.array(actions)
 
 
 def clone(
     inputs: np.ndarray, actions: np.ndarray, updates: int, seed: int
-) -> tuple[sac.TanhGaussianPolicy, float]:
+) -> tuple[policies.TanhGaussianPolicy, float]:
     """A policy whose mean action regresses the actions; the share of variance it explains.
 
     The share is of the last tenth of the rows, which are held out. The policy's own noise is
@@ -244,17 +217,20 @@ def clone(
     center, spread = x[:count].mean(0), x[:count].std(0) + 1e-3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy = sac.TanhGaussianPolicy(FEATURES, ACTIONS)
+        policy = policies.TanhGaussianPolicy(policies.FEATURES, policies.ACTIONS)
     first, last = policy.net[0], policy.net[-1]
     with torch.no_grad():
-        last.weight[ACTIONS:], last.bias[ACTIONS:] = 0.0, sac.LOG_STD_MIN
+        last.weight[policies.ACTIONS :], last.bias[policies.ACTIONS :] = (
+            0.0,
+            policies.LOG_STD_MIN,
+        )
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, updates)
     scaled = (x - center) / spread
     for _ in range(updates):
         rows = torch.randint(count, (256,), generator=generator)
-        means = torch.tanh(policy.net(scaled[rows])[:, :ACTIONS])
+        means = torch.tanh(policy.net(scaled[rows])[:, : policies.ACTIONS])
         loss = (means - y[rows]).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -263,29 +239,25 @@ def clone(
     with torch.no_grad():
         first.weight /= spread  # the policy takes features as they are
         first.bias -= first.weight @ center
-        means = torch.tanh(policy.net(x[count:])[:, :ACTIONS])
+        means = torch.tanh(policy.net(x[count:])[:, : policies.ACTIONS])
         left = (means - y[count:]).square().mean() / y[count:].var(0).mean()
     return policy.requires_grad_(False), float(1 - left)
 
 
-@torch.no_grad()
-def act(policy: sac.TanhGaussianPolicy, inputs: np.ndarray) -> np.ndarray:
-    """Features (B, 27) -> the policy's mean actions (B, 8)."""
-    return torch.tanh(policy.net(torch.from_numpy(inputs))[:, :ACTIONS]).numpy()
-
-
-def evaluate(policy: sac.TanhGaussianPolicy, walks: int, steps: int = 300) -> np.ndarray:
+def evaluate(
+    policy: policies.TanhGaussianPolicy, walks: int, steps: int = 300
+) -> np.ndarray:
     """Speeds (walks,) in m/s along random headings from rest, under the collector's noise."""
     rng, plane = np.random.default_rng(20_000), Plane()
 
     def action(state: np.ndarray, heading: float, t: int) -> np.ndarray:
         direction = np.array([[math.cos(heading), math.sin(heading)]])
-        return act(policy, features(state[None], direction))[0]
+        return walker.act(policy, walker.features(state[None], direction))[0]
 
     speeds = np.empty(walks)
     for i in range(walks):
         heading = rng.uniform(0, 2 * math.pi)
-        covered = walk(plane, action, heading, steps, NOISE, rng)
+        covered = walk(plane, action, heading, steps, walker.NOISE, rng)
         speeds[i] = covered[-1] / (0.1 * steps)
     return speeds
 
@@ -302,11 +274,11 @@ def train(out: Path, seed: int = 0) -> None:
         writer.writerows(log)
     inputs, actions = demonstrations(gait, 300, 100, np.random.default_rng([seed, 1]))
     policy, explained = clone(inputs, actions, 5_000, seed)
-    sac.save_policy(policy, out / POLICY_NAME)
+    policies.save_policy(policy, out / walker.POLICY_NAME)
     speeds = evaluate(policy, 20)
     print(
         f"clone: explains {explained:.1%} of the gait's actions, walks "
-        f"{speeds.mean():.2f} ± {speeds.std():.2f} m/s; written to {out / POLICY_NAME}"
+        f"{speeds.mean():.2f} ± {speeds.std():.2f} m/s; written to {out / walker.POLICY_NAME}"
     )
 
 
@@ -316,28 +288,34 @@ def ship(out: Path, seed: int = 0) -> None:
     Raises:
         ValueError: nothing was trained in `out`.
     """
-    if not (out / POLICY_NAME).is_file():
-        raise ValueError(f"no {POLICY_NAME} in {out}; train it first, without --ship")
-    sac.POLICY_DIR.mkdir(exist_ok=True)
-    shipped = sac.POLICY_DIR / POLICY_NAME
-    sac.save_policy(sac.load_policy(out / POLICY_NAME), shipped, half=True)
-    speeds = evaluate(sac.load_policy(shipped), 100)
-    path = sac.POLICY_DIR / "manifest.json"
+    if not (out / walker.POLICY_NAME).is_file():
+        raise ValueError(
+            f"no {walker.POLICY_NAME} in {out}; train it first, without --ship"
+        )
+    policies.POLICY_DIR.mkdir(exist_ok=True)
+    shipped = policies.POLICY_DIR / walker.POLICY_NAME
+    policies.save_policy(
+        policies.load_policy(out / walker.POLICY_NAME), shipped, half=True
+    )
+    speeds = evaluate(policies.load_policy(shipped), 100)
+    path = policies.POLICY_DIR / "manifest.json"
     manifest = json.loads(path.read_text()) if path.exists() else {}
-    manifest[POLICY_NAME] = {
+    manifest[walker.POLICY_NAME] = {
         "robot": "antmaze",
         "level": "walker",
         "speed_mean": round(float(speeds.mean()), 3),
         "speed_std": round(float(speeds.std()), 3),
         "episodes": len(speeds),
         "sha256": hashlib.sha256(shipped.read_bytes()).hexdigest(),
-        "command": f"python -m corl_dare.ant_walker --seed {seed}",
+        "command": f"python -m corl.standin.train_walker --seed {seed}",
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     os.replace(part, path)
-    shutil.copy(out / "train.csv", sac.POLICY_DIR / "antmaze_train.csv")
-    print(f"{POLICY_NAME}: {speeds.mean():.2f} ± {speeds.std():.2f} m/s, 100 walks")
+    shutil.copy(out / "train.csv", policies.POLICY_DIR / "antmaze_train.csv")
+    print(
+        f"{walker.POLICY_NAME}: {speeds.mean():.2f} ± {speeds.std():.2f} m/s, 100 walks"
+    )
 
 
 def main() -> None:

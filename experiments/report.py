@@ -1,8 +1,8 @@
 """From finished runs to published tables and figures, by way of a store of small text files.
 
-    python -m corl_dare.report add runs/NAME [...] --to results/EXPERIMENT --as LABEL
-    python -m corl_dare.report figures runs/NAME     # samples at the last checkpoint, Fig. 1
-    python -m corl_dare.report write                 # what `make report` does
+    python -m experiments.report add runs/NAME [...] --to results/EXPERIMENT --as LABEL
+    python -m experiments.report figures runs/NAME     # samples at the last checkpoint, Fig. 1
+    python -m experiments.report write                 # what `make report` does
 
 `add` copies raw episode returns, thinned metrics, settings and provenance into
 `results/EXPERIMENT/runs/LABEL/ENV-sSEED.json`. `write` makes README.md, scores.csv and figures/ of
@@ -24,8 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from corl_dare import figures, runs, stats
+from corl import machine
+from corl.config import read_yaml
+from corl.curves import read_csv
 from corl_dare.hook import LOGS
+from experiments import figures, stats
+from experiments.snapshot import take_snapshot
 
 FORMAT = 1  # of a stored run
 POINTS = 100  # of a metric's curve
@@ -75,7 +79,7 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
     """
     folder = Path(folder)
     summary = _read_json(folder / "summary.json", "the run is not finished; resume it")
-    config = runs.read_yaml(folder / "config.yaml")
+    config = read_yaml(folder / "config.yaml")
     for file, values, names in (
         ("summary.json", summary, SUMMARY),
         ("config.yaml", config, ("name", "offline_iterations")),
@@ -143,7 +147,7 @@ def _read_evaluations(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is missing")
     found: dict[tuple, dict[str, Any]] = {}
     try:
-        columns = runs.read_csv(path)
+        columns = read_csv(path)
         names = ("phase", "step", "return", "score")
         rows = list(zip(*(columns[n] for n in names), strict=True))
         for phase, step, total, score in rows:
@@ -200,7 +204,7 @@ def _plain(value: Any) -> Any:
 def _thin_metrics(path: Path, switch: int) -> dict[str, list]:
     """Means of the online rows in at most POINTS bins; `step` counts from the switch."""
     try:
-        columns = runs.read_csv(path)
+        columns = read_csv(path)
         rows = [i for i, phase in enumerate(columns["phase"]) if phase == "online"]
         bins = np.array_split(rows, min(POINTS, len(rows))) if rows else []
         thin = {"step": [int(columns["step"][b[-1]]) - switch for b in bins]}
@@ -266,7 +270,7 @@ def read_store(experiment: Path | str) -> list[dict[str, Any]]:
         ):
             raise ValueError(
                 f"{path} is no stored run of this place and format {FORMAT}; make it with "
-                "`python -m corl_dare.report add`"
+                "`python -m experiments.report add`"
             )
         records.append(record)
     return sorted(records, key=lambda r: (r["label"], r["env"], r["seed"]))
@@ -1085,19 +1089,18 @@ def _snapshot_picture(record: Mapping, name: str) -> bytes:
 
 
 def _figures_command(folder: Path) -> None:
-    from corl_dare.snapshot import take_snapshot
 
     snapshot = take_snapshot(folder)
     write_atomic(folder / "snapshot.json", dump_json(snapshot).encode())
     record = read_run(folder)
     picture = _snapshot_picture(record, record["label"])
     write_atomic(folder / "snapshot.png", picture)
-    print(runs.tidy_path(folder / "snapshot.png"))
+    print(machine.tidy_path(folder / "snapshot.png"))
 
 
 def command_line(argv: Sequence[str] | None = None) -> None:
-    """`python -m corl_dare.report add | figures | write`; errors are one line."""
-    parser = argparse.ArgumentParser(prog="python -m corl_dare.report")
+    """`python -m experiments.report add | figures | write`; errors are one line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report")
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="copy finished runs into the store")
     adding.add_argument("runs", nargs="+", help="run folders")
@@ -1115,7 +1118,7 @@ def command_line(argv: Sequence[str] | None = None) -> None:
     try:
         if args.command == "add":
             for path in add(args.runs, args.to, args.label):
-                print(runs.tidy_path(path))
+                print(machine.tidy_path(path))
         elif args.command == "figures":
             for folder in args.runs:
                 _figures_command(Path(folder))
@@ -1134,7 +1137,7 @@ def _write_command(results: Path) -> None:
         raise ValueError(f"{results} holds no experiment (no folder with stored runs)")
     for folder in folders:
         written = write_report(folder)
-        print(f"{runs.tidy_path(folder / 'README.md')} and {len(written) - 1} files")
+        print(f"{machine.tidy_path(folder / 'README.md')} and {len(written) - 1} files")
 
 
 if __name__ == "__main__":

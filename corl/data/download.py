@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from corl_dare.progress import progress_bar
+from corl.progress import progress_bar
 
 TIMEOUT = 5.0  # seconds without an answer
 BLOCK = 1 << 20

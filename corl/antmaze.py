@@ -20,7 +20,7 @@ import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.mujoco.mujoco_env import expand_model_path
 
-from corl_dare import envs
+from corl import physics
 
 CELL = 4.0  # width of a cell
 WALL_HEIGHT = 2.0
@@ -190,7 +190,7 @@ def maze_xml(maze: Maze | None, asset: str) -> str:
 def load_model(maze: Maze | None) -> mujoco.MjModel:
     """The compiled model of `maze_xml`, with D4RL's contact margins on every MuJoCo."""
     model = mujoco.MjModel.from_xml_string(maze_xml(maze, expand_model_path("ant.xml")))
-    envs.restore_contact_margin(model)
+    physics.restore_contact_margin(model)
     return model
 
 

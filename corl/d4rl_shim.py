@@ -4,7 +4,7 @@ CORL's scripts import `gym` 0.23, `d4rl`, which needs mujoco_py, and `wandb`. He
 those names stand in for them: the environments are those of `envs.make`, the data is what
 `datasets.resolve` finds, the log needs no account. CORL's file is not touched.
 
-    python -m corl_dare.d4rl_shim CORL/algorithms/finetune/iql.py --env hopper-medium-v2 \\
+    python -m corl.d4rl_shim CORL/algorithms/finetune/iql.py --env hopper-medium-v2 \\
         --device cpu
 
 Options of the shim (`--dataset_source`, `--dataset_path`, `--log`) stand before the file, CORL's
@@ -26,7 +26,9 @@ import gymnasium
 import numpy as np
 import torch
 
-from corl_dare import datasets, envs
+from corl import envs
+from corl.data import schema, sources
+from corl.tasks import normalized_score, task, task_names
 
 
 class Unavailable(ValueError):
@@ -52,7 +54,7 @@ class TaskEnv(Env):
             self.env = envs.make(name)
         except (ValueError, ImportError) as error:
             raise Unavailable(str(error)) from error
-        self.task = envs.task(name)
+        self.task = task(name)
         self.observation_space = self.env.observation_space
         self.action_space = self.env.action_space
         self.ref_min_score, self.ref_max_score = self.task.ref_min, self.task.ref_max
@@ -81,12 +83,12 @@ class TaskEnv(Env):
 
     def get_normalized_score(self, score: Any) -> Any:
         """D4RL's score as a fraction: 0 is its random policy, 1 its expert."""
-        return envs.normalized_score(self.task.name, score) / 100.0
+        return normalized_score(self.task.name, score) / 100.0
 
     def get_dataset(self, h5path: str | None = None) -> dict[str, np.ndarray]:
         """The raw rows, as `datasets.load_hdf5` gives them; `h5path` overrides the source."""
         path = h5path or find_dataset(self.task.name).provenance["path"]
-        return datasets.load_hdf5(path, self.task.name)
+        return schema.load_hdf5(path, self.task.name)
 
 
 class Wrapper(Env):
@@ -133,7 +135,7 @@ class TransformReward(Wrapper):
 _origin: dict[str, Any] = {"source": "auto", "path": None}  # set by `installed`
 
 
-def find_dataset(task: str) -> datasets.Dataset:
+def find_dataset(task: str) -> sources.Dataset:
     """`datasets.resolve` with the options of the shim.
 
     Raises:
@@ -142,7 +144,7 @@ def find_dataset(task: str) -> datasets.Dataset:
     # A real d4rl package, which may download, must not meet the stand-ins.
     hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     try:
-        return datasets.resolve(task, **_origin)
+        return sources.resolve(task, **_origin)
     except (ValueError, RuntimeError) as error:
         raise Unavailable(str(error)) from error
     finally:
@@ -169,12 +171,12 @@ def qlearning_dataset(
     if terminate_on_end:
         raw = {**raw, "timeouts": np.zeros(len(raw["rewards"]), dtype=bool)}
     horizon = 0 if env is None else env.unwrapped._max_episode_steps
-    return datasets.qlearning_dataset(raw, horizon=horizon)
+    return schema.qlearning_dataset(raw, horizon=horizon)
 
 
 def get_normalized_score(env_name: str, score: Any) -> Any:
     """D4RL's score of a task as a fraction."""
-    return envs.normalized_score(env_name, score) / 100.0
+    return normalized_score(env_name, score) / 100.0
 
 
 # ---------------------------------------------------------------- wandb
@@ -237,7 +239,7 @@ def make_modules(run: WandbRun) -> dict[str, types.ModuleType]:
     d4rl.qlearning_dataset = qlearning_dataset
     d4rl.get_normalized_score = get_normalized_score
     d4rl.infos = made["d4rl.infos"]
-    tasks = [envs.task(name) for name in envs.task_names()]
+    tasks = [task(name) for name in task_names()]
     d4rl.infos.REF_MIN_SCORE = {task.name: task.ref_min for task in tasks}
     d4rl.infos.REF_MAX_SCORE = {task.name: task.ref_max for task in tasks}
     wandb.run, wandb.init, wandb.log = run, run.init, run.log
@@ -318,10 +320,10 @@ def run_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m corl_dare.d4rl_shim",
+        prog="python -m corl.d4rl_shim",
         description="Run an unmodified CORL script.",
     )
-    parser.add_argument("--dataset_source", choices=datasets.SOURCES, default="auto")
+    parser.add_argument("--dataset_source", choices=sources.SOURCES, default="auto")
     parser.add_argument("--dataset_path", help="HDF5 file, or minari:ID")
     parser.add_argument("--log", help="file for everything the script logs, JSON lines")
     parser.add_argument("file", help="for example CORL/algorithms/finetune/iql.py")

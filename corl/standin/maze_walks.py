@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from corl_dare import ant_walker, antmaze, envs, sac
+from corl import antmaze, tasks
+from corl.standin import policies, walker
 
 ENVS = 16  # episodes that run side by side and share a policy call
 WAYPOINT_NOISE = 1.0  # width of the uniform draw that is added per axis
@@ -66,7 +67,7 @@ def label_goal(maze: antmaze.Maze) -> np.ndarray:
 
 def rollout(
     kind: str,
-    policy: sac.TanhGaussianPolicy,
+    policy: policies.TanhGaussianPolicy,
     rows: int,
     seed: np.random.SeedSequence,
     advance: Callable[[int], object] = lambda rows: None,
@@ -86,7 +87,7 @@ def rollout(
         infos/qpos, infos/qvel are those *after* the action, as in D4RL's antmaze: at a
         time-out they alone tell the next state.
     """
-    length = envs.task(f"antmaze-{kind}-v2").horizon + 1
+    length = tasks.task(f"antmaze-{kind}-v2").horizon + 1
     words = seed.generate_state(1 + min(ENVS, -(-rows // length)))
     rng = np.random.default_rng(int(words[0]))
     mazes = [make_env(kind) for _ in words[1:]]
@@ -113,7 +114,7 @@ def rollout(
 
 def _walks(
     mazes: list[antmaze.AntMaze],
-    policy: sac.TanhGaussianPolicy,
+    policy: policies.TanhGaussianPolicy,
     steps: int,
     rng: np.random.Generator,
     advance: Callable[[int], object],
@@ -127,13 +128,13 @@ def _walks(
     table["infos/goal"] = goals[:, None]
     for t in range(steps):
         noise = rng.uniform(0.0, 1.0, (count, 2))
-        jitter = ant_walker.NOISE * rng.standard_normal((count, ant_walker.ACTIONS))
+        jitter = walker.NOISE * rng.standard_normal((count, policies.ACTIONS))
         places = states[:, :2]
         ways = zip(places, goals, noise, strict=True)
         waypoints = np.array([waypoint(maze, *way) for way in ways])
         directions = waypoints - places
         directions[(directions == 0).all(1)] = 1.0, 0.0  # on the spot: any will do
-        means = ant_walker.act(policy, ant_walker.features(states, directions))
+        means = walker.act(policy, walker.features(states, directions))
         actions = np.clip(means + jitter, -1.0, 1.0).astype(np.float32)
         table["observations"][:, t], table["actions"][:, t] = states, actions
         for i, env in enumerate(mazes):

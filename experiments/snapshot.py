@@ -1,6 +1,6 @@
 """What the samples of a run look like at its last checkpoint (paper Fig. 1), as a few numbers.
 
-    python -m corl_dare.report figures runs/NAME
+    python -m experiments.report figures runs/NAME
 
 rebuilds the run's policy, buffers and DARE hook from its folder and its dataset, draws rows of both
 buffers as training does, and keeps histograms of their alignment scores with the separation point
@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from corl_dare import datasets, envs, runs
+from corl import checkpoints, envs, tasks
+from corl.config import parse_config
+from corl.data import sources
 from corl_dare.exchange import exchange
 from corl_dare.hook import DareHook, draw_rows, fit_behavior
 
@@ -55,14 +57,14 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
             f"{folder}: the dataset found here is not the run's (its sha256 differs); set "
             "CORL_DARE_CACHE or D4RL_DATASET_DIR to where that one is"
         )
-    task = envs.task(config.env)
+    task = tasks.task(config.env)
     dims = task.state_dim, task.action_dim
     offline = module.ReplayBuffer(*dims, config.buffer_size)
     offline.load_d4rl_dataset(dataset.arrays)
     online = _online_buffer(folder, module, config, state, dims)
     max_action = float(envs.make(config.env, config.env_backend).action_space.high[0])
     trainer = module.make_trainer(config, *dims, max_action, "cpu")
-    trainer.load_state_dict(runs.unpack(state["parts"]["trainer"]))
+    trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
     trainer.actor.eval()
 
     generator = np.random.default_rng(0)
@@ -76,14 +78,14 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
             (raw + torch.as_tensor(state_mean)).float(),
             offline._actions[: offline._size],
             dataset_hash=dataset.provenance["sha256"],
-            cache_dir=datasets.cache_folder() / "behavior",
+            cache_dir=sources.cache_folder() / "behavior",
             seed=config.seed,
             device="cpu",
         )
         hook = module.make_hook(
             config, trainer, offline, online, behavior, dataset, state_mean, state_std
         )
-        hook.load_state_dict(runs.unpack(state["parts"]["hook"]))
+        hook.load_state_dict(checkpoints.unpack(state["parts"]["hook"]))
         both = torch.cat([off[0], on[0]]), torch.cat([off[1], on[1]])
         scores, order = score_numbers(hook, *both, drawn)
         if hasattr(trainer, "vf"):
@@ -107,19 +109,18 @@ def _read(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
     if not (folder / "summary.json").is_file():
         raise ValueError(f"{folder} is no finished run (no summary.json)")
     name = json.loads((folder / "summary.json").read_text())["algorithm"]
-    place = "algorithms" if name.startswith("dare_") else "corl"
-    file = Path(__file__).parent.parent / place / f"{name}.py"
+    file = Path(__file__).parent.parent / "algorithms" / f"{name}.py"
     if not file.is_file():
         raise ValueError(
-            f"{folder} is a run of {name}, whose file {place}/{name}.py is not beside "
-            "corl_dare; use a checkout of the repository"
+            f"{folder} is a run of {name}, whose file algorithms/{name}.py is not beside "
+            "experiments; use a checkout of the repository"
         )
-    spec = importlib.util.spec_from_file_location(f"{place}.{name}", file)
+    spec = importlib.util.spec_from_file_location(f"algorithms.{name}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     arguments = ["--config", str(folder / "config.yaml")]
-    config = runs.parse_config(module.TrainConfig, arguments)
-    return module, config, runs.load_checkpoint(folder / "checkpoint.pt", name)
+    config = parse_config(module.TrainConfig, arguments)
+    return module, config, checkpoints.load_checkpoint(folder / "checkpoint.pt", name)
 
 
 def _online_buffer(folder, module, config, state, dims) -> Any:

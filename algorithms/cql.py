@@ -4,7 +4,7 @@ Paper: Kumar et al. 2020, https://arxiv.org/abs/2006.04779. Names, config fields
 updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/cql.py` at commit
 6afec90; one update on the same weights, batch and draws gives the same parameters.
 
-    python corl/cql.py --config configs/cql/hopper_medium.yaml
+    python algorithms/cql.py --config configs/cql/hopper_medium.yaml
 
 What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
 - After `load_model` the entropy and Lagrange multipliers go on learning. Upstream's optimizers
@@ -40,7 +40,9 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl_dare import compiled, datasets, envs, runs
+from corl import checkpoints, compiled, envs, machine, physics, runs, tasks
+from corl.config import main
+from corl.data import sources
 
 TensorBatch = List[torch.Tensor]
 
@@ -157,7 +159,7 @@ class TrainConfig:
     name: str = "CQL"  # first part of the run folder's name
 
     def __post_init__(self):
-        envs.task(self.env)
+        tasks.task(self.env)
         at_least = {
             1: (
                 "eval_freq",
@@ -948,7 +950,7 @@ class OnlineCollector:
     ):
         self.env, self.buffer, self.config = env, buffer, config
         self.reward_args, self.device = reward_args, device
-        self.horizon = envs.task(config.env).horizon
+        self.horizon = tasks.task(config.env).horizon
         self.state, _ = env.reset()
         self.episode_step, self.episode_return, self.success = 0, 0.0, False
         self.successes: List[float] = []  # of the finished episodes
@@ -972,7 +974,7 @@ class OnlineCollector:
         self.episode = {
             "train_return": self.episode_return,
             "train_score": float(
-                envs.normalized_score(self.config.env, self.episode_return)
+                tasks.normalized_score(self.config.env, self.episode_return)
             ),
             "train_length": float(self.episode_step),
         }
@@ -981,7 +983,7 @@ class OnlineCollector:
 
     def state_dict(self) -> Dict[str, Any]:
         return {
-            "env": envs.get_state(self.env),
+            "env": physics.get_state(self.env),
             "state": self.state,
             "unfinished": [self.episode_step, self.episode_return, self.success],
             "successes": self.successes,
@@ -989,7 +991,7 @@ class OnlineCollector:
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        envs.set_state(self.env, state["env"])
+        physics.set_state(self.env, state["env"])
         self.state = state["state"]
         self.episode_step, self.episode_return, self.success = state["unfinished"]
         self.successes, self.episode = list(state["successes"]), dict(state["episode"])
@@ -1023,7 +1025,7 @@ class Evaluator:
         returns, success = eval_actor(
             self.env, actor, self.device, config.n_episodes, seed
         )
-        scores = envs.normalized_score(config.env, returns)
+        scores = tasks.normalized_score(config.env, returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
         if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
             self.successes.append(success)
@@ -1045,14 +1047,16 @@ def save_corl_checkpoint(config: TrainConfig, trainer: Any, t: int) -> None:
     if config.checkpoints_path is not None:
         folder = Path(config.checkpoints_path)
         folder.mkdir(parents=True, exist_ok=True)
-        runs.save_corl_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
+        checkpoints.save_corl_checkpoint(
+            folder / f"checkpoint_{t}.pt", trainer.state_dict()
+        )
 
 
 def seconds_per_update(
     config: TrainConfig, source: Any, dims: Tuple[int, int], device: str
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
-    streams = runs.rng_state()
+    streams = checkpoints.rng_state()
     # Not compiled: that would cost more time than it measures.
     config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
@@ -1064,22 +1068,22 @@ def seconds_per_update(
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / count
-    runs.set_rng_state(streams)
+    checkpoints.set_rng_state(streams)
     return seconds
 
 
 def announce(seconds: Dict[str, float], device: str) -> None:
     """Print what the phases will take, evaluations not counted."""
     total = sum(seconds.values())
-    parts = ", ".join(f"{k} {runs.readable_time(v)}" for k, v in seconds.items())
-    print(f"estimated time on this {device}: {runs.readable_time(total)} ({parts})")
+    parts = ", ".join(f"{k} {machine.readable_time(v)}" for k, v in seconds.items())
+    print(f"estimated time on this {device}: {machine.readable_time(total)} ({parts})")
     if total > 3600:
         print(f"for a first look in minutes: --config {QUICK_START}")
 
 
 def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
     """Dataset with rewards and states as trained on, reward arguments, state mean and std."""
-    dataset = datasets.resolve(
+    dataset = sources.resolve(
         config.env,
         source=config.dataset_source,
         path=config.dataset_path,
@@ -1108,9 +1112,9 @@ def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
 
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole experiment; returns what the run folder's summary.json says."""
-    device = runs.pick_device(config.device)
-    runs.configure_threads(config.threads)
-    task = envs.task(config.env)
+    device = machine.pick_device(config.device)
+    machine.configure_threads(config.threads)
+    task = tasks.task(config.env)
     env = envs.make(config.env, config.env_backend)
     eval_env = envs.make(config.env, config.env_backend)
     with runs.Run(config, ALGORITHM, COLUMNS) as run:
@@ -1129,7 +1133,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *dims, max_action, device)
         if config.load_model:
             trainer.load_state_dict(
-                runs.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
+                checkpoints.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
             )
             if config.compat:  # as upstream, the optimizers step what nobody reads
                 trainer.log_alpha = copy.deepcopy(trainer.log_alpha)
@@ -1182,4 +1186,4 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.main(train, TrainConfig)
+    main(train, TrainConfig)

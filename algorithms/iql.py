@@ -4,7 +4,7 @@ Paper: Kostrikov et al. 2021, https://arxiv.org/abs/2110.06169. Names, config fi
 updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/iql.py` at commit
 6afec90; one update on the same weights and batch gives the same parameters.
 
-    python corl/iql.py --config configs/iql/hopper_medium.yaml
+    python algorithms/iql.py --config configs/iql/hopper_medium.yaml
 
 What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
 - The cosine schedule of the actor's learning rate ends with the offline phase; online the rate
@@ -35,7 +35,9 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from corl_dare import compiled, datasets, envs, runs
+from corl import checkpoints, compiled, envs, machine, physics, runs, tasks
+from corl.config import main
+from corl.data import sources
 
 TensorBatch = List[torch.Tensor]
 
@@ -120,7 +122,7 @@ class TrainConfig:
     name: str = "IQL"  # first part of the run folder's name
 
     def __post_init__(self):
-        envs.task(self.env)
+        tasks.task(self.env)
         counts = (
             "eval_freq",
             "n_episodes",
@@ -694,7 +696,7 @@ class OnlineCollector:
     ):
         self.env, self.buffer, self.config = env, buffer, config
         self.reward_args, self.device = reward_args, device
-        self.horizon = envs.task(config.env).horizon
+        self.horizon = tasks.task(config.env).horizon
         self.max_action = float(env.action_space.high[0])
         self.state, _ = env.reset()
         self.episode_step, self.episode_return, self.success = 0, 0.0, False
@@ -731,7 +733,7 @@ class OnlineCollector:
         self.episode = {
             "train_return": self.episode_return,
             "train_score": float(
-                envs.normalized_score(self.config.env, self.episode_return)
+                tasks.normalized_score(self.config.env, self.episode_return)
             ),
             "train_length": float(self.episode_step),
         }
@@ -740,7 +742,7 @@ class OnlineCollector:
 
     def state_dict(self) -> Dict[str, Any]:
         return {
-            "env": envs.get_state(self.env),
+            "env": physics.get_state(self.env),
             "state": self.state,
             "unfinished": [self.episode_step, self.episode_return, self.success],
             "successes": self.successes,
@@ -748,7 +750,7 @@ class OnlineCollector:
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        envs.set_state(self.env, state["env"])
+        physics.set_state(self.env, state["env"])
         self.state = state["state"]
         self.episode_step, self.episode_return, self.success = state["unfinished"]
         self.successes, self.episode = list(state["successes"]), dict(state["episode"])
@@ -782,7 +784,7 @@ class Evaluator:
         returns, success = eval_actor(
             self.env, actor, self.device, config.n_episodes, seed
         )
-        scores = envs.normalized_score(config.env, returns)
+        scores = tasks.normalized_score(config.env, returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
         if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
             self.successes.append(success)
@@ -804,14 +806,14 @@ def save_corl_checkpoint(config: TrainConfig, trainer: Any, t: int) -> None:
     if config.checkpoints_path is not None:
         folder = Path(config.checkpoints_path)
         folder.mkdir(parents=True, exist_ok=True)
-        runs.save_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
+        checkpoints.save_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
 
 
 def seconds_per_update(
     config: TrainConfig, source: Any, dims: Tuple[int, int], device: str
 ) -> float:
     """Measured on a throw-away trainer; the random streams are put back afterwards."""
-    streams = runs.rng_state()
+    streams = checkpoints.rng_state()
     # Not compiled: that would cost more time than it measures.
     config = dataclasses.replace(config, compile=False)
     probe = make_trainer(config, *dims, 1.0, device)
@@ -823,22 +825,22 @@ def seconds_per_update(
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / count
-    runs.set_rng_state(streams)
+    checkpoints.set_rng_state(streams)
     return seconds
 
 
 def announce(seconds: Dict[str, float], device: str) -> None:
     """Print what the phases will take, evaluations not counted."""
     total = sum(seconds.values())
-    parts = ", ".join(f"{k} {runs.readable_time(v)}" for k, v in seconds.items())
-    print(f"estimated time on this {device}: {runs.readable_time(total)} ({parts})")
+    parts = ", ".join(f"{k} {machine.readable_time(v)}" for k, v in seconds.items())
+    print(f"estimated time on this {device}: {machine.readable_time(total)} ({parts})")
     if total > 3600:
         print(f"for a first look in minutes: --config {QUICK_START}")
 
 
 def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
     """Dataset with rewards and states as trained on, reward arguments, state mean and std."""
-    dataset = datasets.resolve(
+    dataset = sources.resolve(
         config.env,
         source=config.dataset_source,
         path=config.dataset_path,
@@ -861,9 +863,9 @@ def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
 
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole experiment; returns what the run folder's summary.json says."""
-    device = runs.pick_device(config.device)
-    runs.configure_threads(config.threads)
-    task = envs.task(config.env)
+    device = machine.pick_device(config.device)
+    machine.configure_threads(config.threads)
+    task = tasks.task(config.env)
     env = envs.make(config.env, config.env_backend)
     eval_env = envs.make(config.env, config.env_backend)
     with runs.Run(config, ALGORITHM, COLUMNS) as run:
@@ -886,7 +888,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *dims, max_action, device)
         if config.load_model:
             trainer.load_state_dict(
-                runs.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
+                checkpoints.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
             )
         collector = OnlineCollector(env, online_buffer, config, reward_args, device)
         evaluator = Evaluator(eval_env, config, device, collector)
@@ -937,4 +939,4 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.main(train, TrainConfig, ignore=OTHER_BLOCKS)
+    main(train, TrainConfig, ignore=OTHER_BLOCKS)

@@ -1,0 +1,231 @@
+"""TODO corl.checkpoints"""
+
+import argparse
+import random
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from corl import files, machine
+
+FORMAT = 1  # of checkpoint.pt
+
+
+def pack(value: Any) -> Any:
+    """Nested numpy arrays as tensors, which a checkpoint may hold; `unpack` reverses it."""
+    if isinstance(value, np.ndarray):
+        return {"__array__": torch.from_numpy(np.array(value, order="C"))}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {k: pack(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(pack(v) for v in value)
+    return value
+
+
+def unpack(value: Any) -> Any:
+    """Reverse of `pack`."""
+    if isinstance(value, dict):
+        if set(value) == {"__array__"}:
+            return value["__array__"].numpy().copy()
+        return {k: unpack(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(unpack(v) for v in value)
+    return value
+
+
+def rng_state() -> dict[str, Any]:
+    """The global random streams of Python, numpy (legacy) and torch, CPU and CUDA."""
+    state = {
+        "python": pack(random.getstate()),
+        "numpy": pack(np.random.get_state()),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the streams of `rng_state` back."""
+    random.setstate(unpack(state["python"]))
+    np.random.set_state(unpack(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write atomically: a crash at any moment leaves the old file or the new one, whole."""
+    with files.replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
+    """Read a checkpoint of `save_checkpoint` on the CPU.
+
+    Raises:
+        ValueError: missing, truncated, not a checkpoint, of another algorithm or format.
+    """
+    state = read(path)
+    if not isinstance(state, dict) or "algorithm" not in state:
+        raise ValueError(f"{path} is not a checkpoint of a corl-dare run")
+    if state["algorithm"] != algorithm:
+        raise ValueError(
+            f"{path} belongs to {state['algorithm']}, not to {algorithm}; run that "
+            "algorithm's file"
+        )
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {state.get('format')}, this version reads "
+            f"{FORMAT}"
+        )
+    return state
+
+
+class _PickledScalar:
+    """What stands in a pickle for CORL's module `Scalar`: its data, none of its code.
+
+    CQL's checkpoints hold two such modules, and a pickle names the class as `__main__.Scalar`.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None):
+        self.state = state
+
+    def __getstate__(self):
+        return self.state
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+_PickledScalar.__module__, _PickledScalar.__qualname__ = "__main__", "Scalar"
+
+
+def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict:
+    """Weights and optimizers of a CORL `checkpoint_N.pt`, or of a run's `checkpoint.pt`.
+
+    The `Scalar` modules in checkpoints of CQL and Cal-QL come as `{"constant": tensor}`.
+    Nothing in the file is executed; any other class in it is refused.
+
+    Args:
+        path: the file.
+        required: keys that the algorithm reads.
+
+    Raises:
+        ValueError: missing, truncated, holding foreign classes, or of another algorithm.
+    """
+    with torch.serialization.safe_globals([_PickledScalar]):
+        state = read(Path(path))
+    if isinstance(state, dict) and "parts" in state:
+        state = state["parts"]["trainer"]
+    if isinstance(state, dict):
+        # A random stream is no weight, and may be of another device: a new run has its own.
+        state = {k: v for k, v in state.items() if k != "dare_generator"}
+        state = {name: _scalar_state(v, f"{path}: {name}") for name, v in state.items()}
+    missing = [k for k in required if not isinstance(state, dict) or k not in state]
+    if missing:
+        raise ValueError(
+            f"{path} has no {missing[0]!r}: it is not a checkpoint of this algorithm"
+        )
+    return state
+
+
+def _scalar_state(value: Any, name: str) -> Any:
+    """The state_dict of a pickled `Scalar`; other values as they are."""
+    if not isinstance(value, _PickledScalar):
+        return value
+    try:
+        constant = value.state["_parameters"]["constant"].detach()
+        return {"constant": constant.reshape(())}
+    except (TypeError, KeyError, AttributeError, RuntimeError):
+        raise ValueError(f"{name} is no module with one number 'constant'") from None
+
+
+def save_corl_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a trainer's state as CORL's `load_state_dict` reads it, atomically.
+
+    CQL and Cal-QL expect module objects where our state has `{"constant": tensor}`. The file
+    then names the class `__main__.Scalar`, which CORL's scripts define.
+    """
+
+    def corl(value: Any) -> Any:
+        if not isinstance(value, dict) or set(value) != {"constant"}:
+            return value
+        module = torch.nn.Module()
+        module.constant = torch.nn.Parameter(value["constant"].detach().cpu())
+        return _PickledScalar(vars(module))
+
+    # Pickle writes a class only under a name where it finds that very class.
+    main_module, absent = sys.modules["__main__"], object()
+    before = getattr(main_module, "Scalar", absent)
+    main_module.Scalar = _PickledScalar
+    try:
+        save_checkpoint(path, {name: corl(value) for name, value in state.items()})
+    finally:
+        if before is absent:
+            del main_module.Scalar
+        else:
+            main_module.Scalar = before
+
+
+def export_corl(run: Path | str, out: Path | str | None = None) -> Path:
+    """Write the last checkpoint of a run folder as CORL's `checkpoint_N.pt`.
+
+    Args:
+        run: run folder.
+        out: file to write; default: `checkpoint_N.pt` in the run folder, N as CORL counts, from 0.
+
+    Raises:
+        ValueError: no readable checkpoint in the folder, or a place that cannot be written.
+    """
+    path = Path(run) / "checkpoint.pt"
+    state = read(path)
+    if not isinstance(state, dict) or "trainer" not in state.get("parts", {}):
+        raise ValueError(f"{path} is not a checkpoint of a corl-dare run")
+    out = Path(out or Path(run) / f"checkpoint_{state['step'] - 1}.pt")
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: {out.parent} is not a folder")
+    save_corl_checkpoint(out, state["parts"]["trainer"])
+    return out
+
+
+def read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = "Unsupported" in str(error) or "weights_only" in str(error)
+        if refused and "Unsupported operand" not in str(error):  # that one is no pickle
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            name = f" ({found.group(1)})" if found else ""
+            why = f"it holds Python objects{name}, which are never unpickled"
+        else:
+            why = f"it is damaged or not a checkpoint ({type(error).__name__})"
+        raise ValueError(f"cannot read {path}: {why}") from None
+
+
+def command_line(argv: Sequence[str] | None = None) -> None:
+    """`python -m corl.checkpoints export RUN --to corl [--out FILE]`."""
+    parser = argparse.ArgumentParser(prog="python -m corl.checkpoints")
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write a run's weights for other code")
+    export.add_argument("run", help="run folder")
+    export.add_argument("--to", choices=("corl",), required=True)
+    export.add_argument("--out", help="file to write; default: checkpoint_N.pt in RUN")
+    args = parser.parse_args(argv)
+    try:
+        print(machine.tidy_path(export_corl(args.run, args.out)))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    command_line()

@@ -1,0 +1,305 @@
+"""TODO corl.data.schema"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from corl import tasks
+
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+OPTIONAL = ("timeouts", "next_observations")
+FLAGS = ("terminals", "timeouts")
+TORSO_HEIGHT = 0.7  # walker2d falls at 0.8, halfcheetah's is measured from its start
+ACTION_BOUND = 1.0 + 1e-3  # D4RL's boxes are [-1, 1]; room for rounding only
+
+
+def load_hdf5(path: Path | str, task: str) -> dict[str, np.ndarray]:
+    """The transitions of a D4RL HDF5 file, checked and cast; see `validate`.
+
+    Raises:
+        ValueError: not a readable HDF5 file, or contents that do not fit the task.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"dataset file {path} does not exist")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is not an HDF5 file: {_what_instead(path)}")
+    try:
+        with h5py.File(path) as file:
+            if missing := [key for key in REQUIRED if key not in file]:
+                raise ValueError(
+                    f"{path} lacks {', '.join(missing)}; it holds "
+                    f"{', '.join(sorted(file)) or 'nothing'}; D4RL's schema needs "
+                    f"{', '.join(REQUIRED)}"
+                )
+            columns = {key: file[key] for key in REQUIRED + OPTIONAL if key in file}
+            for key, column in columns.items():
+                if not isinstance(column, h5py.Dataset):
+                    raise ValueError(
+                        f"{path}: {key} is a group; D4RL stores one array there"
+                    )
+            return _clean(columns, task, path)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is a damaged or incomplete HDF5 file ({error}); get it again"
+        ) from error
+
+
+def _what_instead(path: Path) -> str:
+    with open(path, "rb") as handle:
+        start = handle.read(200).lstrip().lower()
+    if not start:
+        return "it is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer; run `git lfs pull` where it came from"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, so the download failed; check its address"
+    return "its first bytes are not HDF5's; download it again"
+
+
+def validate(
+    raw: dict[str, np.ndarray], task: str, path: Path | str
+) -> dict[str, np.ndarray]:
+    """Check raw transitions against a task and cast them; `path` names them in errors.
+
+    Flags may be of any numeric type (antmaze stores floats); both may be set in one row.
+
+    Returns:
+        observations (N, S), actions (N, A), rewards (N,) and, where given,
+        next_observations (N, S) as float32; terminals and, where given, timeouts (N,) as
+        bool. N is at least 2.
+
+    Raises:
+        ValueError: wrong shape, type or length, a value that is not finite in float32,
+            an action outside [-1, 1], a flag that is not 0 or 1. Names file, key, row.
+    """
+    columns = {k: np.asarray(raw[k]) for k in REQUIRED + OPTIONAL if k in raw}
+    return _clean(columns, task, path)
+
+
+def _clean(
+    columns: dict[str, np.ndarray | h5py.Dataset], task: str, path: Path | str
+) -> dict[str, np.ndarray]:
+    """`validate`; columns of a file are read one by one, so a float64 file is not in
+    memory beside its float32 copy."""
+    shapes = {}
+    for key, column in columns.items():
+        if column.dtype.kind not in "fiub":
+            raise ValueError(
+                f"{path}: {key} has type {column.dtype}; numbers are needed"
+            )
+        shapes[key] = column.shape
+        if key in ("rewards", *FLAGS) and column.shape[1:] == (1,):
+            shapes[key] = column.shape[:1]
+    _check_shapes(shapes, tasks.task(task), path)
+    clean = {}
+    for key, column in columns.items():
+        values = column[()].reshape(shapes[key])
+        if key in FLAGS:
+            _reject(~np.isin(values, (0, 1)), values, key, path, "flags are 0 or 1")
+            clean[key] = values.astype(bool)
+            continue
+        with np.errstate(over="ignore"):
+            cast = values.astype(np.float32, copy=False)
+        _reject(
+            ~np.isfinite(cast), values, key, path, "values must be finite in float32"
+        )
+        if key == "actions":
+            outside = np.abs(cast) > ACTION_BOUND
+            _reject(outside, values, key, path, "actions must be within [-1, 1]")
+        clean[key] = cast
+    _check_torso(clean["observations"], tasks.task(task), path)
+    return clean
+
+
+def _check_torso(observations: np.ndarray, facts: tasks.Task, path: Path | str) -> None:
+    """halfcheetah and walker2d have the same widths, but only the walker stands upright."""
+    if facts.robot not in ("halfcheetah", "walker2d"):
+        return
+    height = np.median(observations[:, 0])
+    robot = "walker2d" if height > TORSO_HEIGHT else "halfcheetah"
+    if robot != facts.robot:
+        raise ValueError(
+            f"{path}: the torso's height, observations[:, 0], is {height:.2f} in the "
+            f"median, as {robot}'s; {facts.name} needs data of {facts.robot}"
+        )
+
+
+def _reject(
+    bad: np.ndarray, values: np.ndarray, key: str, path: Path | str, rule: str
+) -> None:
+    rows = bad.reshape(len(bad), -1).any(1)
+    if rows.any():
+        row = int(rows.argmax())
+        value = values[row][bad[row]].flat[0] if values.ndim > 1 else values[row]
+        raise ValueError(
+            f"{path}: {key} has {value} in row {row} ({rows.sum()} bad rows of "
+            f"{len(rows)}); {rule}"
+        )
+
+
+def _check_shapes(
+    shapes: dict[str, tuple[int, ...]], facts: tasks.Task, path: Path | str
+) -> None:
+    widths = {"observations": facts.state_dim, "actions": facts.action_dim}
+    widths["next_observations"] = facts.state_dim
+    for key, shape in shapes.items():
+        wanted = 2 if key in widths else 1
+        if len(shape) != wanted:
+            raise ValueError(
+                f"{path}: {key} has shape {shape}; expected {wanted} dimension(s)"
+            )
+    dims = shapes["observations"][1], shapes["actions"][1]
+    if dims != (facts.state_dim, facts.action_dim):
+        fits = [
+            name
+            for name, robot in tasks.ROBOTS.items()
+            if dims == (robot.state_dim, robot.action_dim)
+        ]
+        raise ValueError(
+            f"{path}: observations and actions have widths {dims}, which fit "
+            f"{' or '.join(fits) or 'no robot known here'}; {facts.name} needs "
+            f"{facts.state_dim} and {facts.action_dim}"
+        )
+    rows = shapes["observations"][0]
+    for key, shape in shapes.items():
+        if shape[0] != rows:
+            raise ValueError(
+                f"{path}: {key} has {shape[0]} rows, observations has {rows}"
+            )
+        if key in widths and shape[1] != widths[key]:
+            raise ValueError(
+                f"{path}: {key} has width {shape[1]}; expected {widths[key]}"
+            )
+    if rows < 2:
+        raise ValueError(f"{path}: {rows} row(s); a dataset needs at least 2")
+
+
+def qlearning_dataset(
+    raw: dict[str, np.ndarray], keep_timeouts: bool = False, horizon: int = 1000
+) -> dict[str, np.ndarray]:
+    """Raw transitions -> q-learning arrays by the rules of `d4rl.qlearning_dataset`.
+
+    The next observation is the observation of the following row, so the last row and
+    the rows that end by a time-out are dropped; after a terminal it is the first
+    observation of the next episode, which the bootstrap masks. With `keep_timeouts` all
+    rows stay and the stored, true next observations are used.
+
+    Args:
+        raw: arrays of `validate`, N rows.
+        horizon: time limit in steps, read only where `timeouts` is missing: a step
+            counter then stands in for it.
+
+    Returns:
+        observations, next_observations (M, S), actions (M, A), rewards (M,) float32 and
+        terminals (M,) bool, copies.
+
+    Raises:
+        ValueError: a key is missing, no row is left, or keep_timeouts without
+            next_observations (antmaze stores none).
+    """
+    if missing := [key for key in REQUIRED if key not in raw]:
+        raise ValueError(f"raw data lacks {', '.join(missing)}")
+    if keep_timeouts:
+        if "next_observations" not in raw:
+            raise ValueError(
+                "keep_timeouts needs stored next_observations, which this data lacks"
+            )
+        keep = np.arange(len(raw["rewards"]))
+        next_observations = raw["next_observations"][keep]
+    else:
+        keep = np.flatnonzero(~timeout_flags(raw, horizon)[:-1])
+        next_observations = raw["observations"][keep + 1]
+    if not len(keep):
+        raise ValueError("no transition is left: every row but the last ends an episode")
+    return {
+        "observations": raw["observations"][keep].astype(np.float32, copy=False),
+        "actions": raw["actions"][keep].astype(np.float32, copy=False),
+        "next_observations": next_observations.astype(np.float32, copy=False),
+        "rewards": raw["rewards"][keep].astype(np.float32, copy=False),
+        "terminals": raw["terminals"][keep].astype(bool, copy=False),
+    }
+
+
+def timeout_flags(raw: dict[str, np.ndarray], horizon: int) -> np.ndarray:
+    """Stored time-out flags (N,) bool, or D4RL's step counter's if none are stored.
+
+    D4RL's counter starts an episode at 0 after a cut but at 1 after a terminal, so the
+    cut after a terminal comes one step early; reproduced, to get the same rows.
+
+    Raises:
+        ValueError: the counter is needed and horizon < 2.
+    """
+    if "timeouts" in raw:
+        return np.asarray(raw["timeouts"], dtype=bool)
+    if horizon < 2:
+        raise ValueError(f"horizon is {horizon}; data without timeouts needs at least 2")
+    rows = len(raw["terminals"])
+    flags = np.zeros(rows, dtype=bool)
+    ends = np.append(np.flatnonzero(raw["terminals"]), rows)
+    start = counter = 0
+    while start < rows:
+        cut = start + horizon - 1 - counter
+        end = int(ends[np.searchsorted(ends, start)])
+        counter = int(end < cut)
+        start = min(end, cut) + 1
+        if cut < rows and not counter:
+            flags[cut] = True
+    return flags
+
+
+def episode_bounds(raw: dict[str, np.ndarray], task: str) -> np.ndarray:
+    """First row of each complete episode, then the row after the last one (E + 1,).
+
+    Antmaze episodes end by time-out alone: its terminals mark rows at the goal, where
+    the collector walked on.
+    """
+    facts = tasks.task(task)
+    ends = timeout_flags(raw, facts.horizon)
+    if facts.robot != "antmaze":
+        ends = ends | raw["terminals"].astype(bool)
+    return np.concatenate([[0], np.flatnonzero(ends) + 1])
+
+
+def episode_returns(raw: dict[str, np.ndarray], task: str) -> np.ndarray:
+    """Raw returns (E,) float64 of the complete episodes."""
+    totals = np.concatenate([[0.0], np.cumsum(raw["rewards"], dtype=np.float64)])
+    return np.diff(totals[episode_bounds(raw, task)])
+
+
+def statistics(raw: dict[str, np.ndarray], task: str) -> dict[str, Any]:
+    """Counts, raw returns and lengths of complete episodes, and the range of actions.
+
+    All values are plain numbers; those of no episode are None.
+    """
+    bounds, rows = episode_bounds(raw, task), len(raw["rewards"])
+    over = timeout_flags(raw, tasks.task(task).horizon)
+    return {
+        "rows": rows,
+        "episodes": len(bounds) - 1,
+        "unfinished_rows": rows - int(bounds[-1]),
+        "terminals": int(raw["terminals"].sum()),
+        "timeouts": int(over.sum()),
+        "return": _summary(episode_returns(raw, task)),
+        "length": _summary(np.diff(bounds)),
+        "action_min": float(raw["actions"].min()),
+        "action_max": float(raw["actions"].max()),
+    }
+
+
+def _summary(values: np.ndarray) -> dict[str, float | None]:
+    names = ("mean", "std", "min", "max")
+    if not len(values):
+        return dict.fromkeys(names)
+    return {name: float(getattr(values, name)()) for name in names}
+
+
+def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(arrays):
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).data)
+    return digest.hexdigest()

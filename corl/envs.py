@@ -1,0 +1,144 @@
+"""D4RL task name -> environment, horizon and reference scores.
+
+The locomotion environments are gymnasium's `Hopper-v4`, `HalfCheetah-v4` and `Walker2d-v4`:
+observation, reward and termination equal those of the gym v2 classes that D4RL used (v5 does
+not: other Walker2d model, no survival bonus on the terminating step). From MuJoCo 3.5 on the
+contact margin of a geom pair is a sum instead of a maximum, which changes hopper's physics;
+`make` halves the margins there, so that every MuJoCo gives D4RL's.
+AntMaze is built in `antmaze.py`.
+
+A time-out is not an end: `terminated` says that the episode is over, `truncated` that we
+stopped looking. Only `terminated` may cut the bootstrap.
+"""
+
+import gymnasium as gym
+import numpy as np
+
+from corl import antmaze, physics, tasks
+
+
+class ClipAction(gym.ActionWrapper):
+    """Clips actions to the box before the step, as D4RL's wrapper does.
+
+    gymnasium's v4 classes charge the control cost of the *unclipped* action. The action space
+    stays the bounded one (gymnasium's own `ClipAction` widens it to infinity), because
+    algorithms read `action_space.high` as `max_action`.
+    """
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        return np.clip(action, self.action_space.low, self.action_space.high)
+
+
+def make(name: str, backend: str = "gymnasium") -> gym.Env:
+    """The evaluation and training environment of a D4RL task, time limit included.
+
+    Args:
+        name: D4RL task name.
+        backend: `gymnasium` (default) or `d4rl`, the old gym + d4rl stack if it is installed.
+
+    Returns:
+        A gymnasium environment with the 5-tuple step and float64 observations (S,).
+
+    Raises:
+        ValueError: unknown task or backend, or a task that has no environment on this backend.
+        ImportError: `backend="d4rl"` without gym and d4rl installed.
+    """
+    facts = tasks.task(name)
+    if backend == "d4rl":
+        return OldGymEnv(name, facts.horizon)
+    if backend != "gymnasium":
+        raise ValueError(f"env_backend {backend!r} is not one of 'gymnasium', 'd4rl'")
+    if facts.robot == "antmaze":
+        return make_antmaze(facts)
+    if not facts.env_id:
+        raise ValueError(
+            f"{name}: gymnasium has no environment with D4RL's {facts.robot} physics; "
+            "install requirements-d4rl.txt with mujoco_py and pass --env_backend d4rl"
+        )
+    return make_robot(facts.robot)
+
+
+def make_robot(robot: str) -> gym.Env:
+    """The environment of a locomotion robot (`hopper`, `halfcheetah`, `walker2d`)."""
+    # gymnasium warns at each make that v4 is not the newest version; here v4 is the point.
+    logger_level = gym.logger.min_level
+    gym.logger.min_level = gym.logger.ERROR
+    try:
+        env = gym.make(tasks.ROBOTS[robot].env_id)
+    finally:
+        gym.logger.min_level = logger_level
+    physics.restore_contact_margin(env.unwrapped.model)
+    return ClipAction(env)
+
+
+def make_antmaze(facts: tasks.Task) -> gym.Env:
+    """The evaluation environment of an antmaze -v2 task; `diverse` and `play` share it.
+
+    Raises:
+        ValueError: a -v0 or -v1 task.
+    """
+
+    if facts.version != "v2":
+        raise ValueError(
+            f"{facts.name}: only antmaze's -v2 environments are here (-v0 and -v1 keep one "
+            f"goal for good); use antmaze-{facts.kind}-v2"
+        )
+    maze = antmaze.AntMaze(facts.kind.partition("-")[0])
+    return ClipAction(gym.wrappers.TimeLimit(maze, facts.horizon))
+
+
+class OldGymEnv(gym.Env):
+    """An environment of the old `gym` + `d4rl` stack behind gymnasium's interface."""
+
+    def __init__(self, name: str, horizon: int):
+        try:
+            import d4rl  # noqa: F401  (registers the tasks)
+            import gym as old_gym
+        except ImportError as error:
+            raise ImportError(
+                f"env_backend 'd4rl' needs the packages gym and d4rl ({error}); "
+                "see requirements-d4rl.txt, or use --env_backend gymnasium"
+            ) from error
+        self.old = old_gym.make(name)
+        self.horizon = horizon
+        self.steps = 0
+        spaces = self.old.observation_space, self.old.action_space
+        self.observation_space, self.action_space = (
+            gym.spaces.Box(s.low, s.high, dtype=s.dtype.type) for s in spaces
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.steps = 0
+        if seed is not None:
+            self.old.seed(seed)
+        result = self.old.reset()
+        return (result[0] if isinstance(result, tuple) else result), {}
+
+    def step(self, action):
+        self.steps += 1
+        result = self.old.step(action)
+        if len(result) == 5:
+            return result
+        observation, reward, done, info = result
+        # Old gym says `done` for both; D4RL's and CORL's rule is that the limit is a time-out.
+        terminated = bool(done) and self.steps < self.horizon
+        return (
+            observation,
+            float(reward),
+            terminated,
+            bool(done) and not terminated,
+            info,
+        )
+
+    def close(self):
+        self.old.close()
+
+
+def seed(env: gym.Env, value: int) -> None:
+    """Seed the resets and the action space without a reset, as old gym's `env.seed` did."""
+    base = env.unwrapped
+    if isinstance(base, OldGymEnv):
+        base.old.seed(value)
+    base.np_random, _ = gym.utils.seeding.np_random(value)
+    env.action_space.seed(value)

@@ -1,0 +1,96 @@
+"""TODO corl.machine"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corl.config import ConfigError
+
+
+def pick_device(name: str) -> str:
+    """`auto`: cuda where there is one, else cpu. Asking for a missing cuda falls back, aloud."""
+    if name != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        print(f"device {name}: no CUDA device here, running on the cpu")
+        return "cpu"
+    return name
+
+
+def configure_threads(count: int) -> None:
+    """CPU threads of torch."""
+    if count < 1:
+        raise ConfigError(f"threads must be at least 1, not {count}")
+    torch.set_num_threads(count)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "gymnasium", "mujoco", "corl-dare"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str:
+    """Commit of this code, `+dirty` when tracked files differ from it, or `unknown`.
+
+    Files in results/ are what code wrote, so a benchmark's second seed is as clean as its first.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+
+    try:
+        code = (":/", ":(top,exclude)results")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores and GPU; no names of hosts or users."""
+    model = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        model = re.search(r"model name\s*:\s*(.+)", text).group(1)
+    except (OSError, AttributeError):
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": model, "cores": os.cpu_count(), "gpu": gpu}
+
+
+def readable_time(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    for unit, size, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def tidy_path(path: Path | str) -> str:
+    """A path to print and record: relative to here or with the home folder as ~."""
+    path = Path(path).absolute()
+    for base, sign in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(base):
+            return f"{sign}{path.relative_to(base)}"
+    return str(path)

@@ -1,0 +1,69 @@
+"""TODO corl.physics"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+
+def restore_contact_margin(model: Any) -> None:
+    """Halve the geom margins on MuJoCo >= 3.5, where a pair's margin became the sum of both."""
+    import mujoco
+
+    if tuple(int(v) for v in mujoco.__version__.split(".")[:2]) >= (3, 5):
+        model.geom_margin[:] *= 0.5
+
+
+def get_state(env: gym.Env) -> dict[str, Any]:
+    """Everything that decides the environment's future, as plain arrays and numbers.
+
+    The physics (MuJoCo's full state with the solver's warm start, which the next step reads; an
+    environment of another kind answers with its own `get_state`), the elapsed steps of the time
+    limit and the reset generators.
+
+    Raises:
+        TypeError: the environment offers neither.
+    """
+    base = env.unwrapped
+    if hasattr(base, "get_state"):
+        physics = base.get_state()
+    elif hasattr(base, "model") and hasattr(base, "data"):
+        import mujoco
+
+        spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.empty(mujoco.mj_stateSize(base.model, spec))
+        mujoco.mj_getState(base.model, base.data, physics, spec)
+    else:
+        raise TypeError(
+            f"{type(base).__name__} has no state to save; exact resume needs the "
+            "gymnasium backend"
+        )
+    return {
+        "physics": physics,
+        "elapsed_steps": env.get_wrapper_attr("_elapsed_steps"),
+        "generator": base.np_random.bit_generator.state,
+        "action_space": env.action_space.np_random.bit_generator.state,
+    }
+
+
+def set_state(env: gym.Env, state: dict[str, Any]) -> None:
+    """Put an environment into a state of `get_state`; the next steps are bit-identical."""
+    env.reset()
+    base = env.unwrapped
+    if hasattr(base, "set_state") and hasattr(base, "get_state"):
+        base.set_state(state["physics"])
+    else:
+        import mujoco
+
+        spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_setState(base.model, base.data, state["physics"], spec)
+        # Derived quantities (xpos, sensor data) are functions of the state. Some MuJoCo
+        # versions write a fresh warm start in forward, so the saved one is put back.
+        mujoco.mj_forward(base.model, base.data)
+        mujoco.mj_setState(base.model, base.data, state["physics"], spec)
+    wrapper = env
+    while not isinstance(wrapper, gym.wrappers.TimeLimit):
+        wrapper = wrapper.env
+    wrapper._elapsed_steps = state["elapsed_steps"]
+    base.np_random.bit_generator.state = state["generator"]
+    env.action_space.np_random.bit_generator.state = state["action_space"]

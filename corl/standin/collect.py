@@ -1,0 +1,423 @@
+"""Self-collected stand-in data in D4RL's HDF5 schema, where D4RL itself is out of reach.
+
+Shipped SAC policies (`policies/`, trained by `sac.py`) are rolled out in the task's
+environment the way D4RL's locomotion sets were made: actions are sampled, their exact
+log-density is stored, an episode that reaches the time limit ends by `timeouts` even if
+the robot fell in that very step, and the file is cut at its last row. Replay data comes
+from a series of snapshots of one training, in training order. Antmaze is
+`antmaze_collect.py`'s.
+
+    python -m corl.standin.collect hopper-medium-v2 --rows 200000 --out hopper.hdf5
+    python -m corl.standin.collect hopper-medium-v2 --mix expert --share 0.3
+
+The second command writes a labelled mixture of two policies with the exact density of
+both in every row. The same command gives the same bytes on the same machine and package
+versions, whatever the number of processes; an interrupted one goes on when it is repeated.
+Scores on this data are not comparable with published ones: the policies are others.
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+import torch
+
+from corl import files, tasks
+from corl.data import card, sources
+from corl.progress import progress_bar
+from corl.standin import maze_walks, policies, rollout
+from corl_dare import __version__
+
+INTERRUPTED = "interrupted; finished chunks are kept, repeat the command to go on"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide a file's bytes, as the file's attributes name them."""
+    return {
+        "corl_dare_version": __version__,
+        "gymnasium_version": gymnasium.__version__,
+        "mujoco_version": mujoco.__version__,
+        "numpy_version": np.__version__,
+        "torch_version": str(torch.__version__),
+    }
+
+
+def _chunk_folder(out: Path, plan: rollout.Plan) -> Path:
+    """Its name holds all that the rows depend on: old chunks never get into a new file."""
+    facts = json.dumps(
+        [plan.settings, versions(), rollout.CHUNK, rollout.ENVS], sort_keys=True
+    )
+    digest = hashlib.sha256(facts.encode()).hexdigest()
+    return out.with_name(f"{out.name}.{digest[:8]}.chunks")
+
+
+def _chunk_file(folder: Path, chunk: rollout.Chunk) -> Path:
+    return folder / f"{chunk.part:03d}-{chunk.number:03d}.npy"
+
+
+def roll_out(
+    plan: rollout.Plan,
+    folder: Path,
+    advance: Callable[[int], object],
+    worker: int = 0,
+    workers: int = 1,
+) -> None:
+    """Make every `workers`-th chunk of a plan, unless `folder` holds it already."""
+    judges = tuple(behavior for behavior, _ in plan.parts) if plan.mixed else ()
+    with rollout._one_thread():
+        for chunk in plan.chunks[worker::workers]:
+            path = _chunk_file(folder, chunk)
+            if path.exists():
+                continue
+            words = [plan.settings["seed"], chunk.part, chunk.number]
+            seed = np.random.SeedSequence(words)
+            if plan.robot == "antmaze":
+                kind, policy = (
+                    tasks.task(plan.settings["task"]).kind,
+                    chunk.behavior.policy,
+                )
+                table = maze_walks.rollout(
+                    kind, policy, chunk.rows, seed, advance, chunk.whole
+                )
+            else:
+                table = rollout.rollout(
+                    chunk.behavior,
+                    plan.robot,
+                    chunk.rows,
+                    seed,
+                    advance,
+                    judges,
+                    chunk.whole,
+                )
+            part = path.with_suffix(".part")
+            with open(part, "wb") as handle:
+                np.save(handle, table, allow_pickle=False)
+            files.publish(part, path)
+
+
+def _roll_out_in_processes(
+    plan: rollout.Plan, out: Path, workers: int, advance: Callable[[int], object]
+) -> None:
+    """One interpreter per worker: forking would hurt a parent that uses threads or a GPU,
+    and multiprocessing's fresh interpreters would run the parent's script again."""
+    here = str(Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    settings = dict(plan.settings)
+    command = [sys.executable, "-m", "corl.standin.collect", settings["task"], "--out"]
+    command += [os.path.abspath(out)]
+    for name in ("rows", "seed", "mix", "share"):
+        if name in settings:
+            command += [f"--{name}", str(settings[name])]
+    if plan.policy:
+        command += ["--policy", os.path.abspath(plan.policy)]
+    running = []
+    try:
+        for i in range(workers):
+            running.append(
+                subprocess.Popen(
+                    [*command, "--worker", f"{i}/{workers}"],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,  # Ctrl-C is ours; `finally` ends them
+                )
+            )
+
+        def listen(process: subprocess.Popen) -> None:
+            for line in process.stdout:
+                advance(int(line))
+
+        ears = [threading.Thread(target=listen, args=[p], daemon=True) for p in running]
+        for ear in ears:
+            ear.start()
+        codes = [process.wait() for process in running]
+        for ear in ears:
+            ear.join()
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+            process.stdout.close()
+    if any(codes):
+        raise RuntimeError(
+            f"a collecting process ended with exit code {max(codes, key=abs)}; its own "
+            "message is above; repeat the command to go on from the finished chunks"
+        )
+
+
+def _assemble(plan: rollout.Plan, folder: Path) -> dict[str, np.ndarray]:
+    """The chunks as D4RL's columns; each part gets exactly its rows.
+
+    Where a part ends inside an episode the seam carries `timeouts`, so that no
+    transition crosses it.
+    """
+    counts = [rows for _, rows in plan.parts]
+    columns: dict[str, np.ndarray] = {}
+    start, left = 0, list(counts)
+    for chunk in plan.chunks:
+        table = np.load(_chunk_file(folder, chunk), allow_pickle=False)[
+            : left[chunk.part]
+        ]
+        for name in table.dtype.names:
+            values = table[name]
+            if name not in columns:
+                columns[name] = np.empty((sum(counts), *values.shape[1:]), values.dtype)
+            columns[name][start : start + len(table)] = values
+        start, left[chunk.part] = start + len(table), left[chunk.part] - len(table)
+    seams = np.cumsum(counts) - 1
+    if not plan.mixed:
+        seams = seams[:-1]  # the file itself is cut as D4RL's are
+    columns["timeouts"][seams] = ~columns["terminals"][seams]
+    if len(counts) > 1:
+        columns["infos/policy_label"] = np.repeat(
+            np.arange(len(counts), dtype=np.int16), counts
+        )
+    if plan.mixed:
+        order = _shuffled_episodes(columns, plan.settings["seed"])
+        columns = {name: values[order] for name, values in columns.items()}
+    return columns
+
+
+def _shuffled_episodes(columns: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    ends = np.flatnonzero(columns["terminals"] | columns["timeouts"]) + 1
+    episodes = np.split(np.arange(len(columns["rewards"])), ends[:-1])
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
+    return np.concatenate([episodes[i] for i in rng.permutation(len(episodes))])
+
+
+def collect(
+    task: str,
+    rows: int,
+    out: Path | str,
+    seed: int = 0,
+    policy: Path | str | None = None,
+    progress: bool = True,
+    mix: str | None = None,
+    share: float = 0.5,
+    workers: int | None = None,
+) -> Path:
+    """Roll a task's behavior out into an HDF5 file of D4RL's v2 schema; its path.
+
+    Of medium-expert, the first half of the rows is medium and the rest expert; replay
+    rows come in training order from the shipped series. Where the policy changes inside
+    an episode, the seam carries `timeouts`. Rows of files with several policies carry
+    `infos/policy_label`, an index into the attribute `policy_labels`. A file that is
+    there already and was made from the same settings is left alone. Nothing appears
+    under the final name before the file is complete; finished chunks of an interrupted
+    collection are used by the next; of two processes the second waits for the first.
+
+    Args:
+        task: D4RL name of a locomotion or antmaze task, -v2.
+        rows: transitions in the file, at least 2.
+        policy: safetensors file of `sac.save_policy` in place of the shipped one.
+        mix: random, medium or expert: mixes whole episodes of this policy in; every row
+            then has the log-density of both, `infos/log_probs/LEVEL` in nats.
+        share: part of the rows that `mix` makes.
+        workers: processes; by default one per core where the rows are worth it.
+
+    Raises:
+        ValueError: nothing can be collected for the task; rows < 2; a damaged or unfit
+            policy file; an impossible mixture; `out` holds something else.
+        RuntimeError: no room or no right to write; a process failed.
+    """
+    out = Path(out)
+    plan = rollout.make_plan(task, rows, seed, policy, mix, share)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    if out.exists():  # needs no lock, so that a read-only folder will do
+        _check_same(out, plan.settings)
+        return out
+    with _writing_to(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out.with_name(out.name + ".lock")):
+            if out.exists():
+                _check_same(out, plan.settings)
+                return out
+            _require_space(out.parent, plan)
+            folder = _chunk_folder(out, plan)
+            folder.mkdir(exist_ok=True)
+            try:
+                _make_chunks(plan, folder, out, workers, progress)
+                _write(out, plan, _assemble(plan, folder))
+                for old in out.parent.glob(f"{glob.escape(out.name)}.*.chunks"):
+                    shutil.rmtree(old, ignore_errors=True)
+            finally:
+                if folder.exists() and not any(folder.glob("*.npy")):
+                    shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise RuntimeError(
+            f"cannot write to {folder} ({reason}); free some space, mend its rights or "
+            "choose another folder (--out, or CORL_DARE_CACHE for the cache)"
+        ) from error
+
+
+def _require_space(folder: Path, plan: rollout.Plan) -> None:
+    facts, rows = tasks.ROBOTS[plan.robot], plan.settings["rows"]
+    floats = 2 * facts.state_dim + facts.action_dim + 2 + 2 * (facts.state_dim + 1)
+    needed, free = 2 * 4 * floats * rows, shutil.disk_usage(folder).free
+    if free < needed:  # the chunks, then the file beside them
+        raise RuntimeError(
+            f"{folder} has {free / 1e6:.0f} MB left, collecting {rows} rows of "
+            f"{plan.robot} needs {needed / 1e6:.0f} MB; free some space or choose "
+            "another folder (--out, or CORL_DARE_CACHE for the cache)"
+        )
+
+
+def _make_chunks(
+    plan: rollout.Plan, folder: Path, out: Path, workers: int | None, progress: bool
+) -> None:
+    chunks, rows = plan.chunks, plan.settings["rows"]
+    if workers is None:
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+        workers = max(1, min(cores, rows // 100_000))  # a start takes some seconds
+    workers = min(workers, len(chunks))
+    done = sum(c.rows for c in chunks if _chunk_file(folder, c).exists())
+    title = f"{plan.settings['task']}, self-collected"
+    with progress_bar(
+        total=rows, initial=done, desc=title, unit=" rows", disable=not progress
+    ) as bar:
+        if workers == 1 or done == rows:
+            roll_out(plan, folder, bar.update)
+        else:
+            _roll_out_in_processes(plan, out, workers, bar.update)
+
+
+def _check_same(out: Path, settings: dict) -> None:
+    try:
+        with h5py.File(out) as file:
+            found = files.attributes(file)
+    except OSError as error:
+        raise ValueError(
+            f"{out} exists and is not a readable HDF5 file ({error}); delete it"
+        ) from error
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{out} exists and has {name} {found.get(name)!r} where {value!r} is "
+                "asked for; delete it or choose another file"
+            )
+
+
+def _write(out: Path, plan: rollout.Plan, data: dict[str, np.ndarray]) -> None:
+    behaviors = [behavior for behavior, _ in plan.parts]
+
+    def fill(file: h5py.File) -> None:
+        file.attrs.update({**plan.settings, **versions()})
+        for name, values in data.items():
+            file.create_dataset(name, data=values, compression="gzip", shuffle=True)
+        if len(behaviors) > 1:
+            file.attrs["policy_labels"] = json.dumps([b.level for b in behaviors])
+        for name, value in _metadata(plan).items():
+            file[f"metadata/{name}"] = value
+
+    files.write_hdf5(out, fill)
+
+
+def _metadata(plan: rollout.Plan) -> dict:
+    """What D4RL stores of the policy: nothing of random, joined and antmaze data, of replays
+    the training step. Mean and log-std are two layers on one trunk."""
+    behavior, replay = plan.parts[-1][0], "-replay-" in plan.settings["task"]
+    joined = len(plan.parts) > 1 and not replay
+    if behavior.policy is None or joined or plan.robot == "antmaze":
+        return {}
+    metadata = {"algorithm": np.bytes_("SAC")}
+    if not replay:
+        metadata["policy/nonlinearity"] = np.bytes_("relu")
+        metadata["policy/output_distribution"] = np.bytes_("tanh_gaussian")
+    if behavior.step is not None:
+        metadata["iteration"] = np.int32(behavior.step)
+    if replay:
+        return metadata
+    weights = {k: v.numpy() for k, v in behavior.policy.state_dict().items()}
+    for kind in ("weight", "bias"):
+        mean, log_std = np.split(weights[f"net.4.{kind}"], 2)
+        layers = weights[f"net.0.{kind}"], weights[f"net.2.{kind}"], mean, log_std
+        for name, values in zip(
+            ("fc0", "fc1", "last_fc", "last_fc_log_std"), layers, strict=True
+        ):
+            metadata[f"policy/{name}/{kind}"] = values
+    return metadata
+
+
+def _work(plan: rollout.Plan, out: Path, worker: str) -> None:
+    """The part of one of several processes; its new rows go to standard output."""
+    number, workers = (int(n) for n in worker.split("/"))
+    waiting = 0
+
+    def advance(rows: int) -> None:
+        nonlocal waiting
+        waiting += rows
+        if waiting >= 1000:
+            print(waiting, flush=True)
+            waiting = 0
+
+    with _writing_to(out.parent):
+        roll_out(plan, _chunk_folder(out, plan), advance, number, workers)
+    print(waiting, flush=True)
+
+
+def main() -> None:
+    # datasets imports this file: only the command line goes the other way, for the card.
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")
+    parser.add_argument("--rows", type=int, help="default: 200000; D4RL's of a replay")
+    parser.add_argument("--out", type=Path, help="default: TASK-self-collected.hdf5")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policy", type=Path, help="in place of the shipped policy")
+    parser.add_argument(
+        "--mix", choices=policies.SINGLE, help="second policy of a mixture"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="rows of --mix, 0 to 1")
+    parser.add_argument("--workers", type=int, help="processes; default: by the cores")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    mixed = f"-{args.mix}-{args.share:g}" if args.mix else ""
+    out = args.out or Path(f"{args.task}{mixed}-self-collected.hdf5")
+    settings = {"policy": args.policy, "mix": args.mix, "share": args.share}
+    try:
+        rows = policies.default_rows(args.task) if args.rows is None else args.rows
+        if args.worker:
+            _work(
+                rollout.make_plan(args.task, rows, args.seed, **settings),
+                out,
+                args.worker,
+            )
+            return
+        collect(args.task, rows, out, args.seed, workers=args.workers, **settings)
+        print(card.card(sources.resolve(args.task, source="file", path=out)))
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()

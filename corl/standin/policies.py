@@ -1,0 +1,243 @@
+"""TODO corl.standin.policies"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from corl import files, tasks
+
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+POLICY_DIR = Path(__file__).parent / "weights"  # shipped with the package
+
+
+class TanhGaussianPolicy(nn.Module):
+    """a = tanh(mean(s) + std(s) * noise), two hidden layers; actions in (-1, 1)."""
+
+    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(state_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, 2 * action_dim),
+        )
+
+    def forward(
+        self, states: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (B, S), normal noise (B, A) -> actions (B, A), log-density (B,) in nats."""
+        mean, log_std = self._mean_and_log_std(states)
+        u = mean + log_std.exp() * noise
+        return torch.tanh(u), _log_density(noise, log_std, u)
+
+    def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Log-density (B,) in nats of actions (B, A); those on the bounds are moved inside."""
+        inside = actions.clamp(-1 + 1e-6, 1 - 1e-6)
+        return self.log_prob_of_tanh(states, torch.atanh(inside))
+
+    def log_prob_of_tanh(self, states: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Log-density (B,) in nats of tanh(u), u (B, A): exact where tanh rounds to 1."""
+        mean, log_std = self._mean_and_log_std(states)
+        return _log_density((u - mean) * (-log_std).exp(), log_std, u)
+
+    def pre_tanh(self, states: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The u (B, A) whose tanh `forward` returns for the same noise (B, A)."""
+        mean, log_std = self._mean_and_log_std(states)
+        return mean + log_std.exp() * noise
+
+    def _mean_and_log_std(
+        self, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = self.net(states).chunk(2, dim=-1)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+
+def _log_density(
+    noise: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
+    normal = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    # log(1 - tanh(u)^2), in the form that does not overflow
+    jacobian = (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
+    return normal - jacobian
+
+
+def save_policy(policy: TanhGaussianPolicy, path: Path, half: bool = False) -> None:
+    """Write a policy as safetensors, rounded to float16 when `half`."""
+    dtype = torch.float16 if half else torch.float32
+    tensors = {k: v.detach().cpu().to(dtype) for k, v in policy.state_dict().items()}
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    os.replace(part, path)
+
+
+def load_policy(path: Path) -> TanhGaussianPolicy:
+    """Read a policy of `save_policy` as float32, on the CPU, frozen."""
+    return _policy(load_file(path))
+
+
+def save_series(policies: dict[int, TanhGaussianPolicy], path: Path) -> None:
+    """Write the policies of several training steps as one float16 safetensors file."""
+    tensors = {
+        f"{step}/{key}": value.detach().cpu().half()
+        for step, policy in policies.items()
+        for key, value in policy.state_dict().items()
+    }
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    os.replace(part, path)
+
+
+def load_series(path: Path) -> dict[int, TanhGaussianPolicy]:
+    """Read a file of `save_series`: training step -> policy as of `load_policy`, ascending."""
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(path).items():
+        step, _, name = key.partition("/")
+        weights.setdefault(int(step), {})[name] = value
+    return {step: _policy(weights[step]) for step in sorted(weights)}
+
+
+def _policy(tensors: dict[str, torch.Tensor]) -> TanhGaussianPolicy:
+    tensors = {k: v.float() for k, v in tensors.items()}
+    hidden, state_dim = tensors["net.0.weight"].shape
+    policy = TanhGaussianPolicy(state_dim, tensors["net.4.weight"].shape[0] // 2, hidden)
+    policy.load_state_dict(tensors)
+    return policy.requires_grad_(False)
+
+
+FEATURES, ACTIONS = 27, 8
+
+
+POLICY_DIR = Path(__file__).parent / "weights"
+STAND_IN_ROWS = 200_000  # half a minute of hopper on one core
+REPLAY_ROWS = {"hopper": 402_000, "halfcheetah": 202_000, "walker2d": 302_000}  # D4RL's
+SINGLE = ("random", "medium", "expert")  # kinds that one policy makes
+LEVELS = {  # what is shipped -> which kinds it makes
+    "random": (),
+    "medium": ("medium",),
+    "expert": ("expert",),
+    "medium-expert": ("medium", "expert"),
+    "medium-replay": ("series", "medium"),
+    "full-replay": ("series",),
+    **{kind: ("walker",) for kind in tasks.ANTMAZES},
+}
+
+
+class NotCollectable(ValueError):
+    """The behavior policies that a task's stand-in needs are not shipped."""
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """A policy to roll out; None draws actions uniformly from [-1, 1]."""
+
+    level: str
+    policy: TanhGaussianPolicy | None = None
+    sha256: str = ""
+    step: int | None = None  # training steps behind the policy, if known
+
+
+def kinds(robot: str) -> list[str]:
+    """The dataset kinds that can be collected for a robot with the shipped policies."""
+    known = tasks.ROBOTS[robot].kinds if robot in tasks.ROBOTS else ()
+    levels = {
+        facts["level"] for facts in _manifest().values() if facts["robot"] == robot
+    }
+    return [
+        k for k, needed in LEVELS.items() if k in known and levels.issuperset(needed)
+    ]
+
+
+def fingerprint(task: str) -> dict[str, str]:
+    """Level -> SHA-256 of the shipped policies that a task's stand-in comes from.
+
+    Raises:
+        NotCollectable: no stand-in for this task; says what there is for its robot.
+    """
+    levels = levels_of(tasks.task(task))
+    return {
+        level: shipped(tasks.task(task).robot, level)[1]["sha256"] for level in levels
+    }
+
+
+def default_rows(task: str) -> int:
+    """Rows of a stand-in if nobody asks for a number: D4RL's own of medium-replay."""
+    facts = tasks.task(task)
+    if facts.kind == "medium-replay":
+        return REPLAY_ROWS.get(facts.robot, STAND_IN_ROWS)
+    return STAND_IN_ROWS
+
+
+def _manifest() -> dict[str, dict]:
+    path = POLICY_DIR / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def levels_of(task: tasks.Task) -> tuple[str, ...]:
+    able = kinds(task.robot)
+    if task.kind not in able or task.version != "v2":
+        options = ", ".join(f"{task.robot}-{kind}-v2" for kind in able)
+        raise NotCollectable(
+            f"no self-collected stand-in for {task.name}: behavior policies for it are "
+            f"not shipped; for {task.robot} there are: {options or 'none'}"
+        )
+    return LEVELS[task.kind]
+
+
+def shipped(robot: str, level: str) -> tuple[Path, dict]:
+    for file, facts in _manifest().items():
+        if (facts["robot"], facts["level"]) == (robot, level):
+            return POLICY_DIR / file, facts
+    raise ValueError(f"no {level} policy of {robot} in {POLICY_DIR / 'manifest.json'}")
+
+
+def load_behaviors(
+    path: Path, level: str, task: tasks.Task, facts: dict
+) -> list[Behavior]:
+    """The policy of a file, or of a series all."""
+    if not path.is_file():
+        raise ValueError(f"policy file {path} does not exist")
+    digest = files.sha256(path)
+    if facts.get("sha256", digest) != digest:
+        raise ValueError(
+            f"policy file {path} has sha256 {digest}, the manifest says "
+            f"{facts['sha256']}; reinstall the package"
+        )
+    try:
+        # Building the network draws its start weights from the global stream.
+        with torch.random.fork_rng(devices=[]):
+            if level == "series":
+                named = [
+                    (f"step {step}", step, policy)
+                    for step, policy in load_series(path).items()
+                ]
+            else:
+                named = [(level, facts.get("step"), load_policy(path))]
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"policy file {path} is not a policy written by corl.standin.train_sac ({error!r})"
+        ) from error
+    inputs = FEATURES if level == "walker" else task.state_dim
+    for _, _, policy in named:
+        dims = policy.net[0].in_features, policy.net[-1].out_features // 2
+        if dims != (inputs, task.action_dim):
+            raise ValueError(
+                f"policy file {path} maps {dims[0]} state to {dims[1]} action "
+                f"dimensions; {task.robot} has {inputs} and {task.action_dim}"
+            )
+    return [Behavior(name, policy, digest, step) for name, step, policy in named]
+
+
+def single(task: tasks.Task, level: str, policy: Path | None = None) -> Behavior:
+    if level == "random":
+        return Behavior("random")
+    path, facts = (policy, {}) if policy else shipped(task.robot, level)
+    return load_behaviors(path, level, task, facts)[0]

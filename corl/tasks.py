@@ -1,0 +1,112 @@
+"""TODO corl.tasks"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+KINDS = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
+ANTMAZES = (
+    "umaze",
+    "umaze-diverse",
+    "medium-play",
+    "medium-diverse",
+    "large-play",
+    "large-diverse",
+)
+ADROIT = ("human", "cloned", "expert")
+
+
+@dataclass(frozen=True)
+class Robot:
+    """What D4RL fixes per robot; scores are raw returns."""
+
+    env_id: str  # gymnasium id whose physics, reward and termination equal D4RL's
+    state_dim: int
+    action_dim: int
+    ref_min: float  # return of the score 0, from D4RL
+    ref_max: float  # return of the score 100, from D4RL
+    horizon: int = 1000  # time limit in environment steps
+    kinds: tuple[str, ...] = KINDS  # of data that D4RL has for it
+    versions: tuple[str, ...] = ("v0", "v1", "v2")
+
+
+ROBOTS = {
+    "hopper": Robot("Hopper-v4", 11, 3, -20.272305, 3234.3),
+    "halfcheetah": Robot("HalfCheetah-v4", 17, 6, -280.178953, 12135.0),
+    "walker2d": Robot("Walker2d-v4", 17, 6, 1.629008, 4592.3),
+    "antmaze": Robot("", 29, 8, 0.0, 1.0, kinds=ANTMAZES),
+    "pen": Robot("", 45, 24, 96.262799, 3076.8331017826877, 100, ADROIT, ("v0", "v1")),
+    "door": Robot("", 39, 28, -56.512833, 2880.5693087298737, 200, ADROIT, ("v0", "v1")),
+    "hammer": Robot(
+        "", 46, 26, -274.856578, 12794.134825156867, 200, ADROIT, ("v0", "v1")
+    ),
+    "relocate": Robot(
+        "", 39, 30, -6.425911, 4233.877797728884, 200, ADROIT, ("v0", "v1")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One D4RL task: a robot and the kind of data it comes with."""
+
+    name: str  # hopper-medium-replay-v2
+    robot: str  # hopper
+    kind: str  # medium-replay
+    version: str  # v2
+    env_id: str
+    state_dim: int
+    action_dim: int
+    ref_min: float
+    ref_max: float
+    horizon: int
+
+
+def task_names() -> list[str]:
+    """Every -v2 task name that `task` knows; Adroit's tasks end with -v1."""
+    return [
+        f"{r}-{k}-v2" for r, f in ROBOTS.items() if "v2" in f.versions for k in f.kinds
+    ]
+
+
+def task(name: str) -> Task:
+    """Look up a D4RL task name such as `hopper-medium-replay-v2`.
+
+    Raises:
+        ValueError: the name is not a D4RL task known here; the message lists those that are.
+    """
+    robot, _, rest = name.partition("-")
+    kind, _, version = rest.rpartition("-")
+    facts = ROBOTS.get(robot)
+    if facts is None or kind not in facts.kinds or version not in facts.versions:
+        raise ValueError(
+            f"unknown task {name!r}; known tasks: {', '.join(task_names())}, "
+            "{pen,door,hammer,relocate}-{human,cloned,expert}-v1"
+        )
+    horizon = 700 if kind.startswith("umaze") else facts.horizon
+    return Task(
+        name,
+        robot,
+        kind,
+        version,
+        facts.env_id,
+        facts.state_dim,
+        facts.action_dim,
+        facts.ref_min,
+        facts.ref_max,
+        horizon,
+    )
+
+
+def normalized_score(name: str, returns: Any) -> np.ndarray:
+    """D4RL-normalized score in percent: 100 (return - min) / (max - min), same shape as `returns`.
+
+    D4RL's own `get_normalized_score` is the fraction; every paper prints the percentage.
+    """
+    facts = task(name)
+    return (
+        100.0
+        * (np.asarray(returns, dtype=np.float64) - facts.ref_min)
+        / (facts.ref_max - facts.ref_min)
+    )

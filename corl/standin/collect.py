@@ -37,7 +37,6 @@ import numpy as np
 import torch
 
 from corl import files, tasks
-from corl.data import card, sources
 from corl.progress import progress_bar
 from corl.standin import maze_walks, policies, rollout
 from corl_dare import __version__
@@ -384,7 +383,8 @@ def _work(plan: rollout.Plan, out: Path, worker: str) -> None:
 
 
 def main() -> None:
-    # datasets imports this file: only the command line goes the other way, for the card.
+    from corl.data import card, sources
+
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")

@@ -61,6 +61,17 @@ class Release(NamedTuple):
     weight: torch.Tensor
     kept: int | None = None
 
+    def keep(self, conservative: torch.Tensor) -> torch.Tensor:
+        """weight * conservative, (B,), of conservative losses per row.
+
+        Args:
+            conservative: (kept,), of the rows that are kept; (B,) with soft weights.
+        """
+        if self.kept is None:
+            return self.weight * conservative
+        # Padded, so that sums over a batch keep their order.
+        return F.pad(conservative, (0, len(self.weight) - self.kept))
+
     def mix(self, conservative: torch.Tensor, released: torch.Tensor) -> torch.Tensor:
         """weight * conservative + (1 - weight) * released, (B,), of losses per row.
 
@@ -70,11 +81,7 @@ class Release(NamedTuple):
         """
         if self.kept is None:
             return self.weight * conservative + (1.0 - self.weight) * released
-        # Padded, so that sums over a batch keep their order.
-        left_out = len(self.weight) - self.kept
-        return F.pad(conservative[: self.kept], (0, left_out)) + F.pad(
-            released, (self.kept, 0)
-        )
+        return self.keep(conservative[: self.kept]) + F.pad(released, (self.kept, 0))
 
 
 class Drawn(NamedTuple):

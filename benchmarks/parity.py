@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
 from corl import d4rl_shim, machine
 from corl_dare import hook
+from corl_dare.behavior import make_behavior_model
+from corl_dare.upstream import ExchangedBuffer
 from scripts import make_patches
 
 S, A, B, ROWS, UPDATES, TASK = 11, 3, 256, 2000, 20, "hopper-medium-v2"
@@ -51,7 +53,10 @@ def data(seed: int) -> dict[str, np.ndarray]:
 
 def buffer_of(module, seed: int):
     """A replay buffer of `module` that holds random rows."""
-    buffer = module.ReplayBuffer(S, A, ROWS + 10, "cpu")
+    extra = {}
+    if getattr(module.TrainConfig, "MC_RETURNS", False):
+        extra = {"mc_returns": True}
+    buffer = module.ReplayBuffer(S, A, ROWS + 10, "cpu", **extra)
     buffer.load_d4rl_dataset(data(seed))
     return buffer
 
@@ -192,11 +197,29 @@ def cql_cases(ours, upstream) -> dict[str, dict[str, float]]:
                 trainer.train(buffer.sample(B))
             trainers.append(trainer)
         parts = CQL_PARTS + ["log_alpha"] * config.use_automatic_entropy_tuning
-        results[f"{ours.ALGORITHM}, {name}"] = differences(*trainers, parts)
+        results[f"{Path(ours.__file__).stem}, {name}"] = differences(*trainers, parts)
     return results
 
 
-def dare_hook_of(module, trainer, config, offline, online, behavior):
+class EveryRow(hook.DareHook):
+    """A hook that hides how many rows are kept.
+
+    The patch of Cal-QL computes the conservative gap of every row. Ours may leave rows out and
+    would then draw other random actions, so here it computes all of them, too.
+    """
+
+    def sample(self, batch_size):
+        drawn = super().sample(batch_size)
+        return drawn._replace(release=drawn.release._replace(kept=None))
+
+
+def behavior_of(block):
+    """An untrained behavior model."""
+    model = make_behavior_model(block.behavior, S, A, seed=0, **block.behavior_options)
+    return model.requires_grad_(False)
+
+
+def dare_hook_of(trainer, config, offline, online, behavior):
     """The hook of DARE-IQL on two buffers."""
     return hook.DareHook(
         offline,
@@ -234,14 +257,13 @@ def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
             trainer = iql_trainer(module, config)
             trainer.dare = block
             trainer.dare_generator = torch.Generator().manual_seed(0)
-            behavior = hook.new_behavior(block, S, A, 0, "cpu").requires_grad_(False)
             buffers = buffer_of(module, 0), buffer_of(module, 1)
-            source = dare_hook_of(module, trainer, config, *buffers, behavior)
+            source = dare_hook_of(trainer, config, *buffers, behavior_of(block))
             np.random.seed(1)
-            replay = source if module is dare_iql else source.as_buffer(trainer)
+            replay = ExchangedBuffer(source, trainer)
             for _ in range(UPDATES):
                 if module is dare_iql:
-                    dare_iql.update(trainer, replay, config)
+                    dare_iql.step(trainer, source, config)
                 else:
                     trainer.train(replay.sample(B))
             trainers.append(trainer)
@@ -272,30 +294,26 @@ def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
             config = dare_cal_ql.TrainConfig(env=TASK, dare=block, **fields)
             trainer = cql_trainer(module, config)
             trainer.switch_calibration()
-            behavior = hook.new_behavior(block, S, A, 0, "cpu").requires_grad_(False)
             buffers = buffer_of(module, 0), buffer_of(module, 1)
             if module is dare_cal_ql:
                 log_prob, target_q = trainer.actor.log_prob, trainer.target_q
             else:
                 log_prob = functools.partial(module.dare_log_prob, trainer.actor)
                 target_q = functools.partial(module.dare_target_q, trainer)
-            source = hook.DareHook(
+            source = EveryRow(
                 *buffers,
                 block,
-                behavior,
+                behavior_of(block),
                 policy_log_prob=log_prob,
                 q_function=target_q,
                 seed=0,
             )
-            # The patch computes the conservative gap of every row. Ours may leave rows out and
-            # would then draw other random actions, so here it computes all of them, too.
-            source.first_released = lambda batch_size: None
             np.random.seed(1)
             torch.manual_seed(1)
-            replay = source if module is dare_cal_ql else source.as_buffer(trainer)
+            replay = ExchangedBuffer(source, trainer)
             for _ in range(UPDATES):
                 if module is dare_cal_ql:
-                    dare_cal_ql.update(trainer, replay, config)
+                    dare_cal_ql.step(trainer, source, config)
                 else:
                     trainer.train(replay.sample(B))
             trainers.append(trainer)

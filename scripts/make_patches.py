@@ -85,7 +85,9 @@ dare_hook = dare_for_corl(
         "e13a91b99a4a2982b0747198c240ba1b8494d79163d6a5b288ccf58426a570cb",
         {
             20: "import dataclasses\n\n"
-            "from corl_dare.hook import DareConfig, clipped_log_prob, dare_for_corl\n",
+            "from corl_dare.config import DareConfig\n"
+            "from corl_dare.hook import clipped_log_prob\n"
+            "from corl_dare.upstream import ExchangedBuffer, dare_for_corl\n",
             22: "EXPECTILE_RELEASED = 0.99  # of V on released rows in DARE-IV, Eq. 35\n",
             29: "\n" + class_of("DareIQLConfig", "iql"),
             63: code(
@@ -93,44 +95,41 @@ dare_hook = dare_for_corl(
                 1,
             ),
             455: code(
-                "self.dare, self.dare_weight, self.dare_first = None, None, None\n"
+                "self.dare, self.dare_release = None, None\n"
                 "self.dare_generator, self.dare_noise = None, None",
                 2,
             ),
             456: methods + "\n",
             464: code(
                 """
-weight = self.dare_weight
-if weight is not None and self.dare.value == "iv":
+release = self.dare_release
+if release is not None and self.dare.value == "iv":
+    weight = release.weight
     expectile = weight * self.iql_tau + (1.0 - weight) * EXPECTILE_RELEASED
     v_loss = asymmetric_l2_loss(adv, expectile)
-if weight is not None and self.dare.value == "offline":
-    v_loss = asymmetric_l2_loss(weight.sqrt() * adv, self.iql_tau)
+if release is not None and self.dare.value == "offline":
+    v_loss = asymmetric_l2_loss(release.weight.sqrt() * adv, self.iql_tau)
 """,
                 2,
             ),
             508: code(
                 """
-weight = self.dare_weight
-if weight is not None and self.dare.policy == "sac":
+release = self.dare_release
+if release is not None and self.dare.policy == "sac":
     released = self._released_losses(
-        observations, policy_out, self.dare_noise[:1], self.dare_first or 0
+        observations, policy_out, self.dare_noise[:1], release.kept
     )
-    policy_loss = torch.mean(
-        weight * (exp_adv * bc_losses) + (1.0 - weight) * released
-    )
+    policy_loss = torch.mean(release.mix(exp_adv * bc_losses, released))
 """,
                 2,
             ),
             527: code(
                 """
-if self.dare_weight is not None:
-    weight = self.dare_weight
-    self.dare_noise = self._noise(actions, weight)
-    next_q = self._max_backup(
-        next_observations, self.dare_noise[1:], self.dare_first or 0
-    )
-    next_v = weight * next_v + (1.0 - weight) * next_q
+if self.dare_release is not None:
+    release = self.dare_release
+    self.dare_noise = self._noise(actions)
+    next_q = self._max_backup(next_observations, self.dare_noise[1:], release.kept)
+    next_v = release.mix(next_v, next_q)
 """,
                 2,
             ),
@@ -139,7 +138,7 @@ if self.dare_weight is not None:
                 """
 if dare_hook is not None:
     dare_hook.pretrain()
-    replay_buffer = dare_hook.as_buffer(trainer)
+    replay_buffer = ExchangedBuffer(dare_hook, trainer)
 """,
                 3,
             ),
@@ -189,21 +188,22 @@ def dare_target_q(trainer, observations, actions):
         "97790ec99466a118fcba19fb8dc1044e76707f0a5e38a2c096afc659a8c892ae",
         {
             19: "import dataclasses\n\n"
-            "from corl_dare.hook import DareConfig, dare_for_corl\n",
+            "from corl_dare.config import DareConfig\n"
+            "from corl_dare.upstream import ExchangedBuffer, dare_for_corl\n",
             24: "\n" + class_of("DareCalQLConfig", "cal_ql"),
             73: code(
                 "dare: DareCalQLConfig = dataclasses.field(default_factory=DareCalQLConfig)",
                 1,
             ),
             540: code(functions, 0) + "\n\n",
-            624: code("self.dare, self.dare_weight = None, None", 2),
+            624: code("self.dare, self.dare_release = None, None", 2),
             814: code(
                 """
-if self.dare_weight is not None:
+if self.dare_release is not None:
     bounds = self.cql_clip_diff_min, self.cql_clip_diff_max
     gaps = [cql_qf1_ood - q1_predicted, cql_qf2_ood - q2_predicted]
     cql_qf1_diff, cql_qf2_diff = (
-        (self.dare_weight * gap.clamp(*bounds)).mean() for gap in gaps
+        (self.dare_release.weight * gap.clamp(*bounds)).mean() for gap in gaps
     )
 """,
                 2,
@@ -214,7 +214,7 @@ if self.dare_weight is not None:
 if dare_hook is not None:
     dare_hook.pretrain()
     # The hook draws both halves; the loop's own second half stays empty.
-    offline_buffer = dare_hook.as_buffer(trainer)
+    offline_buffer = ExchangedBuffer(dare_hook, trainer)
     batch_size_offline, batch_size_online = config.batch_size, 0
 """,
                 3,

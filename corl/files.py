@@ -4,6 +4,7 @@ Whatever a run or a collection leaves on the disk is written here, so that a cra
 or an interruption never leaves half a file under a final name.
 """
 
+import glob
 import hashlib
 import os
 import secrets
@@ -21,7 +22,8 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A binary file to write; it takes the place of `path` when the block ends well.
 
     Until then it has a name of its own beside `path`, so that two writers never share one. After
-    an error nothing of it is left, and what stood at `path` is untouched.
+    an error nothing of it is left, and what stood at `path` is untouched. Only a process that is
+    killed leaves its file; see `remove_remains`.
 
     Raises:
         OSError: no room, no right to write, or no such folder.
@@ -55,6 +57,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def remove_remains(path: Path | str) -> None:
+    """Delete the files that killed writers of `path` left; none may be writing it now."""
+    path = Path(path)
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -740,7 +740,7 @@ def test_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_remains_of_a_killed_process_do_not_harm(tmp_path):
-    (tmp_path / "data.hdf5.part").write_bytes(b"half a file")
+    (tmp_path / ".data.hdf5.0123456789abcdef.part").write_bytes(b"half a file")
     (tmp_path / "data.hdf5.lock").write_bytes(b"")
     path = run("hopper-random-v2", 50, tmp_path / "data.hdf5")
     assert len(read(path)[0]["rewards"]) == 50

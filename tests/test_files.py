@@ -93,6 +93,22 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert path.read_text() == "first and last" and names(tmp_path) == ["x.txt"]
 
 
+def test_remains_of_killed_writers_of_one_file_are_removed(tmp_path):
+    program = (
+        "import os, sys; from corl import files\n"
+        "with files.replacing(sys.argv[1]) as file:\n"
+        "    file.write(b'half')\n"
+        "    os._exit(9)\n"
+    )
+    for name in ("x[1].txt", "y.txt"):
+        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        assert subprocess.run(command, cwd=ROOT).returncode == 9
+    assert len(names(tmp_path)) == 2
+    files.remove_remains(tmp_path / "x[1].txt")
+    (left,) = names(tmp_path)
+    assert left.startswith(".y.txt.") and left.endswith(".part")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
 def test_others_may_read_what_was_written(tmp_path):
     (tmp_path / "plain").write_text("text")

@@ -265,6 +265,7 @@ def collect(
             if out.exists():
                 _check_same(out, plan.settings)
                 return out
+            files.remove_remains(out)
             _require_space(out.parent, plan)
             folder = chunk_folder(out, plan)
             folder.mkdir(exist_ok=True)

@@ -107,7 +107,7 @@ def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
 
 
 class _PickledScalar:
-    """What stands in a pickle for CORL's module `Scalar`: its data, none of its code.
+    """Takes the place of CORL's module `Scalar` in a pickle: its data, none of its code.
 
     CQL's checkpoints hold two such modules, and a pickle names the class as `__main__.Scalar`.
     """

@@ -96,7 +96,8 @@ def fetch(
         if error.code == 416:
             part.unlink(missing_ok=True)
         raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
-    except Exception as error:  # name look-up, connection, proxy, protocol
+    except Exception as error:
+        # The look-up of the name, the connection, a proxy or the protocol failed.
         raise Unreachable(f"{url}: no connection ({_one_line(error)})") from error
     with answer:
         if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):

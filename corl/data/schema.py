@@ -18,7 +18,8 @@ FLAGS = ("terminals", "timeouts")
 # Median height of the torso that tells walker2d from halfcheetah: the walker falls at 0.8, and
 # halfcheetah's height is measured from where it starts.
 TORSO_HEIGHT = 0.7
-ACTION_BOUND = 1.0 + 1e-3  # D4RL's boxes are [-1, 1]; room for rounding only
+# D4RL's boxes are [-1, 1]; the rest is room for rounding.
+ACTION_BOUND = 1.0 + 1e-3
 
 
 def load_hdf5(path: Path | str, task: tasks.Task | str) -> dict[str, np.ndarray]:

@@ -70,7 +70,8 @@ def resolve(
     facts, returns = schema.statistics(raw, task), schema.episode_returns(raw, task)
     true_ends = provenance["source"] == "minari"
     if not true_ends:
-        raw.pop("next_observations", None)  # D4RL's rules do not read it
+        # D4RL's rules do not read them, and they are a good part of the memory.
+        raw.pop("next_observations", None)
     try:
         arrays = schema.qlearning_dataset(raw, true_ends, task.horizon)
     except ValueError as error:

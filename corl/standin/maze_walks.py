@@ -14,7 +14,7 @@ import numpy as np
 from corl import antmaze, tasks
 from corl.standin import policies, walker
 
-ENVS = 16  # episodes that run side by side and share a policy call
+ENVS = 16  # environments that run side by side and share a policy call
 WAYPOINT_NOISE = 1.0  # width of the uniform draw that is added per axis
 # Place of the goal that rows are labelled for, seen from the goal cell's centre: the mean of the
 # goals that evaluations draw. D4RL labelled for one such draw, which is not published.

@@ -1,4 +1,4 @@
-"""A goal-reaching ant for antmaze's stand-in data: a gait is searched, then a network learns it.
+"""Trains antmaze's walker: a gait is searched, then a network learns it.
 
 D4RL's ant was trained by SAC on the distance to a goal, for millions of steps. Here the search
 is for the eight numbers of a trot that walks in any direction without turning, by the
@@ -66,6 +66,7 @@ class Gait:
         return np.clip(pull, -1.0, 1.0)[MOTORS]
 
 
+# The bounds of the search.
 LOWEST = Gait(4.0, 0.3, 0.6, 0.0, -0.4, 0.5, 0.0, -1.5)
 HIGHEST = Gait(12.0, 1.2, 1.1, 0.6, 0.4, 5.0, 0.6, 1.5)
 
@@ -78,7 +79,7 @@ class Plane:
         self.data = mujoco.MjData(self.model)
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
-        """A start by the maze's rule; the state (29,)."""
+        """Start with the noise of a maze's reset; the state (29,)."""
         mujoco.mj_resetData(self.model, self.data)
         noise = antmaze.POSE_NOISE
         self.data.qpos[:] += rng.uniform(-noise, noise, self.model.nq)
@@ -87,11 +88,13 @@ class Plane:
         return self.state()
 
     def step(self, action: np.ndarray) -> np.ndarray:
+        """Take an action (8,), which is clipped to [-1, 1]; the state (29,) after it."""
         self.data.ctrl[:] = antmaze.TORQUE * np.clip(action, -1.0, 1.0)
         mujoco.mj_step(self.model, self.data, nstep=antmaze.FRAME_SKIP)
         return self.state()
 
     def state(self) -> np.ndarray:
+        """Positions (15,) and velocities (14,) in one array (29,)."""
         return np.concatenate([self.data.qpos, self.data.qvel])
 
 
@@ -133,8 +136,13 @@ def search(
 ) -> tuple[Gait, list[dict]]:
     """The gait whose walks under noise are fastest, and a row of numbers per generation.
 
-    Cross-entropy method: every generation is drawn from a Gaussian that is fitted to the
-    best of the last one. All of a generation start from the same poses.
+    This is the cross-entropy method: every generation is drawn from a Gaussian that is fitted
+    to the best of the last one. All gaits of a generation start from the same poses.
+
+    Args:
+        generations: how often gaits are drawn.
+        population: gaits in a generation; `elite` of them are the best.
+        steps: length of a walk.
     """
     rng, plane = np.random.default_rng(seed), Plane()
     low, high = (np.array(dataclasses.astuple(g)) for g in (LOWEST, HIGHEST))
@@ -180,8 +188,8 @@ def demonstrations(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, 27) and the gait's own actions (N, 8) in walks under three noise levels.
 
-    Headings change now and then and two of three walks start inside the cycle, so that the
-    clone sees what a maze will ask of it.
+    Headings change now and then, and two of three walks start inside the cycle, so that the
+    clone sees the states that it will meet in a maze.
     """
     plane, states, directions, actions = Plane(), [], [], []
     turn = 2 * math.pi / gait.period
@@ -207,8 +215,14 @@ def clone(
 ) -> tuple[policies.TanhGaussianPolicy, float]:
     """A policy whose mean action regresses the actions; the share of variance it explains.
 
-    The share is of the last tenth of the rows, which are held out. The policy's own noise is
-    as small as its format allows: noise is the collector's business.
+    The share is measured on the last tenth of the rows, which are held out. The policy's own
+    noise is as small as its format allows, because the collector adds noise of its own.
+
+    Args:
+        inputs: features (N, 27) of `walker.features`.
+        actions: what to do there (N, 8).
+        updates: steps of Adam on 256 random rows each.
+        seed: decides the start weights and the rows.
     """
     count = len(inputs) * 9 // 10
     x, y = torch.from_numpy(inputs), torch.from_numpy(actions.astype(np.float32))

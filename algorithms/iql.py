@@ -16,18 +16,14 @@ What differs from upstream, and why (`compat: true` brings the upstream behaviou
 Without a switch: `mixing_ratio` adds a second form with two buffers (offline rows first, then
 online rows; the default is upstream's single buffer); checkpoints also hold the target network;
 `train` returns tensors, so that an update never waits for the device.
+
+Shapes: B rows of a batch, S state dimension, A action dimension.
 """
 
 import copy
-import dataclasses
-import os
-import random
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
@@ -35,30 +31,33 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from corl import checkpoints, compiled, envs, machine, physics, runs, tasks
-from corl.config import main
-from corl.data import sources
+from corl import finetune
+from corl.compiled import CompiledUpdate, descend, soft_update
+from corl.config import FinetuneConfig, arguments_of, main
 
-TensorBatch = List[torch.Tensor]
+# CORL's names, for those who import them from here.
+from corl.finetune import (  # noqa: F401
+    MixedBuffer,
+    ReplayBuffer,
+    TensorBatch,
+    compute_mean_std,
+    eval_actor,
+    is_goal_reached,
+    modify_reward,
+    modify_reward_online,
+    normalize_states,
+    return_reward_range,
+    set_env_seed,
+    set_seed,
+    wrap_env,
+)
 
-ALGORITHM = "iql"
 EXP_ADV_MAX = 100.0
 LOG_STD_MIN = -20.0
 LOG_STD_MAX = 2.0
-ENVS_WITH_GOAL = ("antmaze", "pen", "door", "hammer", "relocate")
-OTHER_BLOCKS = ("dare",)  # of a shared config file, left out here
-QUICK_START = "configs/iql/quick_start.yaml"
-COLUMNS = [
-    "value_loss",
-    "q_loss",
-    "actor_loss",
-    "train_return",
-    "train_score",
-    "train_length",
-    "success_rate",
-    "regret",
-]
-CHECKPOINT_PARTS = (  # attributes of the trainer and keys of CORL's checkpoints
+COLUMNS = ["value_loss", "q_loss", "actor_loss"]
+# Attributes of the trainer and keys of CORL's checkpoints.
+CHECKPOINT_PARTS = (
     "qf",
     "q_optimizer",
     "vf",
@@ -70,328 +69,53 @@ CHECKPOINT_PARTS = (  # attributes of the trainer and keys of CORL's checkpoints
 
 
 @dataclass
-class TrainConfig:
-    # Experiment
-    device: str = "auto"  # auto, cpu, cuda
+class TrainConfig(FinetuneConfig):
+    # Other defaults than the common ones
     env: str = "antmaze-umaze-v2"  # D4RL task name
-    seed: int = 0  # seeds networks, batches, exploration and the training environment
-    eval_seed: int = 0  # seeds the evaluation episodes
     eval_freq: int = 50000  # updates between two evaluations
     n_episodes: int = 100  # episodes per evaluation
-    offline_iterations: int = 1000000  # updates on the dataset alone
-    online_iterations: int = 1000000  # environment steps of fine-tuning
-    checkpoints_path: Optional[str] = None  # also write CORL's checkpoint_N.pt here
-    load_model: str = ""  # CORL checkpoint whose weights to start from
-    # IQL
+    group: str = "IQL-D4RL"  # wandb group
+    name: str = "IQL"  # first part of the run folder's name
+    # IQL; normalize_reward: locomotion: returns span 1000; antmaze: reward - 1
     actor_dropout: float = 0.0  # dropout in the actor's hidden layers
-    buffer_size: int = 2000000  # transitions per buffer
-    batch_size: int = 256  # transitions per update
-    discount: float = 0.99  # discount factor
     tau: float = 0.005  # target network update rate
     beta: float = 3.0  # inverse temperature of the advantage weights
     iql_tau: float = 0.7  # expectile of the value loss
     expl_noise: float = 0.03  # exploration noise of the deterministic policy
     noise_clip: float = 0.5  # bound on that noise
     iql_deterministic: bool = False  # deterministic instead of Gaussian policy
-    normalize: bool = True  # normalize states with the dataset's mean and std
-    normalize_reward: bool = False  # locomotion: returns span 1000; antmaze: reward - 1
     vf_lr: float = 3e-4  # value function learning rate
     qf_lr: float = 3e-4  # critic learning rate
     actor_lr: float = 3e-4  # actor learning rate
-    # Ours
-    mixing_ratio: Optional[float] = (
-        None  # offline share of an online batch; none: one buffer
-    )
+    # Not in CORL
+    mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
     actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
-    utd: int = 1  # updates per environment step online
-    online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
-    compat: bool = False  # reproduce upstream's known faults (see the file header)
-    dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
-    dataset_path: Optional[str] = None  # dataset file (or minari id) to use
-    dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
-    env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
-    log_freq: int = 500  # updates between two rows of metrics.csv
-    threads: int = 1  # torch CPU threads; small networks gain little from more
-    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
-    runs_dir: str = "runs"  # where run folders are made
-    resume: Optional[str] = None  # run folder to go on with
-    wandb_mode: str = "disabled"  # disabled, offline, online
-    # Wandb
-    project: str = "CORL"  # wandb project
-    group: str = "IQL-D4RL"  # wandb group
-    name: str = "IQL"  # first part of the run folder's name
+
+    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
+        "mixing_ratio",
+        "actor_lr_online",
+        "expl_noise",
+        "noise_clip",
+    }
+    QUICK_START: ClassVar[str] = "configs/iql/quick_start.yaml"
 
     def __post_init__(self):
-        tasks.task(self.env)
-        counts = (
-            "eval_freq",
-            "n_episodes",
-            "batch_size",
-            "buffer_size",
-            "utd",
-            "log_freq",
-        )
-        for field in counts:
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"{field} must be at least 1, not {getattr(self, field)}"
-                )
-        for field in ("offline_iterations", "online_iterations", "online_warmup"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} must not be negative")
-        if self.compile:
-            compiled.check()
+        super().__post_init__()
         if not 0.0 < self.iql_tau < 1.0:
             raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
         if self.mixing_ratio is not None:
-            if not 0.0 < self.mixing_ratio < 1.0:
-                raise ValueError(
-                    f"mixing_ratio must lie in (0, 1), not {self.mixing_ratio}; "
-                    "leave it out for a single buffer"
-                )
-            if not (self.batch_size * self.mixing_ratio).is_integer():
-                raise ValueError(
-                    f"batch_size {self.batch_size} cannot be split by mixing_ratio "
-                    f"{self.mixing_ratio}: both halves must be whole rows"
-                )
-
-
-@torch.no_grad()
-def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
-    # Two products and a sum, as upstream: a fused lerp rounds differently.
-    for target_param, source_param in zip(
-        target.parameters(), source.parameters(), strict=True
-    ):
-        target_param.copy_((1 - tau) * target_param + tau * source_param)
-
-
-def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.ndarray]:
-    return states.mean(0), states.std(0) + eps
-
-
-def normalize_states(states: np.ndarray, mean: np.ndarray, std: np.ndarray):
-    return (states - mean) / std
-
-
-def wrap_env(
-    env: gym.Env,
-    state_mean: Union[np.ndarray, float] = 0.0,
-    state_std: Union[np.ndarray, float] = 1.0,
-    reward_scale: float = 1.0,
-) -> gym.Env:
-    env = gym.wrappers.TransformObservation(
-        env, lambda state: (state - state_mean) / state_std, env.observation_space
-    )
-    if reward_scale != 1.0:
-        env = gym.wrappers.TransformReward(env, lambda reward: reward_scale * reward)
-    return env
-
-
-class ReplayBuffer:
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        buffer_size: int,
-        device: str = "cpu",
-        compat: bool = False,
-    ):
-        self._buffer_size = buffer_size
-        self._pointer = 0
-        self._size = 0
-        self._loaded = 0  # rows of the dataset; they are not part of a checkpoint
-        self._compat = compat
-        self._device = device
-        # Zeros of the whole capacity: the operating system hands out pages on first write.
-        self._states = torch.zeros((buffer_size, state_dim), device=device)
-        self._actions = torch.zeros((buffer_size, action_dim), device=device)
-        self._rewards = torch.zeros((buffer_size, 1), device=device)
-        self._next_states = torch.zeros((buffer_size, state_dim), device=device)
-        self._dones = torch.zeros((buffer_size, 1), device=device)
-
-    def _storage(self) -> TensorBatch:
-        return [
-            self._states,
-            self._actions,
-            self._rewards,
-            self._next_states,
-            self._dones,
-        ]
-
-    def _to_tensor(self, data: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(data, dtype=torch.float32, device=self._device)
-
-    def load_d4rl_dataset(self, data: Dict[str, np.ndarray]) -> None:
-        if self._size != 0:
-            raise ValueError("a dataset can only be loaded into an empty buffer")
-        rows = len(data["observations"])
-        if rows > self._buffer_size:
-            raise ValueError(
-                f"buffer_size {self._buffer_size} is smaller than the dataset of {rows} "
-                f"rows; set buffer_size to at least {rows}"
-            )
-        self._states[:rows] = self._to_tensor(data["observations"])
-        self._actions[:rows] = self._to_tensor(data["actions"])
-        self._rewards[:rows] = self._to_tensor(data["rewards"][..., None])
-        self._next_states[:rows] = self._to_tensor(data["next_observations"])
-        self._dones[:rows] = self._to_tensor(data["terminals"][..., None])
-        self._size = self._loaded = rows
-        self._pointer = rows if self._compat else rows % self._buffer_size
-
-    def draw(self, batch_size: int) -> np.ndarray:
-        # The legacy global generator on the host, as upstream: same seed, same batches.
-        return np.random.randint(0, self._size, size=batch_size)
-
-    def gather(self, indices: np.ndarray) -> TensorBatch:
-        rows = torch.from_numpy(indices).to(self._device)
-        return [field[rows] for field in self._storage()]
-
-    def sample(self, batch_size: int) -> TensorBatch:
-        return self.gather(self.draw(batch_size))
-
-    def add_transition(
-        self,
-        state: np.ndarray,
-        action: np.ndarray,
-        reward: float,
-        next_state: np.ndarray,
-        done: bool,
-    ) -> None:
-        for field, value in zip(
-            self._storage(), (state, action, reward, next_state, done), strict=True
-        ):
-            field[self._pointer] = self._to_tensor(value)
-        self._pointer = (self._pointer + 1) % self._buffer_size
-        self._size = min(self._size + 1, self._buffer_size)
-
-    def state_dict(self) -> Dict[str, Any]:
-        # Dataset rows come back from the dataset, unless the ring has overwritten some.
-        wrapped = self._size == self._buffer_size
-        first = 0 if wrapped else self._loaded
-        return {
-            "first": first,
-            "pointer": self._pointer,
-            "rows": [field[first : self._size].cpu() for field in self._storage()],
-        }
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        first, last = state["first"], state["first"] + len(state["rows"][0])
-        if last > self._buffer_size:
-            raise ValueError(
-                f"the checkpoint's buffer holds {last} rows, buffer_size is "
-                f"{self._buffer_size}; use the run's own config"
-            )
-        for field, rows in zip(self._storage(), state["rows"], strict=True):
-            field[first:last] = rows.to(self._device)
-        self._pointer, self._size = state["pointer"], max(last, self._loaded)
-
-
-class MixedBuffer:
-    """Batches of two sources: offline rows first, then online rows."""
-
-    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, mixing_ratio: float):
-        self.offline, self.online, self.mixing_ratio = offline, online, mixing_ratio
-
-    def sample(self, batch_size: int) -> TensorBatch:
-        n_offline = int(batch_size * self.mixing_ratio)
-        offline = self.offline.sample(n_offline)
-        online = self.online.sample(batch_size - n_offline)
-        return [torch.cat(rows) for rows in zip(offline, online, strict=True)]
-
-
-def set_env_seed(env: Optional[gym.Env], seed: int) -> None:
-    envs.seed(env, seed)
-
-
-def set_seed(
-    seed: int, env: Optional[gym.Env] = None, deterministic_torch: bool = False
-) -> None:
-    if env is not None:
-        set_env_seed(env, seed)
-    for seed_stream in (random.seed, np.random.seed, torch.manual_seed):
-        seed_stream(seed)
-    os.environ["PYTHONHASHSEED"] = str(seed)
-    torch.use_deterministic_algorithms(mode=deterministic_torch)
-
-
-def is_goal_reached(reward: float, info: Dict) -> bool:
-    return bool(info["goal_achieved"] if "goal_achieved" in info else reward > 0)
-
-
-@torch.no_grad()
-def eval_actor(
-    env: gym.Env, actor: nn.Module, device: str, n_episodes: int, seed: int
-) -> Tuple[np.ndarray, float]:
-    """Raw returns (n_episodes,) of the deterministic policy, and the share of successes."""
-    actor.eval()
-    returns, successes = [], []
-    for episode in range(n_episodes):
-        state, _ = env.reset(seed=seed if episode == 0 else None)
-        total, success, done = 0.0, False, False
-        while not done:
-            state, reward, terminated, truncated, info = env.step(
-                actor.act(state, device)
-            )
-            done = terminated or truncated
-            total += float(reward)
-            success = success or is_goal_reached(reward, info)
-        returns.append(total)
-        successes.append(float(success))
-    actor.train()
-    return np.asarray(returns), float(np.mean(successes))
-
-
-def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, float]:
-    """Smallest and largest return of the dataset's finished episodes.
-
-    An episode ends at a terminal or after `max_episode_steps` rows, which is upstream's rule;
-    D4RL drops the time-out rows, so long episodes drift against each other.
-    """
-    returns, total, length = [], 0.0, 0
-    for reward, done in zip(
-        dataset["rewards"].tolist(), dataset["terminals"].tolist(), strict=True
-    ):
-        total, length = total + reward, length + 1
-        if done or length == max_episode_steps:
-            returns.append(total)
-            total, length = 0.0, 0
-    if not returns:
-        raise ValueError(
-            "the dataset holds no finished episode, so its return range is unknown"
-        )
-    return min(returns), max(returns)
-
-
-def modify_reward(dataset: Dict, env_name: str, max_episode_steps: int = 1000) -> Dict:
-    """Scale or shift `dataset["rewards"]` in place; returns what online rewards need."""
-    rewards, args = dataset["rewards"], {}
-    if is_locomotion(env_name):
-        low, high = return_reward_range(dataset, max_episode_steps)
-        args = {"min_ret": low, "max_ret": high, "max_episode_steps": max_episode_steps}
-        rewards /= high - low  # two roundings, as upstream
-        rewards *= max_episode_steps
-    elif "antmaze" in env_name:
-        rewards -= 1.0
-    return args
-
-
-def modify_reward_online(reward: float, env_name: str, **kwargs) -> float:
-    if is_locomotion(env_name):
-        span = kwargs["max_ret"] - kwargs["min_ret"]
-        return reward / span * kwargs["max_episode_steps"]
-    return reward - 1.0 if "antmaze" in env_name else reward
-
-
-def is_locomotion(env_name: str) -> bool:
-    return any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d"))
+            self.check_mixing_ratio("; leave it out for a single buffer")
 
 
 def asymmetric_l2_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
+    """Expectile loss |tau - 1[u < 0]| u^2 of each residual, (B,) -> (B,); IQL Eq. 5."""
     below = (u < 0).to(u.dtype)
-    return ((tau - below).abs() * u.square()).mean()
+    return (tau - below).abs() * u.square()
 
 
 class Squeeze(nn.Module):
+    """(..., 1) -> (...)"""
+
     def __init__(self, dim=-1):
         super().__init__()
         self.dim = dim
@@ -401,6 +125,11 @@ class Squeeze(nn.Module):
 
 
 class MLP(nn.Module):
+    """Linear layers of widths `dims` with an activation and dropout in between.
+
+    (..., dims[0]) -> (..., dims[-1]), or (...) with `squeeze_output`.
+    """
+
     def __init__(
         self,
         dims: List[int],
@@ -434,7 +163,7 @@ class MLP(nn.Module):
 
 
 class Policy(nn.Module):
-    """What both policies share: tanh(MLP(s)) and acting in an environment."""
+    """What both policies share: tanh(MLP(s)), states (B, S) -> (B, A), and acting."""
 
     def __init__(
         self,
@@ -451,6 +180,7 @@ class Policy(nn.Module):
         self.max_action = max_action
 
     def choose(self, obs: torch.Tensor) -> torch.Tensor:
+        """Actions (B, A) in [-1, 1] for states (B, S)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -462,7 +192,10 @@ class Policy(nn.Module):
 
 
 class GaussianPolicy(Policy):
-    """Normal(tanh(mean(s)), std), std independent of the state; samples are not squashed."""
+    """Normal(tanh(mean(s)), std), states (B, S) -> a law of actions (B, A).
+
+    The standard deviation does not depend on the state; samples are not squashed.
+    """
 
     def __init__(self, state_dim: int, act_dim: int, *args, **kwargs):
         super().__init__(state_dim, act_dim, *args, **kwargs)
@@ -479,6 +212,8 @@ class GaussianPolicy(Policy):
 
 
 class DeterministicPolicy(Policy):
+    """tanh(MLP(s)), states (B, S) -> actions (B, A)."""
+
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.net(obs)
 
@@ -486,6 +221,8 @@ class DeterministicPolicy(Policy):
 
 
 class TwinQ(nn.Module):
+    """Two critics: states (B, S) and actions (B, A) -> min(Q1, Q2) (B,); `both` gives both."""
+
     def __init__(
         self, state_dim: int, action_dim: int, hidden_dim: int = 256, n_hidden: int = 2
     ):
@@ -505,6 +242,8 @@ class TwinQ(nn.Module):
 
 
 class ValueFunction(nn.Module):
+    """V: states (B, S) -> (B,)."""
+
     def __init__(self, state_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
         super().__init__()
         widths = [state_dim] + n_hidden * [hidden_dim] + [1]
@@ -515,6 +254,11 @@ class ValueFunction(nn.Module):
 
 
 class ImplicitQLearning:
+    """IQL's networks, their losses and one update of all of them.
+
+    The losses are functions of tensors and take no step; each returns one value per row.
+    """
+
     def __init__(
         self,
         max_action: float,
@@ -551,62 +295,55 @@ class ImplicitQLearning:
         for group in self.actor_optimizer.param_groups:
             group["lr"] = actor_lr or group["initial_lr"]
 
-    def _update_v(
+    def value_losses(
         self,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        log_dict: Dict,
+        adv: torch.Tensor,
     ) -> torch.Tensor:
-        with torch.no_grad():
-            target_q = self.q_target(observations, actions)
-        adv = target_q - self.vf(observations)
-        residual, expectile = adv, self.iql_tau
-        v_loss = asymmetric_l2_loss(residual, expectile)
-        log_dict["value_loss"] = v_loss.detach()
-        compiled.descend(v_loss, self.v_optimizer)
-        return adv
+        """Expectile regression of V towards Q, (B,); adv (B,) is Q - V."""
+        expectile = self.iql_tau
+        return asymmetric_l2_loss(adv, expectile)
 
-    def _update_q(
+    def q_losses(
         self,
-        next_v: torch.Tensor,
         observations: torch.Tensor,
         actions: torch.Tensor,
         rewards: torch.Tensor,
-        terminals: torch.Tensor,
-        log_dict: Dict,
-    ) -> None:
-        y = rewards + (1.0 - terminals) * self.discount * next_v
+        dones: torch.Tensor,
+        next_v: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Squared TD errors of both critics, each (B,); next_v (B,)."""
+        rewards, dones = rewards.squeeze(-1), dones.squeeze(-1)
+        y = rewards + (1.0 - dones) * self.discount * next_v
         q1, q2 = self.qf.both(observations, actions)
-        q_loss = (F.mse_loss(q1, y) + F.mse_loss(q2, y)) / 2
-        log_dict["q_loss"] = q_loss.detach()
-        compiled.descend(q_loss, self.q_optimizer)
-        soft_update(self.q_target, self.qf, self.tau)
+        return (
+            F.mse_loss(q1, y, reduction="none"),
+            F.mse_loss(q2, y, reduction="none"),
+        )
 
-    def _update_policy(
+    def policy_losses(
         self,
-        adv: torch.Tensor,
         observations: torch.Tensor,
         actions: torch.Tensor,
-        log_dict: Dict,
-    ) -> None:
-        policy_out = self.actor(observations)
+        adv: torch.Tensor,
+    ) -> torch.Tensor:
+        """Advantage-weighted regression, (B,); adv (B,) without gradient."""
+        policy_out: Union[Normal, torch.Tensor] = self.actor(observations)
         if isinstance(policy_out, Normal):
-            bc_losses = -policy_out.log_prob(actions).sum(-1)  # (B,)
+            bc_losses = -policy_out.log_prob(actions).sum(-1)
         else:
-            bc_losses = (policy_out - actions).square().sum(-1)  # (B,)
-        exp_adv = (self.beta * adv.detach()).exp().clamp(max=EXP_ADV_MAX)  # (B,)
-        policy_losses = exp_adv * bc_losses  # (B,)
-        policy_loss = policy_losses.mean()
-        log_dict["actor_loss"] = policy_loss.detach()
-        compiled.descend(policy_loss, self.actor_optimizer)
+            bc_losses = (policy_out - actions).square().sum(-1)
+        exp_adv = (self.beta * adv).exp().clamp(max=EXP_ADV_MAX)
+        losses = exp_adv * bc_losses
+        return losses
 
     def train(
         self,
         batch: TensorBatch,
     ) -> Dict[str, torch.Tensor]:
+        """One update on a batch; returns 0-d tensors."""
         self.total_it += 1
         log_dict = self._update(
-            *batch,
+            batch,
         )
         if self.anneal:
             self.actor_lr_schedule.step()
@@ -614,38 +351,52 @@ class ImplicitQLearning:
 
     def _update(
         self,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        rewards: torch.Tensor,
-        next_observations: torch.Tensor,
-        dones: torch.Tensor,
+        batch: TensorBatch,
     ) -> Dict[str, torch.Tensor]:
-        log_dict: Dict[str, torch.Tensor] = {}
+        """A function of tensors but for the steps. V learns first, then Q, then the policy."""
+        observations, actions, rewards, next_observations, dones = batch
         with torch.no_grad():
             next_v = self.vf(next_observations)
-        adv = self._update_v(
-            observations,
-            actions,
-            log_dict,
-        )
-        rewards, dones = rewards.squeeze(-1), dones.squeeze(-1)
-        self._update_q(next_v, observations, actions, rewards, dones, log_dict)
-        self._update_policy(
+            target_q = self.q_target(observations, actions)
+        adv = target_q - self.vf(observations)
+        v_loss = self.value_losses(
             adv,
+        ).mean(-1)
+        descend(v_loss, self.v_optimizer)
+        q1_losses, q2_losses = self.q_losses(
+            observations, actions, rewards, dones, next_v
+        )
+        q_loss = (q1_losses.mean(-1) + q2_losses.mean(-1)) / 2
+        descend(q_loss, self.q_optimizer)
+        soft_update(self.q_target, self.qf, self.tau)
+        policy_loss = self.policy_losses(
             observations,
             actions,
-            log_dict,
-        )
-        return log_dict
+            adv.detach(),
+        ).mean(-1)
+        descend(policy_loss, self.actor_optimizer)
+        return {
+            "value_loss": v_loss.detach(),
+            "q_loss": q_loss.detach(),
+            "actor_loss": policy_loss.detach(),
+        }
 
     def state_dict(self) -> Dict[str, Any]:
+        """CORL's keys, and what CORL loses: the target network, the state of the schedule."""
         return {
             **{part: getattr(self, part).state_dict() for part in CHECKPOINT_PARTS},
             "total_it": self.total_it,
             "q_target": self.q_target.state_dict(),
+            "anneal": self.anneal,
         }
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.load_weights(state_dict)
+        self.anneal = state_dict.get("anneal", True)
+
+    def load_weights(self, state_dict: Dict[str, Any]) -> None:
+        """Start from the networks and optimizers of a `state_dict` or a CORL checkpoint."""
         for part in CHECKPOINT_PARTS:
             getattr(self, part).load_state_dict(state_dict[part])
         # Upstream's checkpoints have no target network; it restarts as a copy.
@@ -656,6 +407,7 @@ class ImplicitQLearning:
 def make_trainer(
     config: TrainConfig, state_dim: int, action_dim: int, max_action: float, device: str
 ) -> ImplicitQLearning:
+    """The trainer of a config, on the device."""
     # The order of construction is the order of upstream's random draws.
     q_network = TwinQ(state_dim, action_dim).to(device)
     v_network = ValueFunction(state_dim).to(device)
@@ -664,6 +416,7 @@ def make_trainer(
         device
     )
     trainer = ImplicitQLearning(
+        **arguments_of(ImplicitQLearning, config, device=device),
         max_action=max_action,
         actor=actor,
         actor_optimizer=torch.optim.Adam(actor.parameters(), lr=config.actor_lr),
@@ -671,272 +424,46 @@ def make_trainer(
         q_optimizer=torch.optim.Adam(q_network.parameters(), lr=config.qf_lr),
         v_network=v_network,
         v_optimizer=torch.optim.Adam(v_network.parameters(), lr=config.vf_lr),
-        iql_tau=config.iql_tau,
-        beta=config.beta,
         max_steps=config.offline_iterations,
-        discount=config.discount,
-        tau=config.tau,
-        device=device,
     )
     if config.compile:
-        trainer._update = compiled.CompiledUpdate(trainer._update, trainer.optimizers())
+        trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
 
 
-class OnlineCollector:
-    """Acts with the exploring policy, one environment step a call, into a replay buffer."""
-
-    def __init__(
-        self,
-        env: gym.Env,
-        buffer: ReplayBuffer,
-        config: TrainConfig,
-        reward_args: Dict,
-        device: str,
-    ):
-        self.env, self.buffer, self.config = env, buffer, config
-        self.reward_args, self.device = reward_args, device
-        self.horizon = tasks.task(config.env).horizon
-        self.max_action = float(env.action_space.high[0])
-        self.state, _ = env.reset()
-        self.episode_step, self.episode_return, self.success = 0, 0.0, False
-        self.successes: List[float] = []  # of the finished episodes
-        self.episode: Dict[str, float] = {}  # numbers of the last finished episode
-
-    def explore(self, actor: nn.Module) -> np.ndarray:
-        action = actor.act(self.state, self.device)
-        if self.config.iql_deterministic:
-            noise = torch.randn(action.shape) * self.config.expl_noise
-            noise = noise.clamp(-self.config.noise_clip, self.config.noise_clip)
-            action = np.clip(
-                action + self.max_action * noise.numpy(),
-                -self.max_action,
-                self.max_action,
-            )
-        return action
-
-    def step(self, actor: nn.Module) -> None:
-        action = self.explore(actor)
-        next_state, reward, terminated, truncated, info = self.env.step(action)
-        self.episode_step += 1
-        self.episode_return += float(reward)
-        self.success = self.success or is_goal_reached(reward, info)
-        # A time-out is not an end: the value of the next state still counts.
-        real_done = bool(terminated) and self.episode_step < self.horizon
-        if self.config.normalize_reward:
-            reward = modify_reward_online(reward, self.config.env, **self.reward_args)
-        self.buffer.add_transition(self.state, action, reward, next_state, real_done)
-        self.state = next_state
-        if not (terminated or truncated):
-            return
-        self.successes.append(float(self.success))
-        self.episode = {
-            "train_return": self.episode_return,
-            "train_score": float(
-                tasks.normalized_score(self.config.env, self.episode_return)
-            ),
-            "train_length": float(self.episode_step),
-        }
-        self.state, _ = self.env.reset()
-        self.episode_step, self.episode_return, self.success = 0, 0.0, False
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {
-            "env": physics.get_state(self.env),
-            "state": self.state,
-            "unfinished": [self.episode_step, self.episode_return, self.success],
-            "successes": self.successes,
-            "episode": self.episode,
-        }
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        physics.set_state(self.env, state["env"])
-        self.state = state["state"]
-        self.episode_step, self.episode_return, self.success = state["unfinished"]
-        self.successes, self.episode = list(state["successes"]), dict(state["episode"])
-
-
-def update(trainer: ImplicitQLearning, source: Any, config: TrainConfig) -> Dict:
-    """One gradient step on a fresh batch of the source."""
-    batch = source.sample(config.batch_size)
-    return trainer.train(batch)
-
-
-class Evaluator:
-    """Evaluates the deterministic policy; for goal tasks also success rate and regret."""
-
-    def __init__(
-        self,
-        env: gym.Env,
-        config: TrainConfig,
-        device: str,
-        collector: OnlineCollector,
-    ):
-        self.env, self.config, self.device = env, config, device
-        self.collector = collector
-        self.successes: List[float] = []  # success rate of every online evaluation
-
-    def evaluate(
-        self, run: runs.Run, actor: nn.Module, step: int, phase: str
-    ) -> Dict[str, float]:
-        config = self.config
-        seed = config.seed if config.compat else config.eval_seed
-        returns, success = eval_actor(
-            self.env, actor, self.device, config.n_episodes, seed
-        )
-        scores = tasks.normalized_score(config.env, returns)
-        logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
-        if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
-            self.successes.append(success)
-            # Upstream's regret is that of the training episodes.
-            counted = self.collector.successes if config.compat else self.successes
-            logs["success_rate"] = success
-            logs["regret"] = 1.0 - float(np.mean(counted)) if counted else float("nan")
-        return logs
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {"successes": self.successes}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.successes = list(state["successes"])
-
-
-def save_corl_checkpoint(config: TrainConfig, trainer: Any, t: int) -> None:
-    """CORL's `checkpoint_N.pt`, when `checkpoints_path` asks for it."""
-    if config.checkpoints_path is not None:
-        folder = Path(config.checkpoints_path)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.save_checkpoint(folder / f"checkpoint_{t}.pt", trainer.state_dict())
-
-
-def seconds_per_update(
-    config: TrainConfig, source: Any, dims: Tuple[int, int], device: str
-) -> float:
-    """Measured on a throw-away trainer; the random streams are put back afterwards."""
-    streams = checkpoints.rng_state()
-    # Not compiled: that would cost more time than it measures.
-    config = dataclasses.replace(config, compile=False)
-    probe = make_trainer(config, *dims, 1.0, device)
-    update(probe, source, config)  # warms up
-    start, count = time.perf_counter(), 0
-    while count < 10 and time.perf_counter() - start < 2.0:
-        update(probe, source, config)
-        count += 1
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / count
-    checkpoints.set_rng_state(streams)
-    return seconds
-
-
-def announce(seconds: Dict[str, float], device: str) -> None:
-    """Print what the phases will take, evaluations not counted."""
-    total = sum(seconds.values())
-    parts = ", ".join(f"{k} {machine.readable_time(v)}" for k, v in seconds.items())
-    print(f"estimated time on this {device}: {machine.readable_time(total)} ({parts})")
-    if total > 3600:
-        print(f"for a first look in minutes: --config {QUICK_START}")
-
-
-def load_data(config: TrainConfig) -> Tuple[Any, Dict, np.ndarray, np.ndarray]:
-    """Dataset with rewards and states as trained on, reward arguments, state mean and std."""
-    dataset = sources.resolve(
-        config.env,
-        source=config.dataset_source,
-        path=config.dataset_path,
-        rows=config.dataset_rows,
-    )
-    data = dataset.arrays
-    if len(data["rewards"]) > config.buffer_size:
-        raise ValueError(
-            f"buffer_size {config.buffer_size} is smaller than the dataset of "
-            f"{len(data['rewards'])} rows; set it to at least {len(data['rewards'])}"
-        )
-    reward_args = modify_reward(data, config.env) if config.normalize_reward else {}
-    state_mean, state_std = np.zeros(1, np.float32), np.ones(1, np.float32)
-    if config.normalize:
-        state_mean, state_std = compute_mean_std(data["observations"], eps=1e-3)
-    for key in ("observations", "next_observations"):
-        data[key] = normalize_states(data[key], state_mean, state_std)
-    return dataset, reward_args, state_mean, state_std
+def step(trainer: ImplicitQLearning, source: Any, config: TrainConfig) -> Dict[str, Any]:
+    """One update on a fresh batch of the source; returns its metrics."""
+    return trainer.train(source.sample(config.batch_size))
 
 
 def train(config: TrainConfig) -> Dict[str, Any]:
-    """The whole experiment; returns what the run folder's summary.json says."""
-    device = machine.pick_device(config.device)
-    machine.configure_threads(config.threads)
-    task = tasks.task(config.env)
-    env = envs.make(config.env, config.env_backend)
-    eval_env = envs.make(config.env, config.env_backend)
-    with runs.Run(config, ALGORITHM, COLUMNS) as run:
-        dataset, reward_args, state_mean, state_std = load_data(config)
-        run.dataset = dataset.provenance
-        env = wrap_env(env, state_mean, state_std)
-        eval_env = wrap_env(eval_env, state_mean, state_std)
+    """The whole run; returns what the run folder's summary.json says."""
+    with finetune.Session(config, __file__, COLUMNS) as session:
+        trainer = make_trainer(config, *session.sizes, session.device)
+        session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        source = session.mixed
 
-        dims = task.state_dim, task.action_dim
-        buffer = ReplayBuffer(*dims, config.buffer_size, device, config.compat)
-        buffer.load_d4rl_dataset(dataset.arrays)
-        online_buffer, online_source = buffer, buffer
-        if config.mixing_ratio is not None:
-            online_buffer = ReplayBuffer(*dims, config.buffer_size, device)
-            online_source = MixedBuffer(buffer, online_buffer, config.mixing_ratio)
+        def explore(action: np.ndarray) -> np.ndarray:
+            bounds = config.expl_noise, config.noise_clip
+            return finetune.add_noise(action, trainer.max_action, *bounds)
 
-        max_action = float(env.action_space.high[0])
-        set_seed(config.seed, env)
-        set_env_seed(eval_env, config.eval_seed)
-        trainer = make_trainer(config, *dims, max_action, device)
-        if config.load_model:
-            trainer.load_state_dict(
-                checkpoints.load_corl_checkpoint(config.load_model, CHECKPOINT_PARTS)
-            )
-        collector = OnlineCollector(env, online_buffer, config, reward_args, device)
-        evaluator = Evaluator(eval_env, config, device, collector)
-        parts = {
-            "trainer": trainer,
-            "online_buffer": online_buffer,
-            "collector": collector,
-            "evaluator": evaluator,
-        }
-        update_seconds = seconds_per_update(config, buffer, dims, device)
-        seconds = {
-            "offline": config.offline_iterations * update_seconds,
-            "online": config.online_iterations * config.utd * update_seconds,
-        }
-        announce(seconds, device)
-        if run.checkpoint is not None:
-            run.restore(parts)
-
-        losses: Dict[str, torch.Tensor] = {}
-        for t in run.progress():
-            online = t >= config.offline_iterations
-            if online and trainer.anneal and not config.compat:
-                trainer.start_online(config.actor_lr_online)
-            if online:
-                collector.step(trainer.actor)
-            count = config.utd if online else 1
-            if online and t < config.offline_iterations + config.online_warmup:
-                count = 0
-            with run.measured_updates(count):
-                for _ in range(count):
-                    losses = update(trainer, online_source if online else buffer, config)
-            log_dict = {**losses, **collector.episode}
-            evaluated = (t + 1) % config.eval_freq == 0
-            phase = "online" if online else "offline"
-            if evaluated:
-                log_dict.update(evaluator.evaluate(run, trainer.actor, t + 1, phase))
-            if evaluated or (t + 1) % config.log_freq == 0:
-                run.log(t + 1, phase, log_dict)
-            if evaluated:
-                run.step = t + 1
-                run.save(parts)
-                save_corl_checkpoint(config, trainer, t)
-        run.save(parts)  # the last weights, wherever eval_freq left off
-        if run.stop_requested:
-            run.interrupted()
-            return {}
-        return run.finish()
+        session.start(
+            offline=lambda: step(trainer, session.offline_buffer, config),
+            online=lambda: step(trainer, source, config),
+        )
+        for _ in session.offline(trainer.actor):
+            session.log(step(trainer, session.offline_buffer, config))
+        # Upstream goes on stepping the schedule.
+        if not config.compat:
+            session.switch(lambda: trainer.start_online(config.actor_lr_online))
+        noise = explore if config.iql_deterministic else None
+        for _ in session.online(trainer.actor, noise):
+            losses: Dict[str, Any] = {}
+            for _ in session.updates():
+                losses = step(trainer, source, config)
+            session.log(losses)
+        return session.finish()
 
 
 if __name__ == "__main__":
-    main(train, TrainConfig, ignore=OTHER_BLOCKS)
+    main(train, TrainConfig)

@@ -2,12 +2,13 @@
 
     python benchmarks/dataset_speed.py [--rows 1000000] [--loop_rows 200000] [--out FILE.json]
 
-Synthetic rows of hopper's sizes with episodes that end by terminals and by time-outs. Measured:
-`qlearning_dataset` on arrays in memory, the same by the published rule one row at a time (on
-fewer rows, and scaled: it is linear), both compared value by value; then the whole way from an
-HDF5 file of D4RL's schema to checked q-learning arrays (`datasets.resolve`, checksum included),
-float32 and, the worst case, float64, each in a fresh process whose largest resident size is set
-against its size before the load. Quoted: the median of five, of the loop the only one.
+The rows are synthetic, with the sizes of hopper and episodes that end by terminals and time-outs.
+Two things are measured. First `qlearning_dataset` on arrays in memory, against a loop that follows
+the published rule one row at a time; the loop gets fewer rows and its time is scaled, since it
+grows with the rows; both results are compared value by value. Then the whole way from an HDF5 file
+of D4RL's schema to checked q-learning arrays (`datasets.resolve`, checksum included), for float32
+and, the worst case, float64. Each load has a fresh process, whose largest resident memory is
+compared with that before the load. Times are medians of five; the loop runs once.
 """
 
 import argparse
@@ -23,11 +24,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from corl import machine
-from corl.data import schema, sources
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from corl import machine
+from corl.data import schema, sources
 
 S, A, TASK = 11, 3, "hopper-medium-v2"
 
@@ -64,6 +64,11 @@ def plain_loop(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def measure_arrays(rows: int, loop_rows: int) -> dict:
+    """Seconds of both ways on arrays in memory.
+
+    Raises:
+        RuntimeError: their results differ.
+    """
     raw = synthetic(rows)
     seconds = []
     for _ in range(5):
@@ -89,6 +94,7 @@ def measure_arrays(rows: int, loop_rows: int) -> dict:
 
 
 def measure_file(rows: int, dtype: str) -> dict:
+    """Seconds and memory of loading a file whose float fields have a dtype."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.hdf5"
         with h5py.File(path, "w") as file:
@@ -121,7 +127,7 @@ def resident(field: str) -> int:
 
 
 def load(path: str) -> None:
-    """One load in this process; its figures as JSON."""
+    """Load the file in this process and print the measurements as JSON."""
     before = resident("VmRSS")
     cpu, clock = time.process_time(), time.time()
     with open(os.devnull, "w") as nowhere:

@@ -1,22 +1,23 @@
-"""What each shortcut costs in decisions: exchanged rows against those of the paper's setting.
+"""What each shortcut changes: the rows it exchanges against those of the paper's setting.
 
     python benchmarks/decision_agreement.py [--out results/speed/agreement.json]
 
-A small DARE-IQL experiment on hopper is brought to its online phase: IQL trained offline, rows of
-its policy in the online buffer, a diffusion model of the behavior and an energy that follows Q.
-Then some online updates are made in the paper's setting. At their end every setting decides which
-rows of the same batches to exchange. Reported, as means over batches, each against the paper's
-setting:
+A small DARE-IQL experiment on hopper is brought to its online phase: IQL is trained offline, its
+policy fills the online buffer, a diffusion model is fitted to the behavior and an energy to Q.
+Then some online updates are made in the paper's setting. After them every setting decides which
+rows of the same batches to exchange. The table compares each setting with the paper's, by means
+over batches:
 
 agreement    size of intersection / union of the exchanged rows (Jaccard index)
-chance       what two random sets of these sizes would agree
-correlation  Spearman's, of the scores of a batch
+chance       the agreement that two random sets of these sizes would have
+correlation  Spearman correlation between the scores of a batch
 exchanged    pairs per batch, of 128
-ms           of one batch's scores and exchange, in the order of the settings, one after the other
+ms           milliseconds for the scores and the exchange of one batch; the settings are timed in
+             the order of the table, one after the other
 
-The paper's setting decides by one random reference per row, so it does not agree with itself
-under other noise: `paper, other noise` is the ceiling. Networks and data are small and trained
-for minutes; all sizes are flags and part of the result.
+The paper's setting decides by one random reference per row, so with other noise it does not agree
+even with itself: the row `paper, other noise` shows how much agreement can be expected at best.
+Networks and data are small and trained for minutes; all sizes are flags and part of the result.
 """
 
 import argparse
@@ -31,13 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corl import envs, machine, tasks
-from corl.data import sources
-from corl.progress import progress_bar
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import dare_iql
+from corl import envs, machine, tasks
+from corl.data import sources
+from corl.progress import progress_bar
 from corl_dare import hook
 from corl_dare.exchange import exchange
 
@@ -50,22 +50,26 @@ class Settings:
 
     env: str = "hopper-medium-v2"
     seed: int = 0
-    dataset_rows: int = 15_000  # few, since support actions are sampled once per row
+    # Few rows, since support actions are sampled once for each of them.
+    dataset_rows: int = 15_000
     offline_updates: int = 10_000
     online_rows: int = 5_000
     behavior_updates: int = 3_000  # paper: 600 000
     behavior_batch_size: int = 256  # paper: 4096
     behavior_lr: float = 5e-4  # paper: 1e-4
     behavior_width: float = 1.0
-    energy_updates: int = 2_000  # before the online updates; paper: 100 000
+    # Made before the online updates; paper: 100 000.
+    energy_updates: int = 2_000
     energy_batch_states: int = 64  # paper: 256
-    online_updates: int = 200  # between an old reference and the decision
+    # An old reference is made before these updates, the decision after them.
+    online_updates: int = 200
     batches: int = 40
 
 
 PAPER = {}
 MIXTURE = {"behavior": "mixture", "guidance_scale": 0.0}
-VARIANTS = {  # name -> DARE's fields that differ from the paper's setting
+# Name -> fields of the dare block that differ from the paper's setting.
+VARIANTS = {
     "paper": PAPER,
     "paper, other noise": PAPER,
     "energy every 10 updates": {"energy_update_freq": 10},
@@ -117,12 +121,14 @@ class Experiment:
         self.behaviors = {kind: self.fit(kind) for kind in ("diffusion", "mixture")}
 
     def block(self, fields: dict) -> dare_iql.DareIQLConfig:
+        """The dare block of a variant, with the sizes of this experiment."""
         names = {f.name for f in dataclasses.fields(dare_iql.DareIQLConfig)}
         sizes = dataclasses.asdict(self.settings).items()
         shared = {k: v for k, v in sizes if k in names}
         return dare_iql.DareIQLConfig(**{**shared, **fields})
 
     def fit(self, kind: str):
+        """A behavior model of the raw offline rows, from the cache if it was fitted before."""
         fields = {} if kind == "diffusion" else MIXTURE
         mean, std = (torch.as_tensor(x, dtype=torch.float32) for x in self.moments)
         rows = self.offline._size
@@ -137,6 +143,7 @@ class Experiment:
         )
 
     def hook(self, fields: dict, seed: int = 0) -> hook.DareHook:
+        """A hook of a variant on the common buffers, trainer and behavior models."""
         block = self.block(fields)
         config = dataclasses.replace(self.config, dare=block, seed=seed)
         buffers = self.offline, self.online
@@ -177,18 +184,19 @@ def decide(source: hook.DareHook, number: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
+    """The place of every value in the sorted order, from 0."""
     return x.argsort().argsort().astype(float)
 
 
 def compare(ours: list, papers: list) -> dict[str, float]:
-    """Means over batches of what the file's header lists."""
+    """Means over batches of what the docstring of this file lists."""
     agreement, chance, correlation, exchanged = [], [], [], []
     for (scores, moved, _), (paper_scores, paper_moved, _) in zip(
         ours, papers, strict=True
     ):
         union = (moved | paper_moved).sum()
         agreement.append((moved & paper_moved).sum() / union if union else 1.0)
-        # Expected sizes for sets drawn by lot, half from each half of the batch.
+        # Expected sizes of union and intersection if both sets were drawn at random.
         p, q = moved.mean(), paper_moved.mean()
         chance.append(p * q / (p + q - p * q) if union else 1.0)
         correlation.append(np.corrcoef(ranks(scores), ranks(paper_scores))[0, 1])
@@ -210,7 +218,8 @@ def run(settings: Settings) -> dict[str, dict[str, float]]:
     paper.pretrain()
     hooks = {}
     for i, (name, fields) in enumerate(VARIANTS.items()):
-        hooks[name] = experiment.hook(fields, seed=i)  # its own noise
+        # Every variant has noise of its own.
+        hooks[name] = experiment.hook(fields, seed=i)
         if hooks[name].energy is not None:
             hooks[name].energy = copy.deepcopy(paper.energy)
             hooks[name].energy_optimizer = torch.optim.Adam(
@@ -220,7 +229,8 @@ def run(settings: Settings) -> dict[str, dict[str, float]]:
             hooks[name].energy_optimizer.load_state_dict(state)
     numbers = range(1000, 1000 + settings.batches)
     old = hooks["references as old as the online updates"]
-    for number in numbers:  # fills the cache before Q and the energy move on
+    # Fill the cache of old references before Q and the energy change.
+    for number in numbers:
         decide(old, number)
 
     np.random.seed(settings.seed)
@@ -241,7 +251,7 @@ def run(settings: Settings) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """A Markdown table."""
+    """The results as a Markdown table."""
     head = ["setting", "agreement", "chance", "correlation", "exchanged", "ms"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, r in results.items():

@@ -3,9 +3,10 @@
     python benchmarks/memory.py [--out results/speed/memory.json]
 
 Each case is a run of `algorithms/dare_iql.py` in a process of its own, whose resident memory is
-read from the system while it runs (Linux). Few updates and small batches where only memory
-counts: buffers are allocated for the whole run and touched as rows come in. The growth is that of
-the resident memory from a fifth of the online steps on, minus the rows that come in meanwhile.
+read from the system while it runs (Linux). Some cases make few updates of small batches, since
+only memory counts there. Buffers are allocated for the whole run, but the system counts their
+memory only when rows are written. So the growth is measured from a fifth of the online steps to
+the end, and the rows written in between are subtracted.
 """
 
 import argparse
@@ -17,15 +18,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from corl import machine, tasks
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from corl import machine, tasks
 
 ROOT = Path(__file__).parent.parent
 TASK = "hopper-medium-v2"
 CHEAP = "--n_episodes 1 --eval_freq 1000000 --batch_size 32 --dare.behavior_updates 100"
-CASES = {  # flags over configs/iql/quick_start.yaml
+# Flags that are added to configs/iql/quick_start.yaml.
+CASES = {
     "quick start, batch 256": "--offline_iterations 500 --online_iterations 7000 "
     "--n_episodes 1 --eval_freq 1000000",
     "one million transitions": f"{CHEAP} --dataset_rows 1000000 --buffer_size 2000000 "
@@ -45,7 +46,7 @@ def resident(pid: int) -> float:
 
 
 def measure(flags: str) -> dict:
-    """Peak and the course of the resident memory (MB) over online steps of one run."""
+    """Resident memory (MB) of one run: its peak, and its value by online step."""
     command = [sys.executable, "algorithms/dare_iql.py"]
     command += ["--config", "configs/iql/quick_start.yaml", "--device", "cpu"]
     command += ["--dataset_source", "self-collected", "--log_freq", "500"]
@@ -77,7 +78,7 @@ def online_steps(folder: Path) -> int:
 
 
 def growth(course: dict[int, float]) -> float:
-    """MB from a fifth of the way to the end, less the rows written meanwhile."""
+    """Growth (MB) from a fifth of the steps to the end, less the rows written in between."""
     last = max(course)
     first = min(step for step in course if step >= last / 5)
     task = tasks.task(TASK)

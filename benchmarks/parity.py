@@ -3,8 +3,8 @@
     python benchmarks/parity.py --corl PATH [--out results/parity/FILE.txt]
 
 Both sides get the same weights, batches and random draws and make 20 updates on the CPU in
-float32. `patched` applies `patches/` to a copy in memory and compares whole online DARE updates
-(hook, losses, energy) with our DARE file. 0 means: the same bits.
+float32. The cases named `patched` apply `patches/` to a copy in memory and compare whole online
+DARE updates (hook, losses, energy) with our DARE file. A difference of 0 means the same bits.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from corl import d4rl_shim, machine
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl import d4rl_shim, machine
 from corl_dare import hook
 from scripts import make_patches
 
@@ -38,6 +37,7 @@ def load(path: Path) -> SimpleNamespace:
 
 
 def data(seed: int) -> dict[str, np.ndarray]:
+    """Random rows in the fields of a D4RL dataset."""
     rng = np.random.default_rng(seed)
     return {
         "observations": rng.normal(size=(ROWS, S)).astype(np.float32),
@@ -50,13 +50,14 @@ def data(seed: int) -> dict[str, np.ndarray]:
 
 
 def buffer_of(module, seed: int):
+    """A replay buffer of `module` that holds random rows."""
     buffer = module.ReplayBuffer(S, A, ROWS + 10, "cpu")
     buffer.load_d4rl_dataset(data(seed))
     return buffer
 
 
 def iql_trainer(module, config):
-    """Upstream's script builds its networks in this order; so does `make_trainer`."""
+    """A trainer of `module`; networks are built in the order of the upstream script."""
     torch.manual_seed(0)
     if hasattr(module, "make_trainer"):
         return module.make_trainer(config, S, A, 1.0, "cpu")
@@ -84,7 +85,7 @@ def iql_trainer(module, config):
 
 
 def differences(a, b, parts: list[str]) -> dict[str, float]:
-    """Largest absolute difference per parameter of two trainers."""
+    """Largest absolute difference between two trainers, for each parameter of the parts."""
     found = {}
     for part in parts:
         ours, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
@@ -95,6 +96,7 @@ def differences(a, b, parts: list[str]) -> dict[str, float]:
 
 
 def iql_cases(upstream) -> dict[str, dict[str, float]]:
+    """Our IQL against upstream's: case -> largest difference of every parameter."""
     settings = {
         "iql, locomotion": {},
         "iql, antmaze": {"beta": 10.0, "iql_tau": 0.9},
@@ -152,7 +154,7 @@ CQL_PARTS = [
 
 
 def cql_trainer(module, config):
-    """Upstream's script builds its networks in this order; so does `make_trainer`."""
+    """A trainer of `module`; networks are built in the order of the upstream script."""
     torch.manual_seed(0)
     if hasattr(module, "make_trainer"):
         return module.make_trainer(config, S, A, 1.0, "cpu")
@@ -175,6 +177,7 @@ def cql_trainer(module, config):
 
 
 def cql_cases(ours, upstream) -> dict[str, dict[str, float]]:
+    """The same for CQL or Cal-QL, whose calibration ends halfway."""
     results = {}
     for name, fields in CQL_SETTINGS.items():
         config = ours.TrainConfig(env=TASK, policy_lr=1e-4, compat=True, **fields)
@@ -194,6 +197,7 @@ def cql_cases(ours, upstream) -> dict[str, dict[str, float]]:
 
 
 def dare_hook_of(module, trainer, config, offline, online, behavior):
+    """The hook of DARE-IQL on two buffers."""
     return hook.DareHook(
         offline,
         online,
@@ -207,6 +211,7 @@ def dare_hook_of(module, trainer, config, offline, online, behavior):
 
 
 def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
+    """Our DARE-IQL against upstream's IQL with our patch."""
     density = {"behavior": "mixture", "guidance_scale": 0.0}
     small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
     settings = {
@@ -245,6 +250,7 @@ def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
 
 
 def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
+    """Our DARE-Cal-QL against upstream's Cal-QL with our patch."""
     density = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
     small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
     settings = {
@@ -281,7 +287,8 @@ def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
                 q_function=target_q,
                 seed=0,
             )
-            # The patch computes the gap of every row, which draws other random actions.
+            # The patch computes the conservative gap of every row. Ours may leave rows out and
+            # would then draw other random actions, so here it computes all of them, too.
             source.first_released = lambda batch_size: None
             np.random.seed(1)
             torch.manual_seed(1)
@@ -297,6 +304,7 @@ def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
 
 
 def patched_module(corl: Path, name: str) -> SimpleNamespace:
+    """The names of an upstream file after our patch; the checkout stays as it is."""
     patch = make_patches.patches()[name]
     text = make_patches.patched_text(patch, make_patches.check_target(patch, corl))
     with tempfile.TemporaryDirectory() as folder:

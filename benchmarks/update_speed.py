@@ -1,16 +1,16 @@
-"""Updates per second of the baselines and their DARE twins; ratios of one run on this machine.
+"""Updates per second of the baselines and their DARE twins, and ratios between them.
 
     python benchmarks/update_speed.py [--corl PATH] [--algorithms iql cal_ql] [--threads 2]
                                       [--seconds 2] [--device auto] [--out results/speed/FILE.json]
 
 Every variant makes whole updates (batch, hook, losses, optimizers, energy) at batch 256 and
 hopper sizes with the paper's networks, on random data. The ratio is to upstream CORL's file where
-`--corl` names a checkout, else to our eager baseline. The variants take turns, round by round, so
-that a machine that gets slower hits all of them; the first round warms up and compiles, and is
-dropped. Quoted: median over rounds, with the smallest and the largest. The networks are
-untrained, which changes no cost. `cached` references live for ever and the offline buffer is
-small enough that the warm-up fills most of the cache: it is the cost that a long run tends to,
-not that of its start.
+`--corl` names a checkout, else to our eager baseline. All ratios come from one run on one machine.
+The variants take turns, round by round, so that a machine that gets slower slows all of them. The
+first round warms up and compiles, and is dropped. The table shows the median over rounds, the
+smallest and the largest. The networks are untrained, which changes no cost. In the `cached`
+variants a reference never expires, and the offline buffer is so small that the warm-up fills most
+of the cache: they show the cost late in a long run, not at its start.
 """
 
 import argparse
@@ -24,22 +24,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corl import compiled
-from corl.machine import configure_threads, describe, git_commit, pick_device, versions
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import cal_ql, dare_cal_ql, dare_iql, iql
 from benchmarks import parity
+from corl import compiled, machine
 from corl_dare import hook
 
 S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
 LIKELIHOOD = {**RATIO, "score": "likelihood"}
 PAPER = {"behavior": "diffusion", "guidance_scale": 8.0}
-FAST = {**RATIO, "backup_actions": 1}  # of DARE-IQL, as in configs/iql/quick_start.yaml
+# DARE-IQL as in configs/iql/quick_start.yaml.
+FAST = {**RATIO, "backup_actions": 1}
 CACHED = {**PAPER, "energy_update_freq": 10, "reference_max_age": 1_000_000_000}
-FILES = {  # baseline, twin, settings, variants: name -> DARE's fields (None: baseline), compiled
+# Algorithm -> baseline file, DARE file, settings of both, and variants. A variant is its name ->
+# (fields of the dare block or None for the baseline, whether it is compiled).
+FILES = {
     "iql": (
         iql,
         dare_iql,
@@ -80,6 +81,7 @@ FILES = {  # baseline, twin, settings, variants: name -> DARE's fields (None: ba
 
 
 def random_buffer(module, device: str, seed: int):
+    """A replay buffer of `module`, full of random rows."""
     rng = np.random.default_rng(seed)
     buffer = module.ReplayBuffer(S, A, ROWS, device)
     buffer.load_d4rl_dataset(
@@ -181,11 +183,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
-    device = pick_device(args.device)
-    configure_threads(args.threads)
-    machine = describe()
+    device = machine.pick_device(args.device)
+    machine.configure_threads(args.threads)
+    parts = machine.describe()
     print(
-        f"{machine['gpu'] if device != 'cpu' else machine['processor']}, device {device}, "
+        f"{parts['gpu'] if device != 'cpu' else parts['processor']}, device {device}, "
         f"{args.threads} thread(s), torch {torch.__version__}"
     )
     can_compile = True
@@ -194,25 +196,39 @@ def main() -> None:
     except ValueError as error:
         can_compile = False
         print(f"compiled variants are left out: {error}")
-    rates = {}
-    for algorithm in args.algorithms:
-        updates = {
-            name: our_update(algorithm, fields, compile, device)
-            for name, (fields, compile) in FILES[algorithm][-1].items()
-            if can_compile or not compile
-        }
-        if args.corl is not None:
-            upstream = upstream_update(algorithm, args.corl, device)
-            updates = {f"upstream CORL's {algorithm}.py": upstream, **updates}
-        rates[algorithm] = measure(updates, args.seconds, args.rounds, device)
-        print(table(rates[algorithm]))
-    if args.out is None:
-        return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rates = {
+        algorithm: measure_algorithm(algorithm, args, device, can_compile)
+        for algorithm in args.algorithms
+    }
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record(args, rates, device), indent=2) + "\n")
+
+
+def measure_algorithm(
+    algorithm: str, args: argparse.Namespace, device: str, can_compile: bool
+) -> dict[str, list[float]]:
+    """Measure every variant of an algorithm and print their table."""
+    updates = {
+        name: our_update(algorithm, fields, compile, device)
+        for name, (fields, compile) in FILES[algorithm][-1].items()
+        if can_compile or not compile
+    }
+    if args.corl is not None:
+        upstream = upstream_update(algorithm, args.corl, device)
+        updates = {f"upstream CORL's {algorithm}.py": upstream, **updates}
+    rates = measure(updates, args.seconds, args.rounds, device)
+    print(table(rates))
+    return rates
+
+
+def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
+    """The numbers and what they were measured with."""
     command = " ".join(["python benchmarks/update_speed.py", *sys.argv[1:]])
     if args.corl is not None:
-        command = command.replace(str(args.corl), "upstream/CORL")  # no machine's path
-    record = {
+        # A published record names no path of the machine that made it.
+        command = command.replace(str(args.corl), "upstream/CORL")
+    return {
         "command": command,
         "updates_per_second": rates,
         "settings": {
@@ -223,16 +239,15 @@ def main() -> None:
         "defaults": dataclasses.asdict(dare_iql.DareIQLConfig()),
         "device": device,
         "threads": args.threads,
-        "machine": machine,
-        "versions": versions(),
-        "commit": git_commit(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "commit": machine.git_commit(),
         "upstream_commit": parity.make_patches.COMMIT if args.corl else None,
     }
-    args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def table(rates: dict[str, list[float]]) -> str:
-    """One line per variant; the ratio is to the first."""
+    """One line per variant; the ratio compares it with the first variant."""
     base = statistics.median(next(iter(rates.values())))
     lines = [f"{'updates per second: median (min-max)':>75}  ratio"]
     for name, values in rates.items():

@@ -1,11 +1,12 @@
-"""Runs unmodified CORL scripts through `corl.d4rl_shim`; one row per script.
+"""Run unmodified CORL scripts through `corl.d4rl_shim`; one row per script.
 
     python benchmarks/upstream_table.py PATH/TO/CORL [--out results/upstream/hopper.csv]
 
-Each script makes 2000 offline and 1000 online updates (TD3+BC, an offline script, 3000 in all;
-SPOT 1000 of its VAE first) with its own default hyperparameters on hopper-medium-v2 and evaluates
-5 episodes every 1000 updates: enough to see that it runs and learns from the data, far from
-trained. Prints the table of docs/corl.md and writes one CSV row per script.
+Each script keeps its default hyperparameters and makes 2000 offline and 1000 online updates on
+hopper-medium-v2. TD3+BC, an offline script, makes 3000 offline ones; SPOT first trains its VAE for
+1000. Each evaluates 5 episodes every 1000 updates. That is enough to see that a script runs and
+learns from the data; none is trained to its end. The table of docs/corl.md is printed, and one CSV
+row per script is written.
 """
 
 import argparse
@@ -28,7 +29,7 @@ COMMON = "--device cpu --buffer_size 300000".split()
 OFFLINE = f"--env {TASK} --eval_freq 1000 --n_episodes {EPISODES}".split()
 PHASES = "--offline_iterations 2000 --online_iterations 1000".split()
 AWAC = f"--env_name {TASK} --eval_frequency 1000 --n_test_episodes {EPISODES}".split()
-# script -> (SHA-256 of the file at COMMIT, its flags)
+# Script -> (SHA-256 of the file at COMMIT, its flags).
 SCRIPTS = {
     "finetune/iql.py": (
         "e13a91b99a4a2982b0747198c240ba1b8494d79163d6a5b288ccf58426a570cb",
@@ -58,6 +59,7 @@ SCRIPTS = {
 
 
 def run(corl: Path, name: str, seed: int) -> dict:
+    """Run one script and read its scores from the log of the shim."""
     digest, flags = SCRIPTS[name]
     script = corl / "algorithms" / name
     if not script.is_file():

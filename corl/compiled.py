@@ -1,4 +1,4 @@
-"""Whole updates as one compiled graph: what `compile: true` switches on.
+"""The steps of an update, and whole updates as one compiled graph (`compile: true`).
 
 An update of these small networks is a few hundred calls of a few microseconds around some dozen
 matrix products. `torch.compile` fuses what lies between the products, backward passes and
@@ -70,6 +70,16 @@ def _traced_adam(state: dict, group: dict, pairs: list) -> None:
         square.mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
         scale = (square / (1 - beta_2**count)).sqrt() + group["eps"]
         parameter.sub_(group["lr"] / (1 - beta_1**count) * mean / scale)
+
+
+@torch.no_grad()
+def soft_update(target: torch.nn.Module, source: torch.nn.Module, tau: float) -> None:
+    """Move a target network by tau towards its source: (1 - tau) target + tau source."""
+    # Two products and a sum, as upstream: a fused lerp rounds differently.
+    for target_param, source_param in zip(
+        target.parameters(), source.parameters(), strict=True
+    ):
+        target_param.copy_((1 - tau) * target_param + tau * source_param)
 
 
 class CompiledUpdate:

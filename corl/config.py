@@ -1,7 +1,13 @@
-"""TODO corl.config"""
+"""The fields that all algorithms share, and how a config is read from a YAML file and flags.
+
+pyrallis, which CORL uses, only prints `--help` here. The parser is our own: it knows `--config`,
+`--resume`, nested fields and `none`, and every error is one line that names the place, the field
+and the fix.
+"""
 
 import dataclasses
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -9,21 +15,129 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Optional
 
 import pyrallis
 import yaml
 
-RESUME_MAY_CHANGE = ("resume", "online_iterations", "wandb_mode", "device")
+from corl import compiled, tasks
 
 
 class ConfigError(ValueError):
     """Bad settings; the message is one line that names the field and the fix."""
 
 
-def parse_config(
-    config_class: type, argv: Sequence[str] | None = None, ignore: Sequence[str] = ()
-) -> Any:
+# ---------------------------------------------------------------- common fields
+
+
+@dataclasses.dataclass
+class FinetuneConfig:
+    """The fields of every algorithm's config; an algorithm adds its own and changes defaults.
+
+    Three sets say what else must be known of a field. An algorithm extends them beside its own
+    fields: `ONLINE = FinetuneConfig.ONLINE | {"mixing_ratio"}`.
+    """
+
+    # Experiment
+    device: str = "auto"  # auto, cpu, cuda
+    env: str = "hopper-medium-v2"  # D4RL task name
+    seed: int = 0  # seeds networks, batches, exploration and the training environment
+    eval_seed: int = 0  # seeds the evaluation episodes
+    eval_freq: int = 5000  # updates between two evaluations
+    n_episodes: int = 10  # episodes per evaluation
+    offline_iterations: int = 1000000  # updates on the dataset alone
+    online_iterations: int = 1000000  # environment steps of fine-tuning
+    checkpoints_path: Optional[str] = None  # also write CORL's checkpoint_N.pt here
+    load_model: str = ""  # CORL checkpoint whose weights to start from
+    # Common to the algorithms
+    buffer_size: int = 2000000  # transitions per buffer
+    batch_size: int = 256  # transitions per update
+    discount: float = 0.99  # discount factor
+    normalize: bool = True  # normalize states with the dataset's mean and std
+    normalize_reward: bool = False  # scale rewards; the algorithm says how
+    # Not in CORL
+    utd: int = 1  # updates per environment step online
+    online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
+    compat: bool = False  # reproduce upstream's known faults (see the file header)
+    dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
+    dataset_path: Optional[str] = None  # dataset file (or minari id) to use
+    dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
+    env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
+    log_freq: int = 500  # updates between two rows of metrics.csv
+    threads: int = 1  # torch CPU threads; small networks gain little from more
+    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
+    runs_dir: str = "runs"  # where run folders are made
+    resume: Optional[str] = None  # run folder to go on with
+    wandb_mode: str = "disabled"  # disabled, offline, online
+    # Wandb
+    project: str = "CORL"  # wandb project
+    group: str = "D4RL"  # wandb group
+    name: str = "run"  # first part of the run folder's name
+
+    # The offline phase does not read these, so runs that differ in nothing else can start from
+    # one offline model. A field that is missing here costs a model that could have been shared;
+    # one too many would share what must not be.
+    ONLINE: ClassVar[frozenset] = frozenset(
+        {"online_iterations", "online_warmup", "utd", "load_model"}
+    )
+    # These change no result.
+    BOOKKEEPING: ClassVar[frozenset] = frozenset(
+        {
+            *("device", "threads", "runs_dir", "resume", "checkpoints_path"),
+            *("wandb_mode", "project", "group", "name"),
+        }
+    )
+    # A resume may change these.
+    RESUMABLE: ClassVar[frozenset] = frozenset(
+        {"resume", "online_iterations", "wandb_mode", "device"}
+    )
+    # What a long run names for a first look in minutes.
+    QUICK_START: ClassVar[str] = ""
+
+    def __post_init__(self):
+        tasks.task(self.env)
+        self.check_at_least(
+            1, "eval_freq", "n_episodes", "batch_size", "buffer_size", "utd", "log_freq"
+        )
+        self.check_at_least(
+            0, "offline_iterations", "online_iterations", "online_warmup"
+        )
+        if self.compile:
+            compiled.check()
+
+    def check_at_least(self, bound: float, *fields: str) -> None:
+        """Raises ValueError where one of the fields lies below the bound."""
+        for field in fields:
+            if getattr(self, field) < bound:
+                raise ValueError(
+                    f"{field} must be at least {bound}, not {getattr(self, field)}"
+                )
+
+    def check_mixing_ratio(self, or_else: str = "") -> None:
+        """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""
+        ratio = self.mixing_ratio
+        if not 0.0 < ratio < 1.0:
+            raise ValueError(f"mixing_ratio must lie in (0, 1), not {ratio}{or_else}")
+        if not (self.batch_size * ratio).is_integer():
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split by mixing_ratio {ratio}: "
+                "both halves must be whole rows"
+            )
+
+
+def arguments_of(
+    function: Callable[..., Any], config: Any, **others: Any
+) -> dict[str, Any]:
+    """Arguments of a function or class: the config's fields of these names; `others` win."""
+    names = inspect.signature(function).parameters
+    found = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {**found, **others}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
     """`--config FILE` and `--field value` flags -> an instance of the config dataclass.
 
     Flags win over the file; `--config_path` is CORL's spelling of `--config`; nested fields are
@@ -31,9 +145,8 @@ def parse_config(
     one line and exit status 2.
 
     Args:
-        config_class: dataclass with defaults.
+        config_class: dataclass with defaults; its `RESUMABLE` says what a resume may change.
         argv: arguments without the program's name; default: the command line's.
-        ignore: blocks of a shared file that are another algorithm's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -41,24 +154,24 @@ def parse_config(
         pyrallis.argparsing.ArgumentParser(config_class).print_help()
         raise SystemExit(0)
     try:
-        return _parse(config_class, argv, ignore)
+        return _parse(config_class, argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _parse(config_class: type, argv: list[str], ignore: Sequence[str]) -> Any:
+def _parse(config_class: type, argv: list[str]) -> Any:
     flags = _read_flags(argv)
     files = [flags.pop(name) for name in ("config", "config_path") if name in flags]
     origin = "the command line"
     values: dict[str, Any] = {}
     if flags.get("resume"):
         folder = Path(str(flags["resume"]))
-        other = [f for f in flags if f not in RESUME_MAY_CHANGE] + files
+        other = [f for f in flags if f not in config_class.RESUMABLE] + files
         if other:
             raise ConfigError(
                 f"--resume uses the run's own config; leave out {other[0]} (only "
-                f"{', '.join(RESUME_MAY_CHANGE[1:])} may change)"
+                f"{', '.join(sorted(config_class.RESUMABLE - {'resume'}))} may change)"
             )
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"--resume {folder}: no run here (no config.yaml)")
@@ -66,10 +179,7 @@ def _parse(config_class: type, argv: list[str], ignore: Sequence[str]) -> Any:
     for file in files:
         origin = str(file)
         values.update(read_yaml(Path(str(file))))
-    for name in ignore:
-        if name in values:
-            print(f"{origin}: block '{name}' is not for this algorithm and left out")
-            del values[name]
+    values = without_foreign_blocks(config_class, values, origin)
     _check(config_class, values, origin)
     if values.get("resume") and "resume" not in flags:
         raise ConfigError(f"{origin}: resume is a flag, --resume RUN; take it out here")
@@ -81,7 +191,30 @@ def _parse(config_class: type, argv: list[str], ignore: Sequence[str]) -> Any:
                 target[block] = {}
             target = target[block]
         target[last] = value
-    return _build(config_class(), _check(config_class, values, "command line"))
+    return _build(config_class, _check(config_class, values, "command line"))
+
+
+def without_foreign_blocks(config_class: type, values: dict, origin: str) -> dict:
+    """The values without the blocks of other algorithms that share the file.
+
+    Says what it leaves out. A block whose name is nearly that of a known block stays, so that
+    the check of unknown fields catches the slip.
+    """
+    known = _field_types(config_class)
+    blocks = [name for name, kind in known.items() if dataclasses.is_dataclass(kind)]
+    kept = {}
+    for name, value in values.items():
+        foreign = isinstance(value, dict) and name not in known
+        if foreign and not difflib.get_close_matches(str(name), blocks, 1):
+            print(f"{origin}: block '{name}' is not for this algorithm and left out")
+        else:
+            kept[name] = value
+    return kept
+
+
+def _field_types(config_class: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 
 class _Text(str):
@@ -121,7 +254,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> dict:
     """The values as the fields' types; unknown fields and wrong types raise."""
-    known = typing.get_type_hints(config_class)
+    known = _field_types(config_class)
     checked = {}
     for name, value in values.items():
         if name not in known:
@@ -169,16 +302,14 @@ def _as_type(value: Any, kind: Any, name: str) -> Any:
     raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}")
 
 
-def _build(default: Any, values: dict) -> Any:
-    """The default config with the values in place.
-
-    A new one: what __post_init__ derived from the defaults must not pass for a given value.
-    """
+def _build(config_class: type, values: dict) -> Any:
+    """A config of the values; nested ones are the dataclasses of their blocks."""
+    kinds = _field_types(config_class)
     nested = {
-        name: _build(getattr(default, name), value) if isinstance(value, dict) else value
+        name: _build(kinds[name], value) if isinstance(value, dict) else value
         for name, value in values.items()
     }
-    return type(default)(**nested)
+    return config_class(**nested)
 
 
 def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
@@ -202,7 +333,7 @@ def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
     values: dict[str, Any] = {}
     for origin, layer in layers:
         values = merge(values, _check(config_class, layer, origin))
-    return _build(config_class(), values)
+    return _build(config_class, values)
 
 
 def dump_config(config: Any) -> str:
@@ -210,14 +341,12 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True)
 
 
-def main(
-    train: Callable[[Any], Any], config_class: type, ignore: Sequence[str] = ()
-) -> None:
+def main(train: Callable[[Any], Any], config_class: type) -> None:
     """The command line of an algorithm file: config, `train`, errors as one line.
 
     Set CORL_DARE_TRACEBACK=1 to see where an error came from.
     """
-    config = parse_config(config_class, ignore=ignore)
+    config = parse_config(config_class)
     try:
         train(config)
     except KeyboardInterrupt as stop:

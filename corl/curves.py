@@ -1,6 +1,7 @@
-"""TODO corl.curves"""
+"""The picture of a run: its score, and what the algorithm wants to be seen below it."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 
 from corl import files
 
-# Okabe and Ito's colors, which the color-blind can tell apart
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+# Of Okabe and Ito's palette, which the color-blind can tell apart.
+BLUE = "#0072B2"
 
 
 def read_csv(path: Path) -> dict[str, list[str]]:
@@ -19,10 +20,27 @@ def read_csv(path: Path) -> dict[str, list[str]]:
     return {name: [r[i] for r in rows[1:]] for i, name in enumerate(rows[0])}
 
 
-def plot_curves(folder: Path, config: Any, label: str) -> Path:
-    """Draw curves.png of a run folder: score, exchange count, score distributions.
+def numbers(columns: dict[str, list[str]], name: str) -> np.ndarray:
+    """A column of `read_csv` as floats (N,), nan where it holds no finite number."""
+    texts = columns.get(name, [""] * len(columns["step"]))
+    values = np.array([float(text or "nan") for text in texts], dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
 
-    Missing columns, few points, nan and inf leave gaps. `label` names the dataset's source.
+
+def plot_curves(
+    folder: Path, config: Any, label: str, panels: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """Draw curves.png of a run folder: the score, and below it what the algorithm adds.
+
+    Missing columns, few points, nan and inf leave gaps.
+
+    Args:
+        folder: run folder.
+        config: the run's config.
+        label: names the dataset's source.
+        panels: per panel its y `label`, `lines` (label, metric, color, style), `bands` (label,
+            mean, standard deviation, color) and the `bottom` of its y axis. They are drawn from
+            the rows of metrics.csv that hold the metric of the first panel's first line.
     """
     import matplotlib
 
@@ -31,50 +49,18 @@ def plot_curves(folder: Path, config: Any, label: str) -> Path:
     from matplotlib.ticker import EngFormatter
 
     metrics = read_csv(folder / "metrics.csv")
-    steps = np.array(metrics["step"], dtype=float)
-
-    def column(name: str) -> np.ndarray:
-        """A number per row, nan where there is none."""
-        values = [float(v or "nan") for v in metrics.get(name, [""] * len(steps))]
-        values = np.array(values, dtype=float)
-        return np.where(np.isfinite(values), values, np.nan)
-
-    exchanged = column("exchanged")
-    rows = np.isfinite(exchanged)  # those of the online phase, where pairs are exchanged
-    panels = 3 if rows.any() else 1
-    figure = Figure(figsize=(7, 2.5 * panels + 0.7), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(panels, sharex=True))
-    switch, total = (
-        config.offline_iterations,
-        config.offline_iterations + config.online_iterations,
-    )
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if 0 < switch < total:
-            axis.axvline(switch, color="#666666", linewidth=1, linestyle=":")
-    axes[0].set_xlim(-0.02 * total, 1.02 * total or 1.0)
-    for start, end, phase in ((0, switch, "offline"), (switch, total, "online")):
-        if end - start > 0.1 * total:  # else no room for the word
-            options = {"ha": "center", "va": "bottom", "color": "#666666", "fontsize": 9}
-            across = axes[0].get_xaxis_transform()
-            axes[0].text((start + end) / 2, 1.0, phase, transform=across, **options)
-    axes[0].set_title(
-        f"{config.name} on {config.env}, seed {config.seed}\n{label}",
-        fontsize=10,
-        pad=18,
-        wrap=True,
-    )
+    rows = np.zeros(len(metrics["step"]), bool)
+    if panels:
+        rows = np.isfinite(numbers(metrics, panels[0]["lines"][0][1]))
+    panels = panels if rows.any() else ()
+    count = 1 + len(panels)
+    figure = Figure(figsize=(7, 2.5 * count + 0.7), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(count, sharex=True))
+    _draw_phases(axes, config, label)
     _draw_scores(axes[0], read_csv(folder / "evaluations.csv"))
-    if panels == 3:
-        x = steps[rows]
-        _draw_line(axes[1], x, exchanged[rows], PURPLE)
-        axes[1].set_ylim(bottom=0)
-        axes[1].set_ylabel("exchanged pairs")
-        names = (
-            "score_off_mean score_off_std score_on_mean score_on_std separation_point"
-        )
-        _draw_distributions(axes[2], x, *(column(n)[rows] for n in names.split()))
+    values = {name: numbers(metrics, name)[rows] for name in metrics if name != "phase"}
+    for axis, panel in zip(axes[1:], panels, strict=True):
+        _draw_panel(axis, panel, values)
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[-1].set_xlabel("step (offline: updates, online: environment steps)")
     figure.align_ylabels()
@@ -84,11 +70,41 @@ def plot_curves(folder: Path, config: Any, label: str) -> Path:
     return path
 
 
+def _draw_phases(axes: np.ndarray, config: Any, label: str) -> None:
+    """Grid, title, and where the offline phase ends."""
+    switch = config.offline_iterations
+    total = switch + config.online_iterations
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if 0 < switch < total:
+            axis.axvline(switch, color="#666666", linewidth=1, linestyle=":")
+    axes[0].set_xlim(-0.02 * total, 1.02 * total or 1.0)
+    for start, end, phase in ((0, switch, "offline"), (switch, total, "online")):
+        if end - start > 0.1 * total:  # else there is no room for the word
+            options = {"ha": "center", "va": "bottom", "color": "#666666", "fontsize": 9}
+            across = axes[0].get_xaxis_transform()
+            axes[0].text((start + end) / 2, 1.0, phase, transform=across, **options)
+    axes[0].set_title(
+        f"{config.name} on {config.env}, seed {config.seed}\n{label}",
+        fontsize=10,
+        pad=18,
+        wrap=True,
+    )
+
+
 def _draw_line(axis: Any, x: np.ndarray, y: np.ndarray, color: str, **options) -> None:
-    options["marker"] = (
-        "o" if np.isfinite(y).sum() <= 50 else None
-    )  # one point is seen too
+    # With markers a single point is seen, too.
+    options["marker"] = "o" if np.isfinite(y).sum() <= 50 else None
     axis.plot(x, y, color=color, linewidth=1.2, markersize=3, **options)
+
+
+def _draw_band(
+    axis: Any, x: np.ndarray, mean: np.ndarray, std: np.ndarray, color: str, **options
+) -> None:
+    """A line with one standard deviation on either side."""
+    axis.fill_between(x, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
+    _draw_line(axis, x, mean, color, **options)
 
 
 def _draw_scores(axis: Any, evaluations: dict[str, list[str]]) -> None:
@@ -98,8 +114,7 @@ def _draw_scores(axis: Any, evaluations: dict[str, list[str]]) -> None:
     x = np.unique(steps)
     mean = np.array([scores[steps == step].mean() for step in x])
     std = np.array([scores[steps == step].std() for step in x])
-    axis.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.18, linewidth=0)
-    _draw_line(axis, x, mean, BLUE)
+    _draw_band(axis, x, mean, std, BLUE)
     axis.set_ylabel("D4RL-normalized score\n(mean ± std of episodes)")
     if not np.isfinite(mean).any():
         axis.set_yticks([])
@@ -108,35 +123,26 @@ def _draw_scores(axis: Any, evaluations: dict[str, list[str]]) -> None:
         axis.text(0.5, 0.5, why, transform=axis.transAxes, **options)
 
 
-def _draw_distributions(
-    axis: Any,
-    x: np.ndarray,
-    off: np.ndarray,
-    off_std: np.ndarray,
-    on: np.ndarray,
-    on_std: np.ndarray,
-    tau: np.ndarray,
+def _draw_panel(
+    axis: Any, panel: Mapping[str, Any], values: dict[str, np.ndarray]
 ) -> None:
-    """Scores of both halves, mean ± std, and the separation point between them."""
-    for mean, std, color, name in (
-        (off, off_std, BLUE, "offline half, mean ± std"),
-        (on, on_std, ORANGE, "online half, mean ± std"),
-    ):
-        axis.fill_between(
-            x, mean - std, mean + std, color=color, alpha=0.18, linewidth=0
-        )
-        _draw_line(axis, x, mean, color, label=name)
-    _draw_line(axis, x, tau, GREEN, label="separation point", linestyle="--")
-    axis.set_ylabel("alignment score")
-    # Ratio scores have stds far above the distances between the lines: show the lines.
-    ends = [np.percentile(y, (1, 99)) for y in map(_finite, (off, on, tau)) if len(y)]
-    if ends:
-        low, high = np.min(ends), np.max(ends)
-        room = (high - low) or max(abs(high), 1.0)
-        bottom, top = axis.get_ylim()
-        if bottom < low - room or top > high + room:
-            axis.set_ylabel("alignment score\n(spread cut off)")
-        axis.set_ylim(max(bottom, low - room), min(top, high + room))
+    x = values["step"]
+    missing = np.full(len(x), np.nan)
+    means = []
+    for name, mean, std, color in panel.get("bands", ()):
+        means.append(values.get(mean, missing))
+        spread = values.get(std, missing)
+        _draw_band(axis, x, means[-1], spread, color, label=name)
+    for name, metric, color, style in panel["lines"]:
+        line = values.get(metric, missing)
+        _draw_line(axis, x, line, color, label=name, linestyle=style)
+        means.append(line)
+    axis.set_ylabel(panel["label"])
+    if "bottom" in panel:
+        axis.set_ylim(bottom=panel["bottom"])
+    if not panel.get("bands"):
+        return
+    _show_the_lines(axis, panel["label"], means)
     # Above the panel, where no data is.
     axis.legend(
         loc="lower left",
@@ -147,5 +153,15 @@ def _draw_distributions(
     )
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
+def _show_the_lines(axis: Any, label: str, lines: list[np.ndarray]) -> None:
+    """Cut bands off that would make the distances between the lines invisible."""
+    finite = [line[np.isfinite(line)] for line in lines]
+    ends = [np.percentile(line, (1, 99)) for line in finite if len(line)]
+    if not ends:
+        return
+    low, high = np.min(ends), np.max(ends)
+    room = (high - low) or max(abs(high), 1.0)
+    bottom, top = axis.get_ylim()
+    if bottom < low - room or top > high + room:
+        axis.set_ylabel(f"{label}\n(spread cut off)")
+    axis.set_ylim(max(bottom, low - room), min(top, high + room))

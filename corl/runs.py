@@ -19,8 +19,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,26 @@ from corl import checkpoints, curves, files, machine
 from corl.config import ConfigError, dump_config
 from corl.progress import progress_bar
 
-COMMON_COLUMNS = (
-    "step",
-    "phase",
-    "d4rl_normalized_score",
-    "exchanged",
-    "separation_point",
-    "score_off_mean",
-    "score_on_mean",
-)
+COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
+# Names of parts in checkpoints of before version 0.2.
+OLD_NAMES = {"online_buffer": "buffer"}
+# What a checkpoint carries along of the run itself.
+CARRIED = ("scores", "wall_seconds", "update_seconds", "updates", "switched")
 
 
 class Run:
-    """A run folder, its logs, its progress bar and the wish to stop.
+    """A run folder with its logs and checkpoint, a progress bar, and whether to stop.
 
     Args:
         config: needs the fields env, seed, name, runs_dir, resume, wandb_mode, project, group,
             offline_iterations, online_iterations.
         algorithm: name in checkpoints and the summary.
         columns: metrics beyond the common ones; others raise.
+
+    Attributes that an algorithm may fill:
+        panels: what curves.png shows below the score, see `curves.plot_curves`.
+        means: entry of the summary -> metric whose mean over all logged rows it is. The progress
+            bar shows these metrics.
 
     Use as a context manager: inside, the first SIGINT or SIGTERM sets `stop_requested`, a second
     one interrupts at once.
@@ -67,17 +68,18 @@ class Run:
         self.config, self.algorithm = config, algorithm
         self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
         self.total = config.offline_iterations + config.online_iterations
+        self.panels: list = []
+        self.means: dict[str, str] = {}
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
-        # Now: by the end of a long run the files may be others than those that run.
+        # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
-        # Counters that a checkpoint carries along
         self.scores: list = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
-        self.exchanges = [0.0, 0]  # sum, count of the logged exchange counts
+        self.switched = False  # has the switch to the online phase been made?
         self.bar: tqdm | None = None
         self.wandb: Any = None
         if config.resume:
@@ -129,8 +131,9 @@ class Run:
             )
         self.checkpoint = checkpoints.load_checkpoint(path, self.algorithm)
         self.step = self.checkpoint["step"]
-        for name, value in self.checkpoint["run"].items():
-            setattr(self, name, value)
+        for name in CARRIED:
+            if name in self.checkpoint["run"]:
+                setattr(self, name, self.checkpoint["run"][name])
         # Rows written after the checkpoint will be written again.
         for name in ("metrics.csv", "evaluations.csv"):
             with open(self.folder / name, newline="") as file:
@@ -182,25 +185,20 @@ class Run:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def progress(self) -> Iterable[int]:
-        """The iterations that are left, 0-based, behind a progress bar."""
-        self.bar = progress_bar(total=self.total, initial=self.step, unit="it")
-        for t in range(self.step, self.total):
-            online = t >= self.config.offline_iterations
-            self.bar.set_description_str("online" if online else "offline", False)
+    def steps(self, phase: str, last: int) -> Iterator[int]:
+        """The iterations up to `last` that are left, 0-based, behind a progress bar.
+
+        Ends early after the iteration in which somebody asked to stop.
+        """
+        if self.bar is None:
+            self.bar = progress_bar(total=self.total, initial=self.step, unit="it")
+        self.bar.set_description_str(phase, False)
+        for t in range(self.step, last):
+            if self.stop_requested:
+                return
             yield t
             self.step = t + 1
             self.bar.update()
-            if self.stop_requested:
-                return
-
-    @contextmanager
-    def measured_updates(self, count: int):
-        """Time spent in gradient updates, for the summary's rate."""
-        start = time.perf_counter()
-        yield
-        self.update_seconds += time.perf_counter() - start
-        self.updates += count
 
     # -- logs -----------------------------------------------------------------------------
 
@@ -218,13 +216,11 @@ class Run:
         row = {"step": step, "phase": phase, **values}
         with open(self.folder / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        if "exchanged" in values:
-            self.exchanges[0] += values["exchanged"]
-            self.exchanges[1] += 1
         if self.bar is not None:
             shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
-            if "exchanged" in values:
-                shown["exchanged"] = f"{values['exchanged']:.0f}"
+            for name in self.means.values():
+                if name in values:
+                    shown[name] = f"{values[name]:.0f}"
             self.bar.set_postfix(shown, refresh=False)
         if self.wandb is not None:
             try:
@@ -283,11 +279,9 @@ class Run:
             "rng": checkpoints.rng_state(),
             "dataset_sha256": self.dataset.get("sha256"),
             "run": {
+                **{name: getattr(self, name) for name in CARRIED},
                 "scores": [list(s) for s in self.scores],
                 "wall_seconds": self._clock(),
-                "update_seconds": self.update_seconds,
-                "updates": self.updates,
-                "exchanges": list(self.exchanges),
             },
             "parts": {
                 name: checkpoints.pack(part.state_dict()) for name, part in parts.items()
@@ -310,8 +304,12 @@ class Run:
                 f"the dataset {self.dataset.get('path')} is not the one this run began with "
                 "(its sha256 differs); put that file back or start a new run"
             )
+        saved = state["parts"]
         for name, part in parts.items():
-            part.load_state_dict(checkpoints.unpack(state["parts"][name]))
+            old_name = OLD_NAMES.get(name, name)
+            part.load_state_dict(
+                checkpoints.unpack(saved[name] if name in saved else saved[old_name])
+            )
         checkpoints.set_rng_state(state["rng"])
         self.checkpoint = None
 
@@ -329,11 +327,20 @@ class Run:
         are means over episodes, D4RL-normalized. Versions and commit are those at the start
         of this process.
         """
-        offline = [s for _, phase, s in self.scores if phase == "offline"]
-        online = [s for _, phase, s in self.scores if phase == "online"]
-        seen = online or offline
+        summary = self._summary()
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        curves.plot_curves(
+            self.folder, self.config, self.dataset.get("label", ""), self.panels
+        )
+        if self.bar is not None:
+            self.bar.close()
+        self.print(self._result(summary))
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        offline, online, seen = self._phases()
         data = self.dataset
-        summary = {
+        return {
             "algorithm": self.algorithm,
             "env": self.config.env,
             "seed": self.config.seed,
@@ -341,9 +348,7 @@ class Run:
             "score_final": float(np.mean(seen[-4:])) if seen else None,
             "score_last": seen[-1] if seen else None,
             "score_best": max(seen) if seen else None,
-            "exchanges_mean": self.exchanges[0] / self.exchanges[1]
-            if self.exchanges[1]
-            else None,
+            **self._means(),
             "updates": self.updates,
             "updates_per_second": self.updates / max(self.update_seconds, 1e-9),
             "wall_seconds": self._clock(),
@@ -357,22 +362,36 @@ class Run:
             **self.code,
             "machine": machine.describe(),
         }
-        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
-        curves.plot_curves(self.folder, self.config, data.get("label", ""))
+
+    def _phases(self) -> tuple[list[float], list[float], list[float]]:
+        """Scores of the offline and the online phase, and those that count as final."""
+        offline = [s for _, phase, s in self.scores if phase == "offline"]
+        online = [s for _, phase, s in self.scores if phase == "online"]
+        return offline, online, online or offline
+
+    def _means(self) -> dict[str, float | None]:
+        """Means of the metrics in `means`, over the rows of metrics.csv that have them."""
+        columns = curves.read_csv(self.folder / "metrics.csv")
+        found = {}
+        for entry, name in self.means.items():
+            values = [float(text) for text in columns.get(name, ()) if text]
+            found[entry] = sum(values) / len(values) if values else None
+        return found
+
+    def _result(self, summary: dict[str, Any]) -> str:
+        """What a finished run says."""
+        _, online, seen = self._phases()
 
         def show(score: float | None) -> str:
             return "none" if score is None else f"{score:.1f}"
 
-        if self.bar is not None:
-            self.bar.close()
         kind = "online" if online else "final"  # a run may be offline only
-        self.print(
+        return (
             f"\noffline score {show(summary['score_offline'])} -> {kind} score "
             f"{show(summary['score_final'])} (D4RL-normalized, mean of the last "
             f"{min(4, len(seen))} evaluations; last {show(summary['score_last'])}, best "
             f"{show(summary['score_best'])})\n"
-            f"dataset: {data.get('label', 'unknown')}\n"
+            f"dataset: {self.dataset.get('label', 'unknown')}\n"
             f"run folder: {machine.tidy_path(self.folder)}\n"
             f"curves: {machine.tidy_path(self.folder / 'curves.png')}"
         )
-        return summary

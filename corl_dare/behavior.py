@@ -1,7 +1,7 @@
 """Behavior models nu(a|s): what the data's policy would have done in a state.
 
-Three members behind one interface (`loss`, `sample`, `log_prob`), trained once by `fit`
-and kept in a cache by `fit_cached`:
+Three members behind one interface (`loss`, `sample`, `log_prob`), trained by `fit`
+(`cache.py` keeps what was trained):
 
 * `diffusion`: the score model of contrastive energy prediction (Lu et al. 2023, arXiv
   2304.12824) with its sampler, a singlestep DPM-Solver++ (Lu et al. 2022, arXiv
@@ -18,30 +18,23 @@ This file imports nothing of the project. Shapes: B states, n actions per state,
 dimension, A action dimension.
 """
 
-import hashlib
-import io
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from tqdm import tqdm
 
 BETA_0, BETA_1 = 0.1, 20.0  # linear noise rate of the variance-preserving process
 T_MIN = 1e-3  # smallest diffusion time, in training and at the end of sampling
-SAVE_SECONDS = 60.0  # of training that a killed process may lose
-FORMAT = 1  # of the cache; raise it when a file of old weights would mean something else
+# Seconds of training that a killed process may lose.
+SAVE_SECONDS = 60.0
 
 DataPrediction = Callable[[torch.Tensor, float], torch.Tensor]
 Guidance = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
@@ -95,8 +88,16 @@ class BehaviorModel(nn.Module):
         """
         raise NotImplementedError
 
-    def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def log_prob(
+        self,
+        states: torch.Tensor,
+        actions: torch.Tensor,
+        max_action: float = math.inf,
+    ) -> torch.Tensor:
         """Log-density (B,) in nats of actions (B, A) in states (B, S).
+
+        With `max_action` that of actions clipped to [-max_action, max_action]: at a bound it
+        is the log of the mass beyond it, see `clipped_normal_log_prob`.
 
         Raises:
             NotImplementedError: the model has no density (`has_log_prob` is False).
@@ -698,166 +699,3 @@ class _ShuffledBatches:
         rows = self.order[self.start : self.start + self.size]
         self.start += self.size
         return self.states[rows], self.actions[rows]
-
-
-# ---------------------------------------------------------------- train once
-
-
-def fit_cached(
-    kind: str,
-    states: torch.Tensor | np.ndarray,
-    actions: torch.Tensor | np.ndarray,
-    *,
-    updates: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    dataset_hash: str,
-    cache_dir: str | os.PathLike,
-    device: torch.device | str = "cpu",
-    options: dict | None = None,
-    progress: bool = True,
-    bar: Callable[..., Any] = tqdm,
-    should_stop: Callable[[], bool] | None = None,
-) -> tuple[BehaviorModel, Path, bool]:
-    """The trained, frozen model of these settings, from the cache or trained into it.
-
-    The file name holds a hash of the kind, options, training settings, seed, dimensions,
-    `dataset_hash` and format. Weights and noise come from `seed`. An interrupted training
-    leaves `*.DEVICE.unfinished`, written once a minute and before a stop: the next call
-    goes on from it, to the bits of an unbroken training. A damaged one is reported, and
-    the training starts afresh.
-
-    Returns:
-        The model on `device` (eval, no gradients), its file, and whether it was loaded.
-
-    Raises:
-        ValueError: see `make_behavior_model` and `fit`; an empty dataset hash.
-        RuntimeError: the cached file is damaged or belongs to other settings.
-        OSError: the cache cannot be written.
-        KeyboardInterrupt: see `fit`.
-    """
-    if not dataset_hash:
-        raise ValueError("dataset_hash is empty; the cache needs it to know the data")
-    if np.ndim(states) != 2 or np.ndim(actions) != 2:
-        raise ValueError(
-            f"states {np.shape(states)} and actions {np.shape(actions)} must be "
-            "(N, S) and (N, A)"
-        )
-    state_dim, action_dim = states.shape[1], actions.shape[1]
-    model = make_behavior_model(
-        kind, state_dim, action_dim, seed=seed, **(options or {})
-    )
-    settings = {
-        "format": FORMAT,
-        "kind": kind,
-        "options": model.options,
-        "state_dim": state_dim,
-        "action_dim": action_dim,
-        "rows": len(states),
-        "dataset_hash": dataset_hash,
-        "updates": updates,
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
-    }
-    text = json.dumps(settings, sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = Path(cache_dir) / f"behavior-{kind}-{key}.safetensors"
-    loaded = path.exists()
-    if loaded:
-        _load(model, path, text)
-    else:
-        # The states of generators differ between kinds of device.
-        unfinished = path.with_suffix(f".{torch.device(device).type}.unfinished")
-        fit(
-            model,
-            states,
-            actions,
-            updates=updates,
-            batch_size=batch_size,
-            lr=lr,
-            generator=torch.Generator(device).manual_seed(seed),
-            device=device,
-            progress=progress,
-            bar=bar,
-            should_stop=should_stop,
-            save=lambda state: _save_unfinished(state, unfinished, text),
-            resume=_load_unfinished(unfinished, text),
-        )
-        _save(model, path, text)
-        unfinished.unlink(missing_ok=True)
-    return model.to(device).eval().requires_grad_(False), path, loaded
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _save(model: BehaviorModel, path: Path, settings: str) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    _write(path, save(tensors, {"settings": settings, "sha256": _checksum(tensors)}))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Atomically: a crash at any moment leaves the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _load(model: BehaviorModel, path: Path, settings: str) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise RuntimeError(
-            f"{path} is damaged ({error}); delete it to train the model again"
-        ) from error
-    if metadata.get("settings") != settings:
-        raise RuntimeError(
-            f"{path} belongs to other settings ({metadata.get('settings')}, wanted "
-            f"{settings}); delete it to train the model again"
-        )
-    if metadata.get("sha256") != _checksum(tensors):
-        raise RuntimeError(
-            f"{path} is damaged (checksum differs); delete it to train the model again"
-        )
-    model.load_state_dict(tensors)
-
-
-def _save_unfinished(state: dict[str, Any], path: Path, settings: str) -> None:
-    buffer = io.BytesIO()
-    torch.save({"settings": settings, **state}, buffer)
-    data = buffer.getvalue()
-    # torch.load does not notice flipped bits in tensors, so the checksum comes first.
-    _write(path, hashlib.sha256(data).digest() + data)
-
-
-def _load_unfinished(path: Path, settings: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    content = path.read_bytes()
-    size = hashlib.sha256().digest_size
-    digest, data = content[:size], content[size:]
-    why = "is damaged"
-    if hashlib.sha256(data).digest() == digest:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if state["settings"] == settings:
-            return state
-        why = "belongs to other settings"
-    print(f"{path} {why}; the behavior model is trained from the start")
-    return None

@@ -143,13 +143,3 @@ def energy_gradient(
         x = x.detach().requires_grad_(True)
         # The rows do not mix, so the gradient of the sum is the gradient of each.
         return torch.autograd.grad(energy(x, t, states).sum(), x)[0]
-
-
-def guided_score(score: Field, energy_grad: Field, scale: float) -> Field:
-    """score + scale * gradient, all three callables of (x, t); DARE eq. 6 with a scale.
-
-    A scale of 0 returns `score` itself, so that the energy is never evaluated.
-    """
-    if scale == 0.0:
-        return score
-    return lambda x, t: score(x, t) + scale * energy_grad(x, t)

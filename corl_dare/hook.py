@@ -1,6 +1,8 @@
 """`DareHook`: what an algorithm file inserts where it samples its online batches.
 
-    batch, weight, log = hook.sample(batch_size)
+    drawn = hook.sample(batch_size)
+    losses = trainer.train(drawn.batch, drawn.release)
+    hook.update_energy(drawn)
 
 The hook draws the offline and the online half with the buffers' own `sample`, scores every row
 by how far its action is from the behavior model, exchanges misplaced rows (`exchange.py`) and
@@ -14,176 +16,89 @@ the energy take raw states; Q is the running algorithm's twin target minimum, mu
 `q_scale` so that returns span 1000 as in the code that the guidance scales come from.
 
 Everything random here comes from generators of the hook, except the rows of a batch, which the
-buffers draw as they always do. So a run with the hook off equals the baseline bit for bit, and
-one with the hook on sees the baseline's rows.
+buffers draw as they always do. So a run without a hook equals the baseline bit for bit, and one
+with a hook sees the baseline's rows.
 """
 
-import hashlib
-import os
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from corl import compiled
-from corl.progress import progress_bar
 from corl_dare.behavior import (
     BehaviorModel,
     clipped_normal_log_prob,
     fit,
-    fit_cached,
     make_behavior_model,
     noise_schedule,
 )
-from corl_dare.exchange import ALIGNMENTS, alignment_score, exchange, reorder
+from corl_dare.cache import cached_file, fit_cached
+from corl_dare.config import DareConfig
+from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
+from corl_dare.rows import SlotCache, draw, draw_rows, storage
 
-SCORES = ("reference", "likelihood", "policy_ratio")
-RULES = ("threshold", "posterior", "direct", "share", "random")
-BEHAVIORS = ("diffusion", "gaussian", "mixture")
-LOGS = (  # every metric that `sample` and `follow` can return
-    "exchanged",
-    "separation_point",
-    "score_off_mean",
-    "score_off_std",
-    "score_on_mean",
-    "score_on_std",
-    "candidates_off",
-    "candidates_on",
-    "amplitude_before",
-    "amplitude_after",
-    "inverted",
-    "references_clipped",
-    "energy_loss",
-)
+Log = dict[str, torch.Tensor]
+# The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
+# where a buffer does not tell them.
+Rows = list[Any]
 
 
-@dataclass
-class DareConfig:
-    """DARE's fields, one nested block `dare:` of every algorithm's config."""
+class Release(NamedTuple):
+    """Which rows of a batch keep their conservative loss.
 
-    enabled: bool = True  # false: the baseline, bit for bit
-    # Score: how far is an action from the behavior?
-    score: str = "reference"  # reference (paper), likelihood, policy_ratio
-    alignment: str = (
-        "gaussian_kl"  # distance to the reference; see exchange.alignment_score
-    )
-    alignment_sigma: float = (
-        1.0  # std of that Gaussian; decides nothing for one reference
-    )
-    references: int = 1  # reference actions per row; the paper takes 1
-    reference_max_age: int = 0  # updates a cached reference may serve; 0: always fresh
-    # Exchange
-    rule: str = "threshold"  # threshold (paper), posterior, direct, share, random
-    cap: Optional[int] = None  # n, most pairs exchanged per batch; none: no cap
-    weights: str = "hard"  # hard: 1 and 0; soft: posterior P(offline-like | d)
-    skip_inverted: bool = (
-        False  # exchange nothing when online rows score below offline ones
-    )
-    # Behavior model (paper: diffusion, 600k updates of 4096 rows)
-    behavior: str = "diffusion"  # diffusion, gaussian, mixture
-    behavior_updates: int = 600000  # gradient steps on the dataset, before anything else
-    behavior_batch_size: int = 4096  # rows per step
-    behavior_lr: float = 1e-4  # Adam learning rate
-    behavior_width: float = 1.0  # width of the diffusion network, 1: the paper's
-    sampler_steps: int = 15  # network evaluations per reference action
-    # Guidance (energy network)
-    guidance_scale: float = 8.0  # s, paper Table 7 per dataset; 0: no guidance
-    energy_beta: float = (
-        3.0  # inverse temperature of the energy's labels softmax(beta Q)
-    )
-    energy_lr: float = 3e-4  # Adam learning rate
-    energy_updates: int = 100000  # energy steps between the offline and the online phase
-    energy_update_freq: int = 1  # online updates per energy step
-    energy_batch_states: int = 256  # states per energy step
-    support_actions: int = 16  # behavior actions per state the energy is trained on
-    q_scale: str = (
-        "returns"  # returns: Q as if returns spanned 1000; literal: Q as it is
-    )
+    weight: (B,), 1 keeps, 0 releases, anything between is a soft release.
+    kept: number of leading rows of weight 1 where all others have weight 0, so that a loss of
+        weight 0 need not be computed; None with soft weights.
+    """
 
-    def __post_init__(self):
-        choices = {
-            "score": SCORES,
-            "rule": RULES,
-            "weights": ("hard", "soft"),
-            "alignment": ALIGNMENTS,
-            "behavior": BEHAVIORS,
-            "q_scale": ("returns", "literal"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"dare.{field} must be one of {', '.join(allowed)}, "
-                    f"not {getattr(self, field)!r}"
-                )
-        if self.cap is not None and self.cap < 0:
-            raise ValueError(
-                f"dare.cap must be 0 or more, or null for no cap, not {self.cap}"
-            )
-        at_least_one = (
-            "references",
-            "behavior_updates",
-            "behavior_batch_size",
-            "sampler_steps",
-            "energy_update_freq",
-            "energy_batch_states",
-            "support_actions",
-        )
-        for field in at_least_one:
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"dare.{field} must be at least 1, not {getattr(self, field)}"
-                )
-        for field in ("reference_max_age", "energy_updates", "guidance_scale"):
-            if getattr(self, field) < 0:
-                raise ValueError(
-                    f"dare.{field} must not be negative, not {getattr(self, field)}"
-                )
-        positive = "alignment_sigma behavior_lr behavior_width energy_beta energy_lr"
-        for field in positive.split():
-            if not getattr(self, field) > 0:
-                raise ValueError(
-                    f"dare.{field} must be positive, not {getattr(self, field)}"
-                )
-        if self.weights == "soft" and (self.rule != "threshold" or self.cap is not None):
-            raise ValueError(
-                "dare.weights soft weighs each row by its own score, so dare.rule and dare.cap "
-                "would do nothing; set them to threshold and null, or dare.weights to hard"
-            )
-        if self.rule == "share" and self.score != "policy_ratio":
-            raise ValueError(
-                f"dare.rule share needs log-density ratios, not dare.score {self.score}; "
-                "set dare.score to policy_ratio"
-            )
-        if self.score != "reference" and self.behavior == "diffusion":
-            raise ValueError(
-                f"dare.score {self.score} needs the behavior's density, which the diffusion "
-                "model does not have; set dare.behavior to mixture or gaussian"
-            )
-        if self.guided and self.behavior != "diffusion":
-            raise ValueError(
-                f"dare.behavior {self.behavior} cannot be guided; set dare.guidance_scale "
-                "to 0, or dare.behavior to diffusion"
-            )
+    weight: torch.Tensor
+    kept: int | None = None
 
-    @property
-    def guided(self) -> bool:
-        """Does anything need the energy network?"""
-        return self.score == "reference" and self.guidance_scale > 0
+    def keep(self, conservative: torch.Tensor) -> torch.Tensor:
+        """weight * conservative, (B,), of conservative losses per row.
 
-    @property
-    def scales_q(self) -> bool:
-        """Does anything need to know the span of the dataset's returns?"""
-        return self.guided and self.q_scale == "returns"
+        Args:
+            conservative: (kept,), of the rows that are kept; (B,) with soft weights.
+        """
+        if self.kept is None:
+            return self.weight * conservative
+        # Padded, so that sums over a batch keep their order.
+        return F.pad(conservative, (0, len(self.weight) - self.kept))
 
-    @property
-    def behavior_options(self) -> dict[str, float]:
-        """Options of `behavior.make_behavior_model` beyond the kind."""
-        return {"width": self.behavior_width} if self.behavior == "diffusion" else {}
+    def mix(self, conservative: torch.Tensor, released: torch.Tensor) -> torch.Tensor:
+        """weight * conservative + (1 - weight) * released, (B,), of losses per row.
+
+        Args:
+            conservative: (B,).
+            released: (B - kept,), of the rows that are not kept; (B,) with soft weights.
+        """
+        if self.kept is None:
+            return self.weight * conservative + (1.0 - self.weight) * released
+        return self.keep(conservative[: self.kept]) + F.pad(released, (self.kept, 0))
+
+
+class Drawn(NamedTuple):
+    """What `DareHook.sample` returns.
+
+    batch: the buffers' tensors, each (B, ...), offline-like rows first.
+    release: conservative weights of these rows.
+    log: 0-d tensors on the device; names are in `config.LOGS`.
+    states: (B, S), the states as drawn, before the exchange; for `update_energy`.
+    rows: the row numbers as drawn; for `update_energy`.
+    """
+
+    batch: list[torch.Tensor]
+    release: Release
+    log: Log
+    states: torch.Tensor
+    rows: Rows
 
 
 def energy_q_scale(
@@ -216,7 +131,8 @@ def clipped_log_prob(
 ) -> Callable[..., torch.Tensor]:
     """`policy_log_prob` of a Gaussian policy whose samples are clipped before they are executed.
 
-    For `DareHook(..., clipped_policy=True)`. `policy` maps states (B, S) to Normals (B, A).
+    For `DareHook(..., clipped_policy=True)`. `policy` maps states (B, S) to Normals (B, A); the
+    result maps states (B, S) and actions (B, A) to log-densities (B,) in nats.
     """
 
     def log_prob(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -227,14 +143,13 @@ def clipped_log_prob(
     return log_prob
 
 
-def new_behavior(
-    config: DareConfig, state_dim: int, action_dim: int, seed: int, device: str
-) -> BehaviorModel:
-    """The untrained behavior model of a config."""
-    model = make_behavior_model(
-        config.behavior, state_dim, action_dim, seed=seed, **config.behavior_options
-    )
-    return model.to(device)
+class BehaviorData(NamedTuple):
+    """The data of a behavior model that is not fitted yet, and where the result is kept."""
+
+    states: torch.Tensor  # (N, S), raw
+    actions: torch.Tensor  # (N, A)
+    dataset_hash: str
+    cache_dir: Path | str
 
 
 def fit_behavior(
@@ -246,11 +161,13 @@ def fit_behavior(
     cache_dir: Path | str,
     seed: int,
     device: str,
+    bar: Callable[..., Any] = tqdm,
     should_stop: Callable[[], bool] | None = None,
 ) -> BehaviorModel:
     """The behavior model of a config, frozen: from the cache, or trained and put there.
 
-    states (N, S) are raw, actions (N, A). Prints which of the two it was.
+    states (N, S) are raw, actions (N, A). Prints which of the two it was. Raises as
+    `cache.fit_cached` does.
     """
     start = time.perf_counter()
     model, path, loaded = fit_cached(
@@ -265,133 +182,12 @@ def fit_behavior(
         cache_dir=cache_dir,
         device=device,
         options=config.behavior_options,
-        bar=progress_bar,
+        bar=bar,
         should_stop=should_stop,
     )
     how = "loaded" if loaded else f"trained in {time.perf_counter() - start:.0f} s"
     print(f"behavior model {config.behavior}: {how}, {path.name}")
     return model
-
-
-def seconds_to_prepare(hook: "DareHook") -> dict[str, float]:
-    """Estimated seconds of behavior training (if not cached) and of `pretrain`, per phase.
-
-    Measured on an untrained hook, which it leaves in another state: throw it away.
-    """
-
-    def measure(work: Callable[[], Any]) -> float:
-        if hook.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if hook.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    config, generator = hook.config, torch.Generator(hook.device).manual_seed(0)
-    rows = np.arange(min(hook.offline._size, config.behavior_batch_size))
-    states, actions = draw_rows(hook.offline, rows)[:2]
-
-    def steps(count: int) -> float:
-        return measure(
-            lambda: fit(
-                hook.behavior,
-                hook.raw(states),
-                actions,
-                updates=count,
-                batch_size=config.behavior_batch_size,
-                lr=config.behavior_lr,
-                generator=generator,
-                device=hook.device,
-                progress=False,
-            )
-        )
-
-    steps(1)  # warms up
-    seconds = {"behavior model unless cached": steps(2) / 2 * config.behavior_updates}
-    if hook.energy is not None and config.energy_updates:
-        rows = rows[: config.energy_batch_states]
-
-        def work() -> dict:
-            return hook.energy_step(states[: len(rows)], [rows, rows[:0]])
-
-        cold, warm = (
-            measure(work),
-            measure(work),
-        )  # the first one samples support actions
-        visits = config.energy_updates * len(rows)
-        new = min(visits, hook.offline._size) / len(rows)
-        seconds["energy"] = config.energy_updates * warm + new * max(cold - warm, 0.0)
-    return seconds
-
-
-class SlotCache:
-    """A value per buffer slot, made on demand.
-
-    A value serves `max_age` calls (none: for ever) and dies when the buffer overwrites its
-    slot. Whether a slot is valid is known on the host, where the row indices are drawn, so
-    asking costs no device synchronisation.
-    """
-
-    def __init__(self, buffer: Any, max_age: int | None):
-        self.buffer, self.max_age = buffer, max_age
-        self.values: torch.Tensor | None = (
-            None  # (capacity, ...), made with the first value
-        )
-        self.made = np.full(
-            buffer._buffer_size, -1, dtype=np.int64
-        )  # call number, -1: none
-        self.pointer = buffer._pointer
-
-    def forget_overwritten(self) -> None:
-        """Invalidate the slots that the ring has written since the last call."""
-        steps = (self.buffer._pointer - self.pointer) % len(self.made)
-        self.made[(self.pointer + np.arange(steps)) % len(self.made)] = -1
-        self.pointer = self.buffer._pointer
-
-    def get(
-        self, rows: np.ndarray, now: int, make: Callable[[np.ndarray], torch.Tensor]
-    ) -> torch.Tensor:
-        """Values (B, ...) of the slots `rows` (B,); `make` gets positions in 0..B-1."""
-        self.forget_overwritten()
-        made = self.made[rows]
-        stale = made < 0
-        if self.max_age is not None:
-            stale |= now - made >= self.max_age
-        missing = np.flatnonzero(stale)
-        if len(missing):
-            fresh = make(missing)
-            if self.values is None:
-                shape = (len(self.made), *fresh.shape[1:])
-                self.values = torch.zeros(shape, dtype=fresh.dtype, device=fresh.device)
-            slots = torch.from_numpy(rows[missing]).to(fresh.device)
-            self.values[slots] = fresh
-            self.made[rows[missing]] = now
-        return self.values[torch.from_numpy(rows).to(self.values.device)]
-
-    def state_dict(self) -> dict[str, Any]:
-        slots = torch.from_numpy(np.flatnonzero(self.made >= 0))
-        values = None
-        if self.values is not None:
-            values = self.values[slots.to(self.values.device)].cpu()
-        return {
-            "slots": slots,
-            "made": torch.from_numpy(self.made)[slots],
-            "values": values,
-            "pointer": self.pointer,
-        }
-
-    def load_state_dict(self, state: dict[str, Any], device: str) -> None:
-        slots = state["slots"].numpy()
-        self.made[:] = -1
-        self.made[slots] = state["made"].numpy()
-        self.pointer = state["pointer"]
-        self.values = None
-        if state["values"] is not None:
-            kept = state["values"].to(device)
-            shape = (len(self.made), *kept.shape[1:])
-            self.values = torch.zeros(shape, dtype=kept.dtype, device=device)
-            self.values[state["slots"].to(device)] = kept
 
 
 class DareHook:
@@ -402,19 +198,22 @@ class DareHook:
             `draw(n)` and `gather(rows)`, or with CORL's private storage, tells them; any other
             one works with `reference_max_age` 0 and without guidance.
         config: DARE's fields.
-        behavior: fitted behavior model on raw states.
+        behavior: behavior model on raw states, frozen.
         policy_log_prob: (states (B, S) as in the buffers, actions (B, A)) -> (B,), the current
             policy's log-density in nats; for `score: policy_ratio`.
         q_function: (states (B, S) as in the buffers, actions (B, A)) -> (B,), the Q that the
             energy follows (twin target minimum); for guidance.
         q_scale: factor on that Q, see `energy_q_scale`; ignored for `q_scale: literal`.
         mixing_ratio: offline share of a batch.
-        state_mean, state_std: the buffers' state normalization, arrays (S,) or numbers.
+        unnormalize: states (B, S) as in the buffers -> raw states (B, S). Default: the buffers'
+            states are raw.
         max_action: actions lie in [-max_action, max_action].
         clipped_policy: the policy's actions are clipped to these bounds, and at a bound
             `policy_log_prob` is the log of the mass beyond it. Then the behavior's is, too.
         seed: of the hook's own generators.
-        compile: run the exchange and the density scores as compiled graphs.
+        compile: turns the exchange and the density scores into compiled graphs; default: eager.
+        bar: makes progress bars, called as `tqdm` is.
+        data: what `begin` fits the behavior model on; None: it is fitted.
 
     Raises:
         ValueError: a part that the configured score needs is missing.
@@ -425,25 +224,24 @@ class DareHook:
         offline: Any,
         online: Any,
         config: DareConfig,
-        behavior: BehaviorModel | None = None,
+        behavior: BehaviorModel,
         *,
         policy_log_prob: Callable[..., torch.Tensor] | None = None,
         q_function: Callable[..., torch.Tensor] | None = None,
         q_scale: float = 1.0,
         mixing_ratio: float = 0.5,
-        state_mean: np.ndarray | float = 0.0,
-        state_std: np.ndarray | float = 1.0,
+        unnormalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
         max_action: float = 1.0,
         clipped_policy: bool = False,
         device: str = "cpu",
         seed: int = 0,
-        compile: bool = False,
+        compile: Callable[..., Callable[..., Any]] | None = None,
+        bar: Callable[..., Any] = tqdm,
+        data: BehaviorData | None = None,
     ):
-        if config.enabled and behavior is None:
-            raise ValueError("DARE needs a behavior model; see behavior.fit_cached")
-        if config.enabled and config.score == "policy_ratio" and policy_log_prob is None:
+        if config.score == "policy_ratio" and policy_log_prob is None:
             raise ValueError("dare.score policy_ratio needs policy_log_prob")
-        if config.enabled and config.guided and q_function is None:
+        if config.guided and q_function is None:
             raise ValueError(
                 "guidance needs q_function; or set dare.guidance_scale to 0"
             )
@@ -452,28 +250,24 @@ class DareHook:
         self.q_function = q_function
         self.q_scale = q_scale if config.q_scale == "returns" else 1.0
         self.mixing_ratio, self.max_action = mixing_ratio, max_action
+        self.unnormalize = unnormalize or (lambda states: states)
         self.clipped_policy = clipped_policy
-        self.device = device
-        self.state_mean = torch.as_tensor(state_mean, dtype=torch.float32, device=device)
-        self.state_std = torch.as_tensor(state_std, dtype=torch.float32, device=device)
+        self.device, self.seed, self.bar, self.data = device, seed, bar, data
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.row_generator = torch.Generator().manual_seed(seed)  # rows of energy steps
-        self.calls = 0  # of sample
+        # Draws the rows of energy steps, on the host.
+        self.row_generator = torch.Generator().manual_seed(seed)
+        self.samples = 0  # batches drawn so far: the clock of the caches
         self.energy_steps = 0
-        self.last: tuple[torch.Tensor, list] | None = (
-            None  # states and rows of the batch
-        )
         self._exchange, self._density_scores = exchange, self.density_scores
-        if compile:
-            self._density_scores = compiled.function(self.density_scores)
+        if compile is not None:
+            self._density_scores = compile(self.density_scores)
             if config.rule != "random":  # a graph takes no generator
-                self._exchange = compiled.function(exchange)
+                self._exchange = compile(exchange)
         self.energy, self.energy_optimizer = None, None
-        caching = config.reference_max_age > 0 and config.score == "reference"
         self.reference_caches = self.support_caches = None
-        if config.enabled and caching:
+        if config.reference_max_age > 0 and config.score == "reference":
             self.reference_caches = self._make_caches(config.reference_max_age)
-        if config.enabled and config.guided:
+        if config.guided:
             self.support_caches = self._make_caches(None)
             state_dim, action_dim = behavior.state_dim, behavior.action_dim
             self.energy = EnergyNetwork(state_dim, action_dim, seed=seed).to(device)
@@ -492,28 +286,17 @@ class DareHook:
 
     # -- sampling -------------------------------------------------------------------------
 
-    def sample(
-        self, batch_size: int
-    ) -> tuple[list[torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
-        """A batch with its offline-like rows first.
-
-        Returns:
-            batch: the buffers' tensors, each (batch_size, ...).
-            weight: conservative weight per row (batch_size,), 1 keeps, 0 releases.
-            log: 0-d tensors, on the device: `exchanged`, `separation_point`, score moments, ...
-        """
-        self.calls += 1
+    def sample(self, batch_size: int) -> Drawn:
+        """A batch with its offline-like rows first; see `Drawn`."""
+        self.samples += 1
         n_offline = int(batch_size * self.mixing_ratio)
         offline_rows, offline = draw(self.offline, n_offline)
         online_rows, online = draw(self.online, batch_size - n_offline)
         batch = [torch.cat(rows) for rows in zip(offline, online, strict=True)]
-        if not self.config.enabled:
-            return batch, torch.ones(batch_size, device=self.device), {}
         with torch.no_grad():
             rows = [offline_rows, online_rows]
             states, actions = batch[0], batch[1]
             scores, log = self.score(states, actions, rows)
-            self.last = states, rows
             result = self._exchange(
                 scores[:n_offline],
                 scores[n_offline:],
@@ -524,19 +307,13 @@ class DareHook:
                 generator=self.generator if self.config.rule == "random" else None,
             )
             batch = reorder(batch, result.order)
-        return batch, result.weight, {**result.stats, **log}
-
-    def first_released(self, batch_size: int) -> int | None:
-        """Row of a batch of `sample` from which on hard weights are 0; before it they are 1.
-
-        None with soft weights and when DARE is off. A loss of weight 0 need not be computed.
-        """
-        hard = self.config.enabled and self.config.weights == "hard"
-        return int(batch_size * self.mixing_ratio) if hard else None
+        kept = n_offline if self.config.weights == "hard" else None
+        release = Release(result.weight, kept)
+        return Drawn(batch, release, {**result.stats, **log}, states, rows)
 
     def score(
-        self, states: torch.Tensor, actions: torch.Tensor, rows: list
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, states: torch.Tensor, actions: torch.Tensor, rows: Rows
+    ) -> tuple[torch.Tensor, Log]:
         """Alignment scores (B,): higher = further from the behavior. Nats."""
         if self.config.score == "reference":
             references = self.references(states, rows)  # (B, K, A)
@@ -552,17 +329,14 @@ class DareHook:
         self, states: torch.Tensor, actions: torch.Tensor
     ) -> torch.Tensor:
         """Scores (B,) of the densities, nats: -log nu(a|s), or log pi(a|s) - log nu(a|s)."""
+        raw = self.unnormalize(states)
         if self.config.score == "likelihood":
-            return -self.behavior.log_prob(self.raw(states), actions)
-        bounds = [self.max_action] if self.clipped_policy else []
-        behavior = self.behavior.log_prob(self.raw(states), actions, *bounds)
+            return -self.behavior.log_prob(raw, actions)
+        bound = self.max_action if self.clipped_policy else math.inf
+        behavior = self.behavior.log_prob(raw, actions, bound)
         return self.policy_log_prob(states, actions) - behavior
 
-    def raw(self, states: torch.Tensor) -> torch.Tensor:
-        """Undo the buffers' normalization: the behavior model and the energy take raw states."""
-        return states * self.state_std + self.state_mean
-
-    def references(self, states: torch.Tensor, rows: list) -> torch.Tensor:
+    def references(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Reference actions (B, K, A), fresh or from the cache, not clipped."""
 
         def make(states: torch.Tensor) -> torch.Tensor:
@@ -570,9 +344,9 @@ class DareHook:
 
         if self.reference_caches is None:
             return make(states)
-        return self._cached(self.reference_caches, self.calls, states, rows, make)
+        return self._cached(self.reference_caches, states, rows, make)
 
-    def support(self, states: torch.Tensor, rows: list) -> torch.Tensor:
+    def support(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Support actions (B, K, A): unguided behavior samples, drawn once per transition."""
 
         def make(states: torch.Tensor) -> torch.Tensor:
@@ -580,9 +354,9 @@ class DareHook:
                 states, self.config.support_actions, guided=False
             )
 
-        return self._cached(self.support_caches, self.calls, states, rows, make)
+        return self._cached(self.support_caches, states, rows, make)
 
-    def _cached(self, caches, now, states, rows, make) -> torch.Tensor:
+    def _cached(self, caches, states, rows, make) -> torch.Tensor:
         parts, first = [], 0
         for cache, slots in zip(caches, rows, strict=True):
             part = states[first : first + len(slots)]
@@ -592,7 +366,7 @@ class DareHook:
                 return make(part[torch.from_numpy(missing).to(part.device)])
 
             if len(slots):
-                parts.append(cache.get(slots, now, make_missing))
+                parts.append(cache.get(slots, self.samples, make_missing))
         return torch.cat(parts)
 
     def sample_behavior(
@@ -608,20 +382,20 @@ class DareHook:
                     self.energy, x, t, s
                 )
         with torch.no_grad():
-            return self.behavior.sample(self.raw(states), n, self.generator, **options)
+            raw = self.unnormalize(states)
+            return self.behavior.sample(raw, n, self.generator, **options)
 
     # -- the energy follows Q -------------------------------------------------------------
 
-    def follow(self) -> dict[str, torch.Tensor]:
-        """Call once per update: every `energy_update_freq` calls, one energy step toward Q.
+    def update_energy(self, drawn: Drawn) -> Log:
+        """Call it once per update: every `energy_update_freq` calls, one energy step toward Q.
 
-        The states are those of the last batch (Algorithm 1, line 10).
+        The states are those of the batch as drawn (Algorithm 1, line 10).
         """
-        if self.energy is None or self.calls % self.config.energy_update_freq:
+        if self.energy is None or self.samples % self.config.energy_update_freq:
             return {}
-        states, rows = self.last
-        total = len(states)
-        picked = torch.randperm(total, generator=self.row_generator).numpy()
+        states, rows = drawn.states, drawn.rows
+        picked = torch.randperm(len(states), generator=self.row_generator).numpy()
         picked = np.sort(picked[: self.config.energy_batch_states])
         n_offline = len(rows[0])
         from_offline = picked[picked < n_offline]
@@ -629,7 +403,7 @@ class DareHook:
         rows = [rows[0][from_offline], rows[1][from_online]]
         return self.energy_step(states[torch.from_numpy(picked).to(self.device)], rows)
 
-    def energy_step(self, states: torch.Tensor, rows: list) -> dict[str, torch.Tensor]:
+    def energy_step(self, states: torch.Tensor, rows: Rows) -> Log:
         """One contrastive step (CEP, arXiv 2304.12824) on states (B, S) as in the buffers."""
         support = self.support(states, rows)  # (B, K, A)
         b, k, a = support.shape
@@ -642,7 +416,7 @@ class DareHook:
             self.energy,
             support,
             self.q_scale * q,
-            self.raw(states),
+            self.unnormalize(states),
             self.config.energy_beta,
             self.generator,
             noise_schedule,
@@ -668,7 +442,7 @@ class DareHook:
         if self.energy is None or self.energy_steps >= self.config.energy_updates:
             return
         first, last = self.energy_steps, self.config.energy_updates
-        with progress_bar(
+        with self.bar(
             desc="energy", initial=first, total=last, disable=not progress
         ) as bar:
             for step in range(first + 1, last + 1):
@@ -686,9 +460,82 @@ class DareHook:
                 if should_stop():
                     return
 
-    def as_buffer(self, trainer: Any) -> "ExchangedBuffer":
-        """CORL's buffer interface around this hook, for `patches/`."""
-        return ExchangedBuffer(self, trainer)
+    # -- start ----------------------------------------------------------------------------
+
+    def begin(self, should_stop: Callable[[], bool] | None = None) -> None:
+        """Fit the behavior model or load it from the cache, unless that is done.
+
+        Raises as `cache.fit_cached` does; a stopped fit goes on at the next call.
+        """
+        if self.data is None:
+            return
+        fitted = fit_behavior(
+            self.config,
+            self.data.states,
+            self.data.actions,
+            dataset_hash=self.data.dataset_hash,
+            cache_dir=self.data.cache_dir,
+            seed=self.seed,
+            device=self.device,
+            bar=self.bar,
+            should_stop=should_stop,
+        )
+        # In place: compiled graphs hold these tensors.
+        self.behavior.load_state_dict(fitted.state_dict())
+        self.data = None
+
+    def estimate(
+        self, seconds_of: Callable[[Callable[[], Any]], float]
+    ) -> dict[str, float]:
+        """Estimated seconds of fitting the behavior model, if it has to be, and of `pretrain`.
+
+        `seconds_of` runs some work and times it. The hook is left in another state: the caller
+        puts it back.
+        """
+        config, seconds = self.config, {}
+        if self.data is not None and not self._behavior_file().exists():
+            batch = [x[: config.behavior_batch_size] for x in self.data[:2]]
+            self._fit_steps(batch, 1)  # warms up
+            two = seconds_of(lambda: self._fit_steps(batch, 2))
+            seconds["behavior model"] = two / 2 * config.behavior_updates
+        left = config.energy_updates - self.energy_steps
+        if self.energy is not None and left > 0:
+            rows = np.arange(min(self.offline._size, config.energy_batch_states))
+            states = draw_rows(self.offline, rows)[0]
+
+            def work() -> Log:
+                return self.energy_step(states, [rows, rows[:0]])
+
+            # The first step also samples the support actions.
+            cold, warm = seconds_of(work), seconds_of(work)
+            new = min(left * len(rows), self.offline._size) / len(rows)
+            seconds["energy"] = left * warm + new * max(cold - warm, 0.0)
+        return seconds
+
+    def _behavior_file(self) -> Path:
+        return cached_file(
+            self.behavior,
+            len(self.data.states),
+            updates=self.config.behavior_updates,
+            batch_size=self.config.behavior_batch_size,
+            lr=self.config.behavior_lr,
+            seed=self.seed,
+            dataset_hash=self.data.dataset_hash,
+            cache_dir=self.data.cache_dir,
+        )[0]
+
+    def _fit_steps(self, batch: list[torch.Tensor], count: int) -> None:
+        fit(
+            self.behavior.requires_grad_(True),
+            *batch,
+            updates=count,
+            batch_size=self.config.behavior_batch_size,
+            lr=self.config.behavior_lr,
+            generator=torch.Generator(self.device).manual_seed(0),
+            device=self.device,
+            progress=False,
+        )
+        self.behavior.requires_grad_(False)
 
     # -- checkpoint -----------------------------------------------------------------------
 
@@ -705,7 +552,7 @@ class DareHook:
         state = {
             "generator": self.generator.get_state(),
             "row_generator": self.row_generator.get_state(),
-            "calls": self.calls,
+            "calls": self.samples,
             "energy_steps": self.energy_steps,
             "caches": caches,
         }
@@ -718,7 +565,7 @@ class DareHook:
         """Restore a `state_dict` of a hook with the same config and buffers."""
         self.generator.set_state(state["generator"].cpu())
         self.row_generator.set_state(state["row_generator"].cpu())
-        self.calls, self.energy_steps = state["calls"], state["energy_steps"]
+        self.samples, self.energy_steps = state["calls"], state["energy_steps"]
         named = {"reference": self.reference_caches, "support": self.support_caches}
         for name, saved in state["caches"].items():
             for cache, part in zip(named[name], saved, strict=True):
@@ -728,110 +575,58 @@ class DareHook:
             self.energy_optimizer.load_state_dict(state["energy_optimizer"])
 
 
-class ExchangedBuffer:
-    """A hook in the place of CORL's online replay buffer.
-
-    `sample(n)` returns the batch alone and leaves the weights at `trainer.dare_weight`, and
-    `first_released` at `trainer.dare_first`, so that CORL's training loop need not change.
-    """
-
-    def __init__(self, hook: DareHook, trainer: Any):
-        self.hook, self.trainer = hook, trainer
-        self.add_transition = hook.online.add_transition
-
-    def sample(self, batch_size: int) -> list[torch.Tensor]:
-        if self.trainer.dare_weight is not None:
-            self.hook.follow()  # after the update on the batch before this one
-        batch, self.trainer.dare_weight, _ = self.hook.sample(batch_size)
-        self.trainer.dare_first = self.hook.first_released(batch_size)
-        return batch
-
-
-def dare_for_corl(
-    config: Any,
-    trainer: Any,
+def prepare(
+    config: DareConfig,
     offline: Any,
     online: Any,
     *,
-    dataset: dict[str, np.ndarray],
-    return_range: tuple[float, float],
-    state_mean: np.ndarray | float,
-    state_std: np.ndarray | float,
-    policy_log_prob: Callable[..., torch.Tensor],
-    q_function: Callable[..., torch.Tensor],
-    clipped_policy: bool = False,
-    reward_scale: float = 1.0,
-    mixing_ratio: float = 0.5,
-) -> DareHook | None:
-    """The hook of a patched CORL script (`patches/`), or None when `dare.enabled` is false.
+    dataset_hash: str,
+    cache_dir: Path | str,
+    states: torch.Tensor | None = None,
+    actions: torch.Tensor | None = None,
+    q_scale: float | Callable[[], float] = 1.0,
+    begin: bool = True,
+    **options: Any,
+) -> DareHook:
+    """A hook ready to sample: behavior model fitted or loaded, Q scaled.
 
-    Gives the trainer what its inserted lines read, `dare` and `dare_generator`, and trains the
-    behavior model on the normalized q-learning arrays `dataset`. `return_range` is the smallest
-    and the largest return of its rewards.
+    Args:
+        config: DARE's fields.
+        offline, online: replay buffers, see `DareHook`.
+        dataset_hash: names the data in the cache of behavior models.
+        cache_dir: the models are kept in its folder `behavior`.
+        states, actions: (N, S) raw and (N, A), what the behavior model is fitted on. Default:
+            the rows of the offline buffer, un-normalized.
+        q_scale: factor on Q, or a function that tells it and is asked only where it matters.
+        begin: False leaves the fit to a later `hook.begin()`.
+        options: the other arguments of `DareHook`.
+
+    Raises:
+        ValueError: a missing part, or data that cannot be fitted; see `cache.fit_cached`.
     """
-    device, dare = str(config.device), config.dare
-    trainer.dare = dare
-    trainer.dare_generator = torch.Generator(device).manual_seed(config.seed)
-    if not dare.enabled:
-        return None
-    digest = hashlib.sha256()
-    for key in ("observations", "actions"):
-        digest.update(np.ascontiguousarray(dataset[key]).tobytes())
-    cache = os.environ.get("CORL_DARE_CACHE") or "~/.cache/corl_dare"
-    states = torch.as_tensor(dataset["observations"] * state_std + state_mean)
-    behavior = fit_behavior(
-        dare,
-        states.float(),
-        torch.as_tensor(dataset["actions"]).float(),
-        dataset_hash=digest.hexdigest(),
-        cache_dir=Path(cache).expanduser() / "behavior",
-        seed=config.seed,
-        device=device,
+    seed, device = options.get("seed", 0), options.get("device", "cpu")
+    unnormalize = options.get("unnormalize") or (lambda x: x)
+    if states is None:
+        states, actions = (field[: offline._size] for field in storage(offline)[:2])
+        states = unnormalize(states)
+    behavior = make_behavior_model(
+        config.behavior,
+        states.shape[1],
+        actions.shape[1],
+        seed=seed,
+        **config.behavior_options,
     )
-    q_scale = 1.0
-    if dare.scales_q:
-        low, high = return_range
-        q_scale = energy_q_scale(config.env, high - low, reward_scale)
-    return DareHook(
+    if callable(q_scale):
+        q_scale = q_scale() if config.scales_q else 1.0
+    hook = DareHook(
         offline,
         online,
-        dare,
-        behavior,
-        policy_log_prob=policy_log_prob,
-        q_function=q_function,
+        config,
+        behavior.to(device).eval().requires_grad_(False),
         q_scale=q_scale,
-        mixing_ratio=mixing_ratio,
-        state_mean=state_mean,
-        state_std=state_std,
-        max_action=trainer.max_action if hasattr(trainer, "max_action") else 1.0,
-        clipped_policy=clipped_policy,
-        device=device,
-        seed=config.seed,
+        data=BehaviorData(states, actions, dataset_hash, Path(cache_dir) / "behavior"),
+        **options,
     )
-
-
-def storage(buffer: Any) -> list[torch.Tensor]:
-    """The tensors of a buffer with CORL's private storage, in the order of its batches."""
-    fields = ["_states", "_actions", "_rewards", "_next_states", "_dones", "_mc_returns"]
-    return [getattr(buffer, field) for field in fields if hasattr(buffer, field)]
-
-
-def draw_rows(buffer: Any, rows: np.ndarray) -> list[torch.Tensor]:
-    """The given rows (B,) of a buffer with CORL's private storage."""
-    fields = storage(buffer)
-    index = torch.from_numpy(rows).to(fields[0].device)
-    return [field[index] for field in fields]
-
-
-def draw(buffer: Any, n: int) -> tuple[np.ndarray | None, list[torch.Tensor]]:
-    """A batch and, where the buffer tells, the rows it came from.
-
-    CORL's buffer draws its rows from numpy's global generator; the same draw is made here.
-    """
-    if hasattr(buffer, "draw"):
-        rows = buffer.draw(n)
-        return rows, buffer.gather(rows)
-    if hasattr(buffer, "_states"):
-        rows = np.random.randint(0, buffer._size, size=n)
-        return rows, draw_rows(buffer, rows)
-    return None, list(buffer.sample(n))
+    if begin:
+        hook.begin()
+    return hook

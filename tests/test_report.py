@@ -427,13 +427,13 @@ def test_what_the_texts_quote_stands_on_a_page(file):
     assert missing == []
 
 
-# The rows of README.md's table and of the first in results/README.md, in the order of both.
+# The rows of the table of methods in results/README.md.
 QUOTED = {
     "IQL, one buffer (CORL)": "iql",
     "IQL, half-and-half batches": "iql-halves",
     "DARE-IQL, no exchange (n = 0)": "n0",
     "DARE-IQL, policy ratio": "policy-ratio",
-    "DARE-IQL, exchange by lot": "random-ratio",
+    "DARE-IQL, random exchange": "random-ratio",
     "DARE-IQL, one reference (mixture behavior)": "reference",
 }
 # The rows of the second table in results/README.md: variants on one task.
@@ -446,7 +446,7 @@ VARIANTS = {
     "one reference, cap 16": "cap-16",
     "one reference, cap 32": "cap-32",
     "one reference, direct exchange": "direct",
-    "by lot, as many as by one reference": "random-reference",
+    "random exchange, as many as one reference": "random-reference",
     "one guided reference, small diffusion": "guided",
     "one unguided reference, small diffusion": "unguided",
 }
@@ -477,19 +477,6 @@ def stored_measures(measure):
     return found
 
 
-def test_the_readme_table_holds_what_is_stored():
-    rows = quoted_rows("README.md", "| | final: medium |")
-    assert list(rows) == list(QUOTED)
-    for name, label in QUOTED.items():
-        expected = []
-        for measure in ("after", "training"):
-            found = stored_measures(measure)[label]
-            for task in TASKS:
-                spread = np.std(found[task], ddof=1)
-                expected.append(f"{np.mean(found[task]):.1f} ± {spread:.1f}")
-        assert rows[name] == expected, name
-
-
 def means_of(label, tasks):
     """Cells `pairs exchanged`, `final score`, `training score`: a mean per task."""
     cells = []
@@ -501,16 +488,80 @@ def means_of(label, tasks):
     return cells
 
 
-def test_the_tables_of_the_results_page_hold_what_is_stored():
-    rows = quoted_rows("results/README.md", "| losses on the online half |")
-    assert len(rows) == len(QUOTED)
-    for cells, label in zip(rows.values(), QUOTED.values(), strict=True):
-        expected = means_of(label, TASKS)
-        assert cells == (["0", *expected[1:]] if label == "n0" else expected), label
+def spreads_of(label):
+    """Cells `mean ± standard deviation`: the final score per task, then the training score."""
+    cells = []
+    for measure in ("after", "training"):
+        found = stored_measures(measure)[label]
+        for task in TASKS:
+            spread = np.std(found[task], ddof=1)
+            cells.append(f"{np.mean(found[task]):.1f} ± {spread:.1f}")
+    return cells
+
+
+def test_the_table_of_methods_holds_what_is_stored():
+    rows = quoted_rows("results/README.md", "| | pairs exchanged | final: medium |")
+    assert list(rows) == list(QUOTED)
+    for name, label in QUOTED.items():
+        exchanged = "0" if label == "n0" else means_of(label, TASKS)[0]
+        assert rows[name] == [exchanged, *spreads_of(label)], name
+
+
+def test_the_table_of_variants_holds_what_is_stored():
     rows = quoted_rows("results/README.md", "| variant on hopper-medium |")
     assert list(rows) == list(VARIANTS)
     for name, label in VARIANTS.items():
         assert rows[name] == means_of(label, TASKS[:1]), name
+
+
+def test_the_readme_promises_the_stored_scores_of_make_run():
+    with open(ROOT / "results/quick_start/scores.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["label"] == "dare-iql"]
+    scores = [[f"{float(row[key]):.1f}" for key in ("before", "after")] for row in rows]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    (first, *others) = scores
+    assert f"**{first[0]}** after the offline phase and **{first[1]}** after" in text
+    assert " and ".join(f"from {a} to {b}" for a, b in others) in text
+    quoted = quoted_rows("results/README.md", "| | seed 0 | seed 1 | seed 2 |")[
+        "DARE-IQL"
+    ]
+    assert quoted[:3] == [f"{a} → {b}" for a, b in scores]
+
+
+# The rows of the table of scores in results/README.md -> score and rule of the benchmark's page.
+ACCURACY = {
+    "guided reference, threshold (the paper's)": (
+        "guided reference, s = 8 (paper)",
+        "threshold",
+    ),
+    "16 unguided references (kernel), threshold": ("16 references, kernel", "threshold"),
+    "mixture likelihood, threshold": ("mixture likelihood", "threshold"),
+    "policy ratio, threshold": ("policy ratio", "threshold"),
+    "**policy ratio, `share`**": ("policy ratio", "estimated share"),
+    "true densities, true share": ("oracle ratio", "known share"),
+}
+
+
+def test_the_table_of_scores_holds_what_the_benchmark_found():
+    page = (ROOT / "results/exchange_accuracy/README.md").read_text()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
+    identical = page[page.index("## Identical policies") :].splitlines()
+    rows = quoted_rows("results/README.md", "| score, rule | ranks right (AUC) |")
+    assert list(rows) == list(ACCURACY)
+    for name, (score, rule) in ACCURACY.items():
+        auc = next(row[-1] for row in cells if row[:1] == [score])
+        _, _, moved, precision, _, purity = next(
+            r for r in cells if r[:2] == [score, rule]
+        )
+        still = next(x for x in identical if x.startswith(f"| {score} |")).split("|")
+        # Behind the score: threshold, threshold with cap, posterior, direct, estimated share.
+        equal = still[2] if rule == "threshold" else still[6]
+        expected = [auc, moved, 100 * float(precision), purity, equal]
+        found = [cell.strip("* %") for cell in rows[name]]
+        for quoted, stored in zip(found, expected, strict=True):
+            # The page is rounded, too, so half of a last digit is allowed and a little more.
+            unit = 0.01 if "." in quoted else 1.0
+            assert abs(float(quoted) - float(stored)) <= 0.51 * unit, (name, quoted)
 
 
 def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):

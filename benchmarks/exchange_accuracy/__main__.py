@@ -1,0 +1,3 @@
+from benchmarks.exchange_accuracy import run
+
+run.main()

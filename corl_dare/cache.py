@@ -1,0 +1,209 @@
+"""Behavior models that are trained once: weights kept under a hash of data and settings.
+
+`fit_cached` loads what an earlier call with the same data and settings trained, or trains it and
+keeps it. An interrupted training goes on from its last state. Nothing is unpickled: weights are
+safetensors, unfinished trainings are read with `torch.load(weights_only=True)` after a checksum.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from corl_dare.behavior import BehaviorModel, fit, make_behavior_model
+
+# Raise it when a file of old weights would mean something else.
+FORMAT = 1
+
+
+def fit_cached(
+    kind: str,
+    states: torch.Tensor | np.ndarray,
+    actions: torch.Tensor | np.ndarray,
+    *,
+    updates: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    dataset_hash: str,
+    cache_dir: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    options: dict | None = None,
+    progress: bool = True,
+    bar: Callable[..., Any] = tqdm,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[BehaviorModel, Path, bool]:
+    """The trained, frozen model of these settings, from the cache or trained into it.
+
+    The file name holds a hash of the kind, options, training settings, seed, dimensions,
+    `dataset_hash` and format. Weights and noise come from `seed`. An interrupted training
+    leaves `*.DEVICE.unfinished`, written once a minute and before a stop: the next call
+    goes on from it, to the bits of an unbroken training. A damaged one is reported, and
+    the training starts afresh.
+
+    Returns:
+        The model on `device` (eval, no gradients), its file, and whether it was loaded.
+
+    Raises:
+        ValueError: see `make_behavior_model` and `fit`; an empty dataset hash.
+        RuntimeError: the cached file is damaged or belongs to other settings.
+        OSError: the cache cannot be written.
+        KeyboardInterrupt: see `fit`.
+    """
+    if not dataset_hash:
+        raise ValueError("dataset_hash is empty; the cache needs it to know the data")
+    if np.ndim(states) != 2 or np.ndim(actions) != 2:
+        raise ValueError(
+            f"states {np.shape(states)} and actions {np.shape(actions)} must be "
+            "(N, S) and (N, A)"
+        )
+    state_dim, action_dim = states.shape[1], actions.shape[1]
+    model = make_behavior_model(
+        kind, state_dim, action_dim, seed=seed, **(options or {})
+    )
+    path, text = cached_file(
+        model,
+        len(states),
+        updates=updates,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        dataset_hash=dataset_hash,
+        cache_dir=cache_dir,
+    )
+    loaded = path.exists()
+    if loaded:
+        _load(model, path, text)
+    else:
+        # The states of generators differ between kinds of device.
+        unfinished = path.with_suffix(f".{torch.device(device).type}.unfinished")
+        fit(
+            model,
+            states,
+            actions,
+            updates=updates,
+            batch_size=batch_size,
+            lr=lr,
+            generator=torch.Generator(device).manual_seed(seed),
+            device=device,
+            progress=progress,
+            bar=bar,
+            should_stop=should_stop,
+            save=lambda state: _save_unfinished(state, unfinished, text),
+            resume=_load_unfinished(unfinished, text),
+        )
+        _save(model, path, text)
+        unfinished.unlink(missing_ok=True)
+    return model.to(device).eval().requires_grad_(False), path, loaded
+
+
+def cached_file(
+    model: BehaviorModel,
+    rows: int,
+    *,
+    updates: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    dataset_hash: str,
+    cache_dir: str | os.PathLike,
+) -> tuple[Path, str]:
+    """Where the trained weights of these settings are kept, and the settings as text."""
+    settings = {
+        "format": FORMAT,
+        "kind": model.kind,
+        "options": model.options,
+        "state_dim": model.state_dim,
+        "action_dim": model.action_dim,
+        "rows": rows,
+        "dataset_hash": dataset_hash,
+        "updates": updates,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+    }
+    text = json.dumps(settings, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Path(cache_dir) / f"behavior-{model.kind}-{key}.safetensors", text
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(model: BehaviorModel, path: Path, settings: str) -> None:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    _write(path, save(tensors, {"settings": settings, "sha256": _checksum(tensors)}))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Atomically: a crash at any moment leaves the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _load(model: BehaviorModel, path: Path, settings: str) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise RuntimeError(
+            f"{path} is damaged ({error}); delete it to train the model again"
+        ) from error
+    if metadata.get("settings") != settings:
+        raise RuntimeError(
+            f"{path} belongs to other settings ({metadata.get('settings')}, wanted "
+            f"{settings}); delete it to train the model again"
+        )
+    if metadata.get("sha256") != _checksum(tensors):
+        raise RuntimeError(
+            f"{path} is damaged (checksum differs); delete it to train the model again"
+        )
+    model.load_state_dict(tensors)
+
+
+def _save_unfinished(state: dict[str, Any], path: Path, settings: str) -> None:
+    buffer = io.BytesIO()
+    torch.save({"settings": settings, **state}, buffer)
+    data = buffer.getvalue()
+    # torch.load does not notice flipped bits in tensors, so the checksum comes first.
+    _write(path, hashlib.sha256(data).digest() + data)
+
+
+def _load_unfinished(path: Path, settings: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    digest, data = content[:size], content[size:]
+    why = "is damaged"
+    if hashlib.sha256(data).digest() == digest:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if state["settings"] == settings:
+            return state
+        why = "belongs to other settings"
+    print(f"{path} {why}; the behavior model is trained from the start")
+    return None

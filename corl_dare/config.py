@@ -1,0 +1,172 @@
+"""The `dare:` block of a config: DARE's fields, their checks, and the metrics that come of them."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from corl_dare.behavior import KINDS
+from corl_dare.exchange import ALIGNMENTS, RULES, WEIGHTS
+
+SCORES = ("reference", "likelihood", "policy_ratio")
+# Every metric that `DareHook.sample` and `DareHook.update_energy` can return.
+LOGS = (
+    "exchanged",
+    "separation_point",
+    "score_off_mean",
+    "score_off_std",
+    "score_on_mean",
+    "score_on_std",
+    "candidates_off",
+    "candidates_on",
+    "amplitude_before",
+    "amplitude_after",
+    "inverted",
+    "references_clipped",
+    "energy_loss",
+)
+# Entries of a run's summary that are means of a metric over the online phase.
+MEANS = {"exchanges_mean": "exchanged"}
+# What a picture of a run shows below its score, as data that any host can draw. A band is
+# (label, mean, standard deviation, color), a line (label, metric, color, style).
+PANELS = (
+    {
+        "label": "exchanged pairs",
+        "bottom": 0,
+        "lines": [("", "exchanged", "#CC79A7", "-")],
+    },
+    {
+        "label": "alignment score",
+        "bands": [
+            ("offline half, mean ± std", "score_off_mean", "score_off_std", "#0072B2"),
+            ("online half, mean ± std", "score_on_mean", "score_on_std", "#D55E00"),
+        ],
+        "lines": [("separation point", "separation_point", "#009E73", "--")],
+    },
+)
+
+
+@dataclass
+class DareConfig:
+    """DARE's fields, one nested block `dare:` of an algorithm's config."""
+
+    enabled: bool = True  # false: the baseline, bit for bit
+    # Score: how far is an action from the behavior?
+    score: str = "reference"  # reference (paper), likelihood, policy_ratio
+    # Distance to the reference; see exchange.alignment_score
+    alignment: str = "gaussian_kl"
+    # Std of that Gaussian; with one reference it decides nothing
+    alignment_sigma: float = 1.0
+    references: int = 1  # reference actions per row; the paper takes 1
+    reference_max_age: int = 0  # updates a cached reference may serve; 0: always fresh
+    # Exchange
+    rule: str = "threshold"  # threshold (paper), posterior, direct, share, random
+    cap: Optional[int] = None  # n, most pairs exchanged per batch; none: no cap
+    weights: str = "hard"  # hard: 1 and 0; soft: posterior P(offline-like | d)
+    # Exchange nothing when online rows score below offline ones
+    skip_inverted: bool = False
+    # Behavior model (paper: diffusion, 600k updates of 4096 rows)
+    behavior: str = "diffusion"  # diffusion, gaussian, mixture
+    behavior_updates: int = 600000  # gradient steps on the dataset, before anything else
+    behavior_batch_size: int = 4096  # rows per step
+    behavior_lr: float = 1e-4  # Adam learning rate
+    behavior_width: float = 1.0  # width of the diffusion network, 1: the paper's
+    sampler_steps: int = 15  # network evaluations per reference action
+    # Guidance (energy network)
+    guidance_scale: float = 8.0  # s, paper Table 7 per dataset; 0: no guidance
+    # Inverse temperature of the energy's labels softmax(beta Q)
+    energy_beta: float = 3.0
+    energy_lr: float = 3e-4  # Adam learning rate
+    energy_updates: int = 100000  # energy steps between the offline and the online phase
+    energy_update_freq: int = 1  # online updates per energy step
+    energy_batch_states: int = 256  # states per energy step
+    support_actions: int = 16  # behavior actions per state the energy is trained on
+    # returns: Q as if the dataset's returns spanned 1000; literal: Q as it is
+    q_scale: str = "returns"
+
+    def __post_init__(self):
+        self._check_choices()
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "score": SCORES,
+            "rule": RULES,
+            "weights": WEIGHTS,
+            "alignment": ALIGNMENTS,
+            "behavior": tuple(KINDS),
+            "q_scale": ("returns", "literal"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"dare.{field} must be one of {', '.join(allowed)}, "
+                    f"not {getattr(self, field)!r}"
+                )
+
+    def _check_ranges(self) -> None:
+        if self.cap is not None and self.cap < 0:
+            raise ValueError(
+                f"dare.cap must be 0 or more, or null for no cap, not {self.cap}"
+            )
+        at_least_one = (
+            "references",
+            "behavior_updates",
+            "behavior_batch_size",
+            "sampler_steps",
+            "energy_update_freq",
+            "energy_batch_states",
+            "support_actions",
+        )
+        for field in at_least_one:
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"dare.{field} must be at least 1, not {getattr(self, field)}"
+                )
+        for field in ("reference_max_age", "energy_updates", "guidance_scale"):
+            if getattr(self, field) < 0:
+                raise ValueError(
+                    f"dare.{field} must not be negative, not {getattr(self, field)}"
+                )
+        positive = "alignment_sigma behavior_lr behavior_width energy_beta energy_lr"
+        for field in positive.split():
+            if not getattr(self, field) > 0:
+                raise ValueError(
+                    f"dare.{field} must be positive, not {getattr(self, field)}"
+                )
+
+    def _check_combinations(self) -> None:
+        if self.weights == "soft" and (self.rule != "threshold" or self.cap is not None):
+            raise ValueError(
+                "dare.weights soft weighs each row by its own score, so dare.rule and dare.cap "
+                "would do nothing; set them to threshold and null, or dare.weights to hard"
+            )
+        if self.rule == "share" and self.score != "policy_ratio":
+            raise ValueError(
+                f"dare.rule share needs log-density ratios, not dare.score {self.score}; "
+                "set dare.score to policy_ratio"
+            )
+        if self.score != "reference" and self.behavior == "diffusion":
+            raise ValueError(
+                f"dare.score {self.score} needs the behavior's density, which the diffusion "
+                "model does not have; set dare.behavior to mixture or gaussian"
+            )
+        if self.guided and self.behavior != "diffusion":
+            raise ValueError(
+                f"dare.behavior {self.behavior} cannot be guided; set dare.guidance_scale "
+                "to 0, or dare.behavior to diffusion"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Does anything need the energy network?"""
+        return self.score == "reference" and self.guidance_scale > 0
+
+    @property
+    def scales_q(self) -> bool:
+        """Does anything need to know the span of the dataset's returns?"""
+        return self.guided and self.q_scale == "returns"
+
+    @property
+    def behavior_options(self) -> dict[str, float]:
+        """Options of `behavior.make_behavior_model` beyond the kind."""
+        return {"width": self.behavior_width} if self.behavior == "diffusion" else {}

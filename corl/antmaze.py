@@ -1,8 +1,8 @@
 """AntMaze with D4RL's physics on gymnasium's MuJoCo: an ant, walls, a goal.
 
 gymnasium-robotics has mazes of the same names with another ant (five times the torque, half
-the time per action), other starts and another goal radius; scores there say nothing about
-D4RL's. Here gymnasium's own `ant.xml` is brought to D4RL's numbers and walls are added.
+the time per action), other starts and another goal radius, so that scores there say nothing
+about D4RL's. Here gymnasium's own `ant.xml` is brought to D4RL's numbers and walls are added.
 
 Coordinates: the start cell's centre is the origin, x grows with the column and y with the row
 of the map, one cell is 4 wide. The goal is a mocap body, so MuJoCo's state holds it.
@@ -25,11 +25,14 @@ from corl import physics
 CELL = 4.0  # width of a cell
 WALL_HEIGHT = 2.0
 GOAL_RADIUS = 0.5  # distance of torso and goal, in the plane, that counts as reached
-TORQUE = 30.0  # of the action 1
+TORQUE = 30.0  # what a motor applies for the action 1
 FRAME_SKIP, TIMESTEP = 5, 0.02  # 0.1 s per action
-GOAL_NOISE = (1.0, 0.5)  # widths of the two uniform draws that are added per axis
-START_NOISE = 1.0  # width of the draw added per axis to a drawn start, none to the map's
-POSE_NOISE = 0.1  # of joint positions (uniform) and velocities (standard deviation)
+# Widths of the two uniform draws that are added to a goal, per axis.
+GOAL_NOISE = (1.0, 0.5)
+# Width of the uniform draw that is added to a drawn start, per axis; the map's start has none.
+START_NOISE = 1.0
+# Noise of a reset: half the width for joint positions, the standard deviation for velocities.
+POSE_NOISE = 0.1
 
 Cell = tuple[int, int]  # row, column
 
@@ -39,7 +42,8 @@ class Maze:
     """A map: `#` wall, `R` start, `G` goal of the evaluation, `.` free."""
 
     rows: tuple[str, ...]
-    play_goals: tuple[Cell, ...]  # of the walks that D4RL's data come from
+    # Cells that the walks of D4RL's data lead to.
+    play_goals: tuple[Cell, ...]
 
     def cells(self, kinds: str) -> list[Cell]:
         """The cells whose mark is among `kinds`, row by row."""
@@ -52,10 +56,12 @@ class Maze:
 
     @functools.cached_property
     def free(self) -> list[Cell]:
+        """All cells that are no wall."""
         return self.cells("RG.")
 
     @functools.cached_property
     def start(self) -> Cell:
+        """The cell that evaluations start in, whose centre is the origin."""
         return self.cells("R")[0]
 
     def position(self, cell: Cell) -> np.ndarray:
@@ -73,7 +79,7 @@ class Maze:
         return self.start[0] + int(y), self.start[1] + int(x)
 
     def next_cell(self, cell: Cell, goal: Cell) -> Cell:
-        """The neighbour of a cell, itself possibly a wall, that is nearest to the goal.
+        """The neighbour of a cell that is nearest to the goal; the cell itself may be a wall.
 
         Raises:
             ValueError: the goal is not a free cell, or no neighbour leads to it.
@@ -155,9 +161,10 @@ MAZES = {
 
 
 def maze_xml(maze: Maze | None, asset: str) -> str:
-    """gymnasium's ant (the file `asset`) with D4RL's numbers, walls and goal, as MJCF.
+    """gymnasium's ant (the file `asset`) with D4RL's numbers, walls and goal, as MJCF text.
 
-    Without a maze it is the ant on its open plane. Numbers: D4RL, `ant.xml`, `maze_env.py`.
+    Without a maze it is the ant on its open plane. The numbers are those of D4RL's `ant.xml` and
+    `maze_env.py`.
     """
     root = ElementTree.parse(asset).getroot()
     root.find("option").set("timestep", str(TIMESTEP))
@@ -198,15 +205,19 @@ class AntMaze(MujocoEnv):
     """D4RL's antmaze -v2: reward 1 and the end where the ant comes within 0.5 of the goal.
 
     Observation (29,) float64: qpos (15: x, y, z, quaternion, joints), qvel (14); the goal is
-    not in it. Action (8,) in [-1, 1], times 30 the torques. A fall does not end an episode.
-    A reset draws goal, pose and start from `np_random`, so a seed repeats them; in D4RL the
-    goal came from numpy's global stream. The time limit is a wrapper's business.
+    not in it. Action (8,) in [-1, 1]; 30 times the action are the torques. A fall does not end
+    an episode. A reset draws goal, pose and start from `np_random`, so a seed repeats them; in
+    D4RL the goal came from numpy's global stream. A wrapper has to set the time limit.
 
     Args:
         size: `umaze`, `medium` or `large`.
         goals: cells among which a reset draws the goal; episodes then go on at the goal, as
             in D4RL's collection. By default the map's one goal, which ends the episode.
         starts: cells among which a reset draws the start; by default the map's.
+        render_mode: as of gymnasium.
+
+    Raises:
+        ValueError: another size.
     """
 
     metadata = {

@@ -1,4 +1,13 @@
-"""TODO corl.checkpoints"""
+"""Checkpoints: a run's own `checkpoint.pt`, and CORL's `checkpoint_N.pt` both ways.
+
+A run's file holds tensors, numbers, strings, lists and dicts and is read with
+`torch.load(weights_only=True)`, so that nothing in it is ever executed. CORL's files of CQL and
+Cal-QL hold pickled modules `Scalar`; only their data is read.
+
+    python -m corl.checkpoints export runs/NAME --to corl
+
+writes a run's weights as CORL's `checkpoint_N.pt`.
+"""
 
 import argparse
 import random
@@ -13,11 +22,14 @@ import torch
 
 from corl import files, machine
 
-FORMAT = 1  # of checkpoint.pt
+FORMAT = 1  # version of the layout of checkpoint.pt
 
 
 def pack(value: Any) -> Any:
-    """Nested numpy arrays as tensors, which a checkpoint may hold; `unpack` reverses it."""
+    """Nested lists and dicts with numpy arrays as tensors and numpy numbers as Python's.
+
+    A checkpoint may hold the result; `unpack` turns it back.
+    """
     if isinstance(value, np.ndarray):
         return {"__array__": torch.from_numpy(np.array(value, order="C"))}
     if isinstance(value, np.generic):
@@ -30,7 +42,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """Reverse of `pack`."""
+    """What `pack` was given: tensors that stand for numpy arrays are arrays again."""
     if isinstance(value, dict):
         if set(value) == {"__array__"}:
             return value["__array__"].numpy().copy()
@@ -62,7 +74,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write atomically: a crash at any moment leaves the old file or the new one, whole."""
+    """Write a checkpoint; a crash at any moment leaves the old file or the new one, whole.
+
+    Raises:
+        OSError: as of `files.replacing`.
+    """
     with files.replacing(path) as file:
         torch.save(state, file)
 
@@ -71,7 +87,8 @@ def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
     """Read a checkpoint of `save_checkpoint` on the CPU.
 
     Raises:
-        ValueError: missing, truncated, not a checkpoint, of another algorithm or format.
+        ValueError: the file is missing, truncated or no checkpoint, or it is of another algorithm
+            or format.
     """
     state = read(path)
     if not isinstance(state, dict) or "algorithm" not in state:
@@ -90,7 +107,7 @@ def load_checkpoint(path: Path, algorithm: str) -> dict[str, Any]:
 
 
 class _PickledScalar:
-    """What stands in a pickle for CORL's module `Scalar`: its data, none of its code.
+    """Takes the place of CORL's module `Scalar` in a pickle: its data, none of its code.
 
     CQL's checkpoints hold two such modules, and a pickle names the class as `__main__.Scalar`.
     """
@@ -119,14 +136,15 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
         required: keys that the algorithm reads.
 
     Raises:
-        ValueError: missing, truncated, holding foreign classes, or of another algorithm.
+        ValueError: the file is missing or truncated, holds classes other than `Scalar`, or is of
+            another algorithm.
     """
     with torch.serialization.safe_globals([_PickledScalar]):
         state = read(Path(path))
     if isinstance(state, dict) and "parts" in state:
         state = state["parts"]["trainer"]
     if isinstance(state, dict):
-        # A random stream is no weight, and may be of another device: a new run has its own.
+        # A random stream is no weight and may belong to another device; a new run has its own.
         state = {k: v for k, v in state.items() if k != "dare_generator"}
         state = {name: _scalar_state(v, f"{path}: {name}") for name, v in state.items()}
     missing = [k for k in required if not isinstance(state, dict) or k not in state]
@@ -149,13 +167,13 @@ def _scalar_state(value: Any, name: str) -> Any:
 
 
 def save_corl_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a trainer's state as CORL's `load_state_dict` reads it, atomically.
+    """Write a trainer's state in one step, in the form that CORL's `load_state_dict` reads.
 
     CQL and Cal-QL expect module objects where our state has `{"constant": tensor}`. The file
     then names the class `__main__.Scalar`, which CORL's scripts define.
     """
 
-    def corl(value: Any) -> Any:
+    def as_corl_has_it(value: Any) -> Any:
         if not isinstance(value, dict) or set(value) != {"constant"}:
             return value
         module = torch.nn.Module()
@@ -167,7 +185,9 @@ def save_corl_checkpoint(path: Path, state: dict[str, Any]) -> None:
     before = getattr(main_module, "Scalar", absent)
     main_module.Scalar = _PickledScalar
     try:
-        save_checkpoint(path, {name: corl(value) for name, value in state.items()})
+        save_checkpoint(
+            path, {name: as_corl_has_it(value) for name, value in state.items()}
+        )
     finally:
         if before is absent:
             del main_module.Scalar
@@ -180,7 +200,11 @@ def export_corl(run: Path | str, out: Path | str | None = None) -> Path:
 
     Args:
         run: run folder.
-        out: file to write; default: `checkpoint_N.pt` in the run folder, N as CORL counts, from 0.
+        out: file to write. Default: `checkpoint_N.pt` in the run folder, where N counts iterations
+            from 0, as CORL does.
+
+    Returns:
+        The file.
 
     Raises:
         ValueError: no readable checkpoint in the folder, or a place that cannot be written.
@@ -197,13 +221,19 @@ def export_corl(run: Path | str, out: Path | str | None = None) -> Path:
 
 
 def read(path: Path) -> Any:
+    """The contents of a torch file, on the CPU, without executing anything in it.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds Python objects.
+    """
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = "Unsupported" in str(error) or "weights_only" in str(error)
-        if refused and "Unsupported operand" not in str(error):  # that one is no pickle
+        # "Unsupported operand" comes from bytes that are no pickle at all.
+        if refused and "Unsupported operand" not in str(error):
             found = re.search(r"GLOBAL (\S+)", str(error))
             name = f" ({found.group(1)})" if found else ""
             why = f"it holds Python objects{name}, which are never unpickled"

@@ -2,7 +2,7 @@
 
 CORL's scripts import `gym` 0.23, `d4rl`, which needs mujoco_py, and `wandb`. Here modules of
 those names stand in for them: the environments are those of `envs.make`, the data is what
-`datasets.resolve` finds, the log needs no account. CORL's file is not touched.
+`sources.resolve` finds, the log needs no account. CORL's file is not changed.
 
     python -m corl.d4rl_shim CORL/algorithms/finetune/iql.py --env hopper-medium-v2 \\
         --device cpu
@@ -26,9 +26,8 @@ import gymnasium
 import numpy as np
 import torch
 
-from corl import envs
+from corl import envs, tasks
 from corl.data import schema, sources
-from corl.tasks import normalized_score, task, task_names
 
 
 class Unavailable(ValueError):
@@ -51,10 +50,10 @@ class TaskEnv(Env):
 
     def __init__(self, name: str):
         try:
-            self.env = envs.make(name)
+            self.task = tasks.task(name)
+            self.env = envs.make(self.task)
         except (ValueError, ImportError) as error:
             raise Unavailable(str(error)) from error
-        self.task = task(name)
         self.observation_space = self.env.observation_space
         self.action_space = self.env.action_space
         self.ref_min_score, self.ref_max_score = self.task.ref_min, self.task.ref_max
@@ -83,12 +82,12 @@ class TaskEnv(Env):
 
     def get_normalized_score(self, score: Any) -> Any:
         """D4RL's score as a fraction: 0 is its random policy, 1 its expert."""
-        return normalized_score(self.task.name, score) / 100.0
+        return self.task.normalized_score(score) / 100.0
 
     def get_dataset(self, h5path: str | None = None) -> dict[str, np.ndarray]:
-        """The raw rows, as `datasets.load_hdf5` gives them; `h5path` overrides the source."""
-        path = h5path or find_dataset(self.task.name).provenance["path"]
-        return schema.load_hdf5(path, self.task.name)
+        """The raw rows, as `schema.load_hdf5` gives them; `h5path` overrides the source."""
+        path = h5path or find_dataset(self.task).provenance["path"]
+        return schema.load_hdf5(path, self.task)
 
 
 class Wrapper(Env):
@@ -132,16 +131,17 @@ class TransformReward(Wrapper):
 
 # ---------------------------------------------------------------- d4rl
 
-_origin: dict[str, Any] = {"source": "auto", "path": None}  # set by `installed`
+# Where the data comes from: the options of `installed`.
+_origin: dict[str, Any] = {"source": "auto", "path": None}
 
 
-def find_dataset(task: str) -> sources.Dataset:
-    """`datasets.resolve` with the options of the shim.
+def find_dataset(task: tasks.Task) -> sources.Dataset:
+    """`sources.resolve` with the options of the shim.
 
     Raises:
         Unavailable: no source has the data, or the data is bad.
     """
-    # A real d4rl package, which may download, must not meet the stand-ins.
+    # Packages that look for the real gym or d4rl must not find the stand-ins.
     hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     try:
         return sources.resolve(task, **_origin)
@@ -166,7 +166,7 @@ def qlearning_dataset(
             is then the first one of the next episode.
     """
     if dataset is None and not terminate_on_end:
-        return find_dataset(env.task.name).arrays
+        return find_dataset(env.task).arrays
     raw = env.get_dataset() if dataset is None else dataset
     if terminate_on_end:
         raw = {**raw, "timeouts": np.zeros(len(raw["rewards"]), dtype=bool)}
@@ -176,7 +176,7 @@ def qlearning_dataset(
 
 def get_normalized_score(env_name: str, score: Any) -> Any:
     """D4RL's score of a task as a fraction."""
-    return normalized_score(env_name, score) / 100.0
+    return tasks.normalized_score(env_name, score) / 100.0
 
 
 # ---------------------------------------------------------------- wandb
@@ -217,7 +217,7 @@ class WandbRun:
 
 
 def _number(value: Any) -> Any:
-    """Numpy and torch values for JSON; whatever has no numbers as text."""
+    """Numpy and torch values as JSON has them; anything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
@@ -239,9 +239,9 @@ def make_modules(run: WandbRun) -> dict[str, types.ModuleType]:
     d4rl.qlearning_dataset = qlearning_dataset
     d4rl.get_normalized_score = get_normalized_score
     d4rl.infos = made["d4rl.infos"]
-    tasks = [task(name) for name in task_names()]
-    d4rl.infos.REF_MIN_SCORE = {task.name: task.ref_min for task in tasks}
-    d4rl.infos.REF_MAX_SCORE = {task.name: task.ref_max for task in tasks}
+    known = [tasks.task(name) for name in tasks.task_names()]
+    d4rl.infos.REF_MIN_SCORE = {task.name: task.ref_min for task in known}
+    d4rl.infos.REF_MAX_SCORE = {task.name: task.ref_max for task in known}
     wandb.run, wandb.init, wandb.log = run, run.init, run.log
     wandb.finish, wandb.mark_preempting = run.finish, run.mark_preempting
     wandb.config, wandb.summary = run.config, run.summary
@@ -271,8 +271,8 @@ def installed(
     """Inside, `import gym`, `import d4rl` and `import wandb` give the stand-ins.
 
     Args:
-        source: `dataset_source` of `datasets.resolve`.
-        path: `dataset_path` of `datasets.resolve`.
+        source: `source` of `sources.resolve`.
+        path: `path` of `sources.resolve`.
         log: file for what the script logs; None keeps the last values only.
     """
     run = WandbRun(log)

@@ -1,4 +1,4 @@
-"""D4RL task name -> environment, horizon and reference scores.
+"""The environment of a D4RL task.
 
 The locomotion environments are gymnasium's `Hopper-v4`, `HalfCheetah-v4` and `Walker2d-v4`:
 observation, reward and termination equal those of the gym v2 classes that D4RL used (v5 does
@@ -29,11 +29,11 @@ class ClipAction(gym.ActionWrapper):
         return np.clip(action, self.action_space.low, self.action_space.high)
 
 
-def make(name: str, backend: str = "gymnasium") -> gym.Env:
+def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
     """The evaluation and training environment of a D4RL task, time limit included.
 
     Args:
-        name: D4RL task name.
+        name: a task or its D4RL name.
         backend: `gymnasium` (default) or `d4rl`, the old gym + d4rl stack if it is installed.
 
     Returns:
@@ -43,24 +43,24 @@ def make(name: str, backend: str = "gymnasium") -> gym.Env:
         ValueError: unknown task or backend, or a task that has no environment on this backend.
         ImportError: `backend="d4rl"` without gym and d4rl installed.
     """
-    facts = tasks.task(name)
+    task = tasks.task(name)
     if backend == "d4rl":
-        return OldGymEnv(name, facts.horizon)
+        return OldGymEnv(task.name, task.horizon)
     if backend != "gymnasium":
         raise ValueError(f"env_backend {backend!r} is not one of 'gymnasium', 'd4rl'")
-    if facts.robot == "antmaze":
-        return make_antmaze(facts)
-    if not facts.env_id:
+    if task.robot == "antmaze":
+        return make_antmaze(task)
+    if not task.env_id:
         raise ValueError(
-            f"{name}: gymnasium has no environment with D4RL's {facts.robot} physics; "
+            f"{task.name}: gymnasium has no environment with D4RL's {task.robot} physics; "
             "install requirements-d4rl.txt with mujoco_py and pass --env_backend d4rl"
         )
-    return make_robot(facts.robot)
+    return make_robot(task.robot)
 
 
 def make_robot(robot: str) -> gym.Env:
     """The environment of a locomotion robot (`hopper`, `halfcheetah`, `walker2d`)."""
-    # gymnasium warns at each make that v4 is not the newest version; here v4 is the point.
+    # gymnasium warns at each make that v4 is not the newest version; v4 is chosen on purpose.
     logger_level = gym.logger.min_level
     gym.logger.min_level = gym.logger.ERROR
     try:
@@ -71,24 +71,31 @@ def make_robot(robot: str) -> gym.Env:
     return ClipAction(env)
 
 
-def make_antmaze(facts: tasks.Task) -> gym.Env:
+def make_antmaze(task: tasks.Task) -> gym.Env:
     """The evaluation environment of an antmaze -v2 task; `diverse` and `play` share it.
 
     Raises:
         ValueError: a -v0 or -v1 task.
     """
-
-    if facts.version != "v2":
+    if task.version != "v2":
         raise ValueError(
-            f"{facts.name}: only antmaze's -v2 environments are here (-v0 and -v1 keep one "
-            f"goal for good); use antmaze-{facts.kind}-v2"
+            f"{task.name}: only antmaze's -v2 environments are here (-v0 and -v1 keep one "
+            f"goal for good); use antmaze-{task.kind}-v2"
         )
-    maze = antmaze.AntMaze(facts.kind.partition("-")[0])
-    return ClipAction(gym.wrappers.TimeLimit(maze, facts.horizon))
+    maze = antmaze.AntMaze(task.kind.partition("-")[0])
+    return ClipAction(gym.wrappers.TimeLimit(maze, task.horizon))
 
 
 class OldGymEnv(gym.Env):
-    """An environment of the old `gym` + `d4rl` stack behind gymnasium's interface."""
+    """An environment of the old `gym` + `d4rl` stack behind gymnasium's interface.
+
+    Args:
+        name: D4RL task name.
+        horizon: time limit in steps; an end in that step counts as a time-out.
+
+    Raises:
+        ImportError: gym or d4rl is not installed.
+    """
 
     def __init__(self, name: str, horizon: int):
         try:
@@ -121,7 +128,8 @@ class OldGymEnv(gym.Env):
         if len(result) == 5:
             return result
         observation, reward, done, info = result
-        # Old gym says `done` for both; D4RL's and CORL's rule is that the limit is a time-out.
+        # Old gym says `done` for an end and for a time-out. D4RL and CORL take it for a
+        # time-out when the limit is reached.
         terminated = bool(done) and self.steps < self.horizon
         return (
             observation,

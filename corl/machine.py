@@ -1,4 +1,4 @@
-"""TODO corl.machine"""
+"""Where a run runs: device, threads, versions, commit, processor; and how that is printed."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,14 @@ from corl.config import ConfigError
 
 
 def pick_device(name: str) -> str:
-    """`auto`: cuda where there is one, else cpu. Asking for a missing cuda falls back, aloud."""
+    """The device to run on: `cpu`, `cuda` or `cuda:N`.
+
+    `auto` is cuda where there is one, else the cpu. Where a cuda device is asked for and there is
+    none, a line says so and the cpu is taken.
+
+    Raises:
+        ConfigError: another name.
+    """
     if name != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
     if name == "auto":
@@ -26,14 +33,21 @@ def pick_device(name: str) -> str:
 
 
 def configure_threads(count: int) -> None:
-    """CPU threads of torch."""
+    """Set the number of CPU threads that torch uses in one operation.
+
+    Raises:
+        ConfigError: less than 1.
+    """
     if count < 1:
         raise ConfigError(f"threads must be at least 1, not {count}")
     torch.set_num_threads(count)
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
+    """Versions of Python and of the packages that decide a run's numbers, by name.
+
+    A package that is missing has the version `not installed`.
+    """
     found = {"python": platform.python_version()}
     for package in ("torch", "numpy", "gymnasium", "mujoco", "corl-dare"):
         try:
@@ -44,9 +58,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of this code, `+dirty` when tracked files differ from it, or `unknown`.
+    """Commit of this code, with `+dirty` where tracked files differ from it, or `unknown`.
 
-    Files in results/ are what code wrote, so a benchmark's second seed is as clean as its first.
+    Files in results/ do not count: a benchmark writes there, and its second seed is to name the
+    same commit as its first.
     """
 
     def git(*words: str) -> str:
@@ -68,7 +83,7 @@ def git_commit() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores and GPU; no names of hosts or users."""
+    """Processor, cores and GPU (None without one); no names of hosts or users."""
     model = platform.processor() or platform.machine()
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -80,7 +95,7 @@ def describe() -> dict[str, Any]:
 
 
 def readable_time(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    """A duration for people: `45 s`, `12 min`, `3.4 h`, `2.1 days`."""
     for unit, size, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
         if seconds >= size:
             return f"{seconds / size:.{digits}f} {unit}"
@@ -88,7 +103,7 @@ def readable_time(seconds: float) -> str:
 
 
 def tidy_path(path: Path | str) -> str:
-    """A path to print and record: relative to here or with the home folder as ~."""
+    """A path to print and record: relative to the current folder, or with ~ for the home folder."""
     path = Path(path).absolute()
     for base, sign in ((Path.cwd(), ""), (Path.home(), "~/")):
         if path.is_relative_to(base):

@@ -1,4 +1,4 @@
-"""TODO corl.physics"""
+"""MuJoCo's state, saved and put back bit for bit, and D4RL's contact margins."""
 
 from typing import Any
 
@@ -7,7 +7,11 @@ import numpy as np
 
 
 def restore_contact_margin(model: Any) -> None:
-    """Halve the geom margins on MuJoCo >= 3.5, where a pair's margin became the sum of both."""
+    """Give a model (changed in place) D4RL's contact margins on every MuJoCo.
+
+    From 3.5 on the margin of a pair of geoms is the sum of both margins instead of the larger
+    one, so they are halved there.
+    """
     import mujoco
 
     if tuple(int(v) for v in mujoco.__version__.split(".")[:2]) >= (3, 5):
@@ -17,12 +21,12 @@ def restore_contact_margin(model: Any) -> None:
 def get_state(env: gym.Env) -> dict[str, Any]:
     """Everything that decides the environment's future, as plain arrays and numbers.
 
-    The physics (MuJoCo's full state with the solver's warm start, which the next step reads; an
-    environment of another kind answers with its own `get_state`), the elapsed steps of the time
-    limit and the reset generators.
+    It holds the physics, the elapsed steps of the time limit and the generators of resets and of
+    the action space. The physics are MuJoCo's full state, with the solver's warm start that the
+    next step reads; an environment of another kind answers with its own `get_state`.
 
     Raises:
-        TypeError: the environment offers neither.
+        TypeError: the environment has neither MuJoCo's state nor a `get_state`.
     """
     base = env.unwrapped
     if hasattr(base, "get_state"):

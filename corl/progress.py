@@ -5,19 +5,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG_SECONDS = 30.0  # between two lines of one bar in a log file
+LOG_SECONDS = 30.0  # time between two lines of one bar in a log file
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
     """A tqdm bar on stderr; where that is no terminal, a line every `LOG_SECONDS`.
 
-    Takes tqdm's arguments. In a log file a bar writes its last state as well, unless it
-    was over before its first line.
+    Takes tqdm's arguments. In a log file a bar also writes its last state, unless it ended
+    before its first line was due.
     """
     if sys.stderr.isatty():
         pace = {"mininterval": 0.5, "maxinterval": 1.0, "dynamic_ncols": True}
     else:
-        # miniters stays 1: where tqdm adapts it, its monitor thread adds lines.
+        # tqdm's monitor thread adds lines where miniters adapts itself, so it stays 1.
         pace = {"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "miniters": 1}
         pace["file"] = _LogLines()
     return tqdm(*args, **{**pace, **options})

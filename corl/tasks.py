@@ -1,10 +1,15 @@
-"""TODO corl.tasks"""
+"""D4RL's tasks: a name is parsed once into a frozen `Task`, which is passed on.
+
+A `Task` knows the sizes of states and actions, the time limit and the returns between which D4RL
+normalizes its scores.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+# Kinds of data: of the locomotion robots, of antmaze, of Adroit's hands.
 KINDS = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
 ANTMAZES = (
     "umaze",
@@ -19,16 +24,17 @@ ADROIT = ("human", "cloned", "expert")
 
 @dataclass(frozen=True)
 class Robot:
-    """What D4RL fixes per robot; scores are raw returns."""
+    """What D4RL fixes for a robot."""
 
-    env_id: str  # gymnasium id whose physics, reward and termination equal D4RL's
+    # gymnasium's environment with D4RL's physics, reward and termination; empty: there is none
+    env_id: str
     state_dim: int
     action_dim: int
-    ref_min: float  # return of the score 0, from D4RL
-    ref_max: float  # return of the score 100, from D4RL
+    ref_min: float  # raw return that D4RL gives the score 0
+    ref_max: float  # raw return that D4RL gives the score 100
     horizon: int = 1000  # time limit in environment steps
-    kinds: tuple[str, ...] = KINDS  # of data that D4RL has for it
-    versions: tuple[str, ...] = ("v0", "v1", "v2")
+    kinds: tuple[str, ...] = KINDS  # kinds of data that D4RL has for the robot
+    versions: tuple[str, ...] = ("v0", "v1", "v2")  # of its tasks' names
 
 
 ROBOTS = {
@@ -49,18 +55,27 @@ ROBOTS = {
 
 @dataclass(frozen=True)
 class Task:
-    """One D4RL task: a robot and the kind of data it comes with."""
+    """One D4RL task: a robot and the kind of data it comes with; see `Robot` for the facts."""
 
+    # The comments show the parts of hopper-medium-replay-v2.
     name: str  # hopper-medium-replay-v2
     robot: str  # hopper
     kind: str  # medium-replay
     version: str  # v2
-    env_id: str
+    env_id: str  # Hopper-v4; empty where gymnasium has no such environment
     state_dim: int
     action_dim: int
     ref_min: float
     ref_max: float
     horizon: int
+
+    def normalized_score(self, returns: Any) -> np.ndarray:
+        """D4RL's score in percent, 100 (return - min) / (max - min), in the shape of `returns`.
+
+        D4RL's own `get_normalized_score` gives the fraction; every paper prints the percentage.
+        """
+        returns = np.asarray(returns, dtype=np.float64)
+        return 100.0 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
 
 
 def task_names() -> list[str]:
@@ -70,12 +85,16 @@ def task_names() -> list[str]:
     ]
 
 
-def task(name: str) -> Task:
-    """Look up a D4RL task name such as `hopper-medium-replay-v2`.
+def task(name: Task | str) -> Task:
+    """The task of a D4RL name such as `hopper-medium-replay-v2`; a `Task` is returned as it is.
+
+    So a function that people call by name takes either and begins with this call.
 
     Raises:
         ValueError: the name is not a D4RL task known here; the message lists those that are.
     """
+    if isinstance(name, Task):
+        return name
     robot, _, rest = name.partition("-")
     kind, _, version = rest.rpartition("-")
     facts = ROBOTS.get(robot)
@@ -99,14 +118,10 @@ def task(name: str) -> Task:
     )
 
 
-def normalized_score(name: str, returns: Any) -> np.ndarray:
-    """D4RL-normalized score in percent: 100 (return - min) / (max - min), same shape as `returns`.
+def normalized_score(name: Task | str, returns: Any) -> np.ndarray:
+    """`Task.normalized_score` of a task or of its name.
 
-    D4RL's own `get_normalized_score` is the fraction; every paper prints the percentage.
+    Raises:
+        ValueError: as of `task`.
     """
-    facts = task(name)
-    return (
-        100.0
-        * (np.asarray(returns, dtype=np.float64) - facts.ref_min)
-        / (facts.ref_max - facts.ref_min)
-    )
+    return task(name).normalized_score(returns)

@@ -25,6 +25,7 @@ from corl.standin.policies import (
     save_policy,
 )
 
+UMAZE = tasks.task("antmaze-umaze-v2")
 GAIT = train_walker.Gait(7.8, 0.98, 0.67, 0.28, 0.29, 2.4, 0.22, -0.88)  # one that walks
 
 
@@ -279,7 +280,7 @@ def test_goals_and_starts_of_each_kind(kind):
 def umaze(shipped):
     told = []
     seed = np.random.SeedSequence([4, 0, 0])
-    table = maze_walks.rollout("umaze", shipped, 1500, seed, told.append)
+    table = maze_walks.rollout(UMAZE, shipped, 1500, seed, told.append)
     assert sum(told) == 1500
     return table
 
@@ -350,7 +351,9 @@ def test_actions_are_the_walkers_plus_clipped_noise_of_a_fifth(umaze, shipped):
 def test_a_rollout_repeats_and_depends_on_its_seed(shipped):
     def rows(word):
         seed = np.random.SeedSequence([word])
-        return maze_walks.rollout("medium-diverse", shipped, 40, seed)
+        return maze_walks.rollout(
+            tasks.task("antmaze-medium-diverse-v2"), shipped, 40, seed
+        )
 
     np.testing.assert_array_equal(rows(1), rows(1))
     assert not np.array_equal(rows(1)["actions"], rows(2)["actions"])
@@ -361,7 +364,7 @@ def test_a_whole_rollout_ends_with_an_episode(shipped, monkeypatch):
     monkeypatch.setattr(maze_walks, "ENVS", 2)
     told = []
     seed = np.random.SeedSequence([1])
-    args = ("umaze", shipped, 1450, seed, told.append)
+    args = (UMAZE, shipped, 1450, seed, told.append)
     table = maze_walks.rollout(*args, whole=True)
     assert np.flatnonzero(table["timeouts"]).tolist() == [700, 1401, 2102]
     assert len(table) == 2103 and sum(told) == 1450
@@ -415,11 +418,11 @@ def test_every_kind_is_offered_and_only_with_a_walker(tmp_path, monkeypatch):
     assert kinds("antmaze") == list(tasks.ANTMAZES)
     assert set(fingerprint("antmaze-large-play-v2")) == {"walker"}
     with pytest.raises(ValueError, match="mix 'random' into antmaze-umaze-v2"):
-        rollout.make_plan("antmaze-umaze-v2", 100, mix="random")
+        rollout.make_plan(UMAZE, 100, mix="random")
     monkeypatch.setattr(policies, "POLICY_DIR", tmp_path)
     assert kinds("antmaze") == []
     with pytest.raises(NotCollectable, match="antmaze-umaze-v2.*not shipped"):
-        rollout.make_plan("antmaze-umaze-v2", 100)
+        rollout.make_plan(UMAZE, 100)
 
 
 def test_a_policy_of_another_robot_is_no_walker(tmp_path, monkeypatch):
@@ -430,4 +433,4 @@ def test_a_policy_of_another_robot_is_no_walker(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({path.name: facts}))
     monkeypatch.setattr(policies, "POLICY_DIR", tmp_path)
     with pytest.raises(ValueError, match="29 state to 8 action.*antmaze has 27 and 8"):
-        rollout.make_plan("antmaze-umaze-v2", 100)
+        rollout.make_plan(UMAZE, 100)

@@ -137,6 +137,8 @@ def test_schema_is_d4rl_v2(tmp_path, policy):
     digest = hashlib.sha256(policy.read_bytes()).hexdigest()
     assert json.loads(attributes["policies"]) == {"medium": digest}
     assert attributes["torch_version"] == torch.__version__
+    # The format's version, which a new release of the package leaves alone.
+    assert attributes["corl_dare_version"] == "0.1.0"
 
 
 def test_rows_are_consecutive_steps_of_the_physics(tmp_path, policy):
@@ -327,9 +329,9 @@ def test_replay_comes_in_training_order_from_the_nearest_snapshot(
 
 def test_medium_replay_is_sized_as_d4rls_and_needs_the_series(tmp_path, monkeypatch):
     ship(tmp_path, monkeypatch)
-    assert default_rows("hopper-medium-replay-v2") == 402_000
-    assert default_rows("walker2d-medium-replay-v2") == 302_000
-    assert default_rows("hopper-medium-v2") == STAND_IN_ROWS
+    assert default_rows(tasks.task("hopper-medium-replay-v2")) == 402_000
+    assert default_rows(tasks.task("walker2d-medium-replay-v2")) == 302_000
+    assert default_rows(tasks.task("hopper-medium-v2")) == STAND_IN_ROWS
     assert "medium-replay" not in kinds("hopper")
     ship_series(tmp_path, [2000], warmup=0)
     assert kinds("hopper")[-2:] == ["medium-replay", "full-replay"]
@@ -602,16 +604,15 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_final_name_appears_only_with_a_complete_file(tmp_path, monkeypatch):
-    seen = []
+    seen, replace = [], os.replace
 
     def watch(part, out):
         assert not out.exists() and part.parent == out.parent
         if out.name == "data.hdf5":
             seen.append(len(read(part)[0]["observations"]))
-        publish(part, out)
+        replace(part, out)
 
-    publish = files.publish
-    monkeypatch.setattr(files, "publish", watch)
+    monkeypatch.setattr(os, "replace", watch)
     run("hopper-random-v2", 50, tmp_path / "data.hdf5")
     assert seen == [50] and leftovers(tmp_path) == ["data.hdf5"]
 
@@ -650,8 +651,8 @@ def test_chunks_of_other_settings_or_versions_are_not_used(tmp_path, monkeypatch
     folders = set()
     for seed, version in ((0, "1"), (1, "1"), (0, "2")):
         monkeypatch.setattr(mujoco, "__version__", version)
-        plan = rollout.make_plan("hopper-random-v2", 50, seed)
-        folders.add(collect._chunk_folder(out, plan))
+        plan = rollout.make_plan(tasks.task("hopper-random-v2"), 50, seed)
+        folders.add(collect.chunk_folder(out, plan))
     assert len(folders) == 3
 
 
@@ -670,10 +671,10 @@ def test_chunks_join_at_whole_episodes(tmp_path, monkeypatch):
 def test_the_number_of_processes_does_not_change_a_byte(tmp_path, monkeypatch):
     task, lines = "hopper-medium-expert-v2", []
     one = run(task, 301, tmp_path / "one.hdf5", seed=3, workers=1)
-    plan = rollout.make_plan(task, 301, 3)
+    plan = rollout.make_plan(tasks.task(task), 301, 3)
     out = tmp_path / "two.hdf5"
-    collect._chunk_folder(out, plan).mkdir()
-    collect._roll_out_in_processes(plan, out, 2, lines.append)
+    collect.chunk_folder(out, plan).mkdir()
+    collect.roll_out_in_processes(plan, out, 2, lines.append)
     assert sum(lines) == 301
     assert len(list(tmp_path.glob("two.hdf5.*.chunks/*.npy"))) == 2
     monkeypatch.setattr(rollout, "rollout", None)  # all is there already
@@ -683,25 +684,25 @@ def test_the_number_of_processes_does_not_change_a_byte(tmp_path, monkeypatch):
 
 
 def test_failing_process_is_one_line_and_keeps_what_is_done(tmp_path, policy, capfd):
-    plan = rollout.make_plan("hopper-medium-v2", 50, policy=policy)
+    plan = rollout.make_plan(tasks.task("hopper-medium-v2"), 50, policy=policy)
     policy.write_bytes(b"no policy any more")
     with pytest.raises(RuntimeError, match="exit code 1.*repeat the command"):
-        collect._roll_out_in_processes(plan, tmp_path / "x.hdf5", 1, lambda rows: None)
+        collect.roll_out_in_processes(plan, tmp_path / "x.hdf5", 1, lambda rows: None)
     assert "error: policy file" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("at", ["rollout", "_assemble"])
+@pytest.mark.parametrize("at", ["rollout.rollout", "collect.assemble"])
 def test_disk_that_fills_up_meanwhile_is_one_line_and_no_crash(tmp_path, at):
     """A limit on the size of files is met for real, at the chunk or at the finished file."""
     script = f"""
 import resource
-from corl_dare import collect
-plain = collect.{at}
+from corl.standin import collect, rollout
+plain = {at}
 def limited(*args):
     result = plain(*args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
     return result
-collect.{at} = limited
+{at} = limited
 collect.main()
 """
     command = [sys.executable, "-c", script, "hopper-random-v2", "--rows", "500"]
@@ -712,7 +713,7 @@ collect.main()
     assert done.stderr.count("\n") == 1 and done.stdout == ""
     left = leftovers(tmp_path)
     assert all(name.endswith(".chunks") for name in left)
-    assert len(left) == (at == "_assemble")  # finished chunks are kept
+    assert len(left) == (at == "collect.assemble")  # finished chunks are kept
     run("hopper-random-v2", 500, tmp_path / "data.hdf5")
     assert leftovers(tmp_path) == ["data.hdf5"]
 
@@ -739,7 +740,7 @@ def test_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_remains_of_a_killed_process_do_not_harm(tmp_path):
-    (tmp_path / "data.hdf5.part").write_bytes(b"half a file")
+    (tmp_path / ".data.hdf5.0123456789abcdef.part").write_bytes(b"half a file")
     (tmp_path / "data.hdf5.lock").write_bytes(b"")
     path = run("hopper-random-v2", 50, tmp_path / "data.hdf5")
     assert len(read(path)[0]["rewards"]) == 50
@@ -781,7 +782,7 @@ def test_two_real_processes_make_the_file_once(tmp_path):
     out = tmp_path / "data.hdf5"
     command = [sys.executable, "-m", "corl.standin.collect", "hopper-random-v2"]
     command += ["--rows", "3000", "--out", str(out)]
-    root = str(Path(collect.__file__).parent.parent)
+    root = str(Path(collect.__file__).parents[2])
     work = [
         subprocess.Popen(
             command,
@@ -847,8 +848,8 @@ def test_space_estimate_covers_the_real_sizes(tmp_path, monkeypatch):
         sizes.extend(p.stat().st_size for p in folder.glob("*.npy"))
         return plain(plan, folder)
 
-    plain = collect._assemble
-    monkeypatch.setattr(collect, "_assemble", measure)
+    plain = collect.assemble
+    monkeypatch.setattr(collect, "assemble", measure)
     path = run("hopper-random-v2", 5000, tmp_path / "data.hdf5")
     used = sum(sizes) + path.stat().st_size
 
@@ -935,7 +936,7 @@ def test_changed_shipped_policy_is_refused(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- command line
 
 
-def test_command_collects_and_prints_the_card(tmp_path, monkeypatch, capsys, policy):
+def test_command_collects_and_says_what_it_wrote(tmp_path, monkeypatch, capsys, policy):
     out = tmp_path / "data.hdf5"
     command = (
         f"collect hopper-medium-v2 --rows 300 --seed 1 --out {out} --policy {policy}"
@@ -945,7 +946,8 @@ def test_command_collects_and_prints_the_card(tmp_path, monkeypatch, capsys, pol
     collect.main()
     printed = capsys.readouterr()
     assert "self-collected stand-in (not D4RL data)" in printed.out
-    assert "transitions from 300 rows" in printed.out
+    assert " 300 rows" in printed.out and files.sha256(out) in printed.out
+    assert f"corl.data.card hopper-medium-v2 --path {out}" in printed.out
     assert "300/300" in printed.err and "rows/s" in printed.err
     assert read(out)[1]["seed"] == 1
 

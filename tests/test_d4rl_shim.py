@@ -448,7 +448,7 @@ def corl_yaml(algorithm, env):
 @pytest.mark.parametrize("algorithm", YAML)
 @pytest.mark.parametrize("env", MAZES + HANDS)
 def test_corls_yaml_files_are_read_unchanged(tmp_path, algorithm, env):
-    module = importlib.import_module(f"corl.{algorithm}")
+    module = importlib.import_module(f"algorithms.{algorithm}")
     path = tmp_path / "corl.yaml"
     path.write_text(corl_yaml(algorithm, env))
     config = parse_config(module.TrainConfig, ["--config", str(path)])
@@ -529,7 +529,7 @@ def leaves(value, name=""):
 @pytest.mark.skipif(not CORL_DIR, reason="CORL_DIR is not set to CORL's folder")
 @pytest.mark.parametrize("algorithm", YAML)
 def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
-    ours = importlib.import_module(f"corl.{algorithm}")
+    ours = importlib.import_module(f"algorithms.{algorithm}")
     flags = (
         "--offline_iterations 12 --online_iterations 40 --eval_freq 26 --n_episodes 1 "
     )

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import sys
+import tempfile
 import threading
 import tracemalloc
 import types
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 
 from corl import files, machine, tasks
 from corl.data import card, published, schema, sources
-from corl.data.minari import _episodes, caveat, stack_episodes
+from corl.data.minari import caveat, split_episodes, stack_episodes
 from corl.standin import collect, policies, rollout
 from corl.tasks import normalized_score, task_names
 
 S, A = 11, 3  # hopper
 TASK = "hopper-medium-v2"
+HOPPER, UMAZE = tasks.task(TASK), tasks.task("antmaze-umaze-v2")
 FILE = "hopper_medium-v2.hdf5"
 
 
@@ -72,7 +74,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("CORL_DARE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(policies, "STAND_IN_ROWS", 60)
     monkeypatch.setenv("CORL_DARE_D4RL_URL", "")
-    monkeypatch.setattr(sources, "_unreachable", {})
+    monkeypatch.setattr(sources, "unreachable", {})
     (tmp_path / "d4rl").mkdir()
     return tmp_path
 
@@ -212,12 +214,11 @@ def test_equals_the_real_d4rl(tmp_path, monkeypatch):
         env = types.SimpleNamespace(_max_episode_steps=7)
         expected = d4rl.qlearning_dataset(env, dataset=raw)
         assert_same(schema.qlearning_dataset(raw, horizon=7), expected)
-    for task in task_names():
+    for task in map(tasks.task, task_names()):
         monkeypatch.delenv("CORL_DARE_D4RL_URL", raising=False)
-        assert d4rl.infos.DATASET_URLS[task] == published.url(task)
-        facts = task(task)
-        assert d4rl.infos.REF_MIN_SCORE[task] == facts.ref_min
-        assert d4rl.infos.REF_MAX_SCORE[task] == facts.ref_max
+        assert d4rl.infos.DATASET_URLS[task.name] == published.url(task)
+        assert d4rl.infos.REF_MIN_SCORE[task.name] == task.ref_min
+        assert d4rl.infos.REF_MAX_SCORE[task.name] == task.ref_max
 
 
 # ---------------------------------------------------------------- reading
@@ -254,7 +255,7 @@ def test_antmaze_layout_is_read(tmp_path):
     raw = make_raw(*flags, state_dim=29, action_dim=8)
     del raw["next_observations"]
     assert_read(write(tmp_path / "x.hdf5", raw), raw, "antmaze-umaze-v2")
-    found = schema.statistics(raw, "antmaze-umaze-v2")
+    found = schema.statistics(raw, UMAZE)
     assert (found["episodes"], found["unfinished_rows"]) == (1, 10)
 
 
@@ -431,14 +432,14 @@ def test_memory_while_loading_stays_near_the_arrays(home, dtype, allowed):
     ],
 )
 def test_file_names_are_d4rls(task, name):
-    assert published.file_name(task) == name
+    assert published.file_name(tasks.task(task)) == name
 
 
 def test_every_task_has_its_own_file_name():
-    names = {published.file_name(task) for task in task_names()}
+    names = {published.file_name(task) for task in map(tasks.task, task_names())}
     assert len(names) == len(task_names())
     with pytest.raises(ValueError, match="-v2 tasks only"):
-        published.file_name("hopper-medium-v0")
+        published.file_name(tasks.task("hopper-medium-v0"))
 
 
 def test_table_of_known_files():
@@ -459,7 +460,7 @@ def test_statistics_of_complete_episodes_against_a_loop():
             returns.append(sum(float(r) for r in raw["rewards"][start : i + 1]))
             lengths.append(i + 1 - start)
             start = i + 1
-    found = schema.statistics(raw, TASK)
+    found = schema.statistics(raw, HOPPER)
     assert lengths == [4, 3, 1]
     for name, values in (("return", returns), ("length", lengths)):
         expected = [np.mean(values), np.std(values), min(values), max(values)]
@@ -472,7 +473,7 @@ def test_statistics_of_complete_episodes_against_a_loop():
 
 
 def test_statistics_without_a_complete_episode():
-    found = schema.statistics(make_raw([0] * 5, [0] * 5), TASK)
+    found = schema.statistics(make_raw([0] * 5, [0] * 5), HOPPER)
     assert found["episodes"] == 0 and found["unfinished_rows"] == 5
     assert found["return"] == dict.fromkeys(("mean", "std", "min", "max"))
 
@@ -519,7 +520,7 @@ def test_arrays_and_provenance_of_a_file(home):
     assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (facts["rows"], facts["rows_raw"]) == (10, 12)
     assert not facts["recognised"] and facts["label"].startswith("unknown file")
-    assert found.task == TASK
+    assert found.task == HOPPER
     json.dumps([facts, found.statistics])
 
 
@@ -557,6 +558,24 @@ def test_stand_in_is_labelled_kept_and_collected_once(home, monkeypatch):
     np.testing.assert_array_equal(again.arrays["actions"], first.arrays["actions"])
 
 
+def test_a_name_is_parsed_once_and_the_task_passed_on(home, monkeypatch, capsys):
+    def count(name):
+        if isinstance(name, str):
+            parsed.append(name)
+        return plain(name)
+
+    path, parsed, plain = write(home / "x.hdf5", v2_raw()), [], tasks.task
+    monkeypatch.setattr(tasks, "task", count)
+    found = sources.resolve(TASK, path=path)
+    assert parsed == [TASK]
+    sources.resolve("hopper-random-v2")  # collects
+    assert parsed == [TASK, "hopper-random-v2"]
+    again = sources.resolve(found.task, path=path)
+    card.export(again, "d4rl", str(home / "y.hdf5"))
+    assert card.card(again) == card.card(found)
+    assert len(parsed) == 2
+
+
 def test_cache_folder_argument_variable_and_default(home, monkeypatch):
     def folder(**options):
         found = sources.resolve("hopper-random-v2", "self-collected", **options)
@@ -569,16 +588,13 @@ def test_cache_folder_argument_variable_and_default(home, monkeypatch):
 
 
 def test_new_policies_get_a_new_stand_in(home, monkeypatch):
-    asked = []
-    monkeypatch.setattr(collect, "collect", lambda task, rows, out: asked.append(out))
-    facts = {"source": "self-collected", "path": "", "label": ""}
-    monkeypatch.setattr(sources, "_from_file", lambda *args: (v2_raw(), facts))
+    names = []
     for digest in ("a" * 64, "b" * 64):
         monkeypatch.setattr(
             policies, "fingerprint", lambda task, d=digest: {"medium": d}
         )
-        sources.resolve(TASK, "self-collected")
-    assert [p.name for p in asked] == [f"{TASK}-60-{c * 8}.hdf5" for c in "ab"]
+        names.append(sources.stand_in_path(HOPPER).name)
+    assert names == [f"{TASK}-60-{c * 8}.hdf5" for c in "ab"]
 
 
 def test_nothing_found_tells_all_that_was_tried(home, monkeypatch):
@@ -659,9 +675,9 @@ def server(home, monkeypatch):
 def test_addresses_are_d4rls(home, monkeypatch):
     monkeypatch.delenv("CORL_DARE_D4RL_URL")
     stem = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-    assert published.url(TASK) == f"{stem}/gym_mujoco_v2/{FILE}"
+    assert published.url(HOPPER) == f"{stem}/gym_mujoco_v2/{FILE}"
     name = "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"
-    assert published.url("antmaze-umaze-v2") == f"{stem}/ant_maze_v2/{name}"
+    assert published.url(UMAZE) == f"{stem}/ant_maze_v2/{name}"
 
 
 def test_download_goes_to_d4rls_folder_once(home, server):
@@ -755,7 +771,7 @@ def test_locomotion_file_without_time_outs_is_read_by_the_counter(home):
     assert_same(found.arrays, d4rl_loop(raw))
     assert found.statistics["timeouts"] == 2 and found.provenance["rows"] == 2497
     with pytest.raises(ValueError, match="known here for -v2 tasks only; pass the file"):
-        published.file_name("hopper-medium-v0")
+        published.file_name(tasks.task("hopper-medium-v0"))
     assert sources.resolve("hopper-medium-v0", path=path).provenance["rows"] == 2497
 
 
@@ -905,7 +921,7 @@ def test_rows_survive_the_way_to_episodes_and_back(lengths, ends, unfinished):
             flags[kind][stop - 1] = True
     raw = make_raw(**flags)
     bounds = np.append(0, stops)
-    found = stack_episodes(as_episodes(_episodes(raw, bounds, "hopper")))
+    found = stack_episodes(as_episodes(split_episodes(raw, bounds, HOPPER)))
     if unfinished:  # an episode with neither flag reads as cut by a reset
         raw["timeouts"][-1] = True
     for key, values in raw.items():
@@ -918,7 +934,7 @@ def test_antmaze_rows_lose_the_last_of_an_episode_whose_next_state_is_not_stored
     timeouts = np.arange(10) == 5
     raw = make_raw(terminals, timeouts, state_dim=29, action_dim=8)
     del raw["next_observations"]
-    episodes = as_episodes(_episodes(raw, np.array([0, 6, 10]), "antmaze"))
+    episodes = as_episodes(split_episodes(raw, np.array([0, 6, 10]), UMAZE))
     found = stack_episodes(episodes)
     kept = [0, 1, 2, 3, 4, 6, 7, 8]
     expected = schema.qlearning_dataset(raw)
@@ -927,7 +943,7 @@ def test_antmaze_rows_lose_the_last_of_an_episode_whose_next_state_is_not_stored
     np.testing.assert_array_equal(found["actions"], raw["actions"][kept])
     assert np.flatnonzero(found["timeouts"]).tolist() == [4, 7]
     with pytest.raises(ValueError, match="no next_observations"):
-        list(_episodes(raw, np.array([0, 6, 10]), "hopper"))
+        list(split_episodes(raw, np.array([0, 6, 10]), HOPPER))
 
 
 def test_rows_that_are_no_episodes_are_not_exported():
@@ -936,7 +952,7 @@ def test_rows_that_are_no_episodes_are_not_exported():
     with pytest.raises(
         ValueError, match="row 5 is not followed by its next observation"
     ):
-        list(_episodes(raw, np.array([0, 4, 7, 8, 12]), "hopper"))
+        list(split_episodes(raw, np.array([0, 4, 7, 8, 12]), HOPPER))
 
 
 @pytest.fixture
@@ -1252,7 +1268,7 @@ def test_report_to_an_unfit_place_is_one_line_before_any_work(home, monkeypatch)
     def refuse(*args, **options):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(type(home), "touch", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(sources, "resolve", None)
     with pytest.raises(SystemExit, match="^error: cannot write .*Read-only"):
         report(home, monkeypatch, ["hopper-random-v2"], home / "report.md")

@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 import pytest
 
+from corl.data import download as module
 from corl.data.download import HDF5_START, DownloadError, Unreachable, download
 
 CONTENT = HDF5_START + bytes(range(256)) * 4000
@@ -233,8 +234,8 @@ def test_second_download_waits_for_the_first(server, tmp_path, monkeypatch):
                 waiting.set()
             return super().acquire(*args, **kwargs)
 
-    plain = download._fetch
-    monkeypatch.setattr(download, "_fetch", slow)
+    plain = module.fetch
+    monkeypatch.setattr(module, "fetch", slow)
     monkeypatch.setattr(filelock, "FileLock", Watched)
     work = [threading.Thread(target=get, args=[server, target]) for _ in range(2)]
     work[0].start()
@@ -248,7 +249,7 @@ def test_second_download_waits_for_the_first(server, tmp_path, monkeypatch):
 
 def test_killed_process_leaves_a_part_that_is_used(server, tmp_path):
     server.stop_after, server.hang = 400_000, threading.Event()
-    root = Path(download.__file__).parent.parent
+    root = Path(module.__file__).parents[2]
     program = (
         "import sys; from pathlib import Path; from corl.data.download import download; "
         f"download('{server.url}/x.hdf5', Path(sys.argv[1]), {len(CONTENT)}, '{DIGEST}',"

@@ -50,6 +50,18 @@ def test_scores_of_published_returns():
     assert tasks.normalized_score("hopper-medium-v2", np.zeros((2, 3))).shape == (2, 3)
 
 
+def test_a_task_does_where_its_name_does():
+    task = tasks.task("walker2d-medium-v2")
+    assert tasks.task(task) is task
+    expected = tasks.normalized_score("walker2d-medium-v2", [1.0, 2.0])
+    for found in (
+        tasks.normalized_score(task, [1.0, 2.0]),
+        task.normalized_score([1, 2]),
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert envs.make(task).unwrapped.spec.id == "Walker2d-v4"
+
+
 def test_all_d4rl_tasks_are_known_once():
     names = tasks.task_names()
     assert len(names) == len(set(names)) == 3 * 6 + 6

@@ -327,13 +327,13 @@ def test_commit_of_this_code_or_unknown(monkeypatch):
 
 
 def test_only_changed_code_makes_a_commit_dirty(tmp_path, monkeypatch):
-    for name in ("corl_dare/runs.py", "algorithms/a.py", "results/numbers.json"):
+    for name in ("corl/machine.py", "algorithms/a.py", "results/numbers.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
     person = ("-c", "user.name=n", "-c", "user.email=e@x.org")
     for words in (("init", "-q"), ("add", "."), (*person, "commit", "-qm", "first")):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "corl_dare" / "runs.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "corl" / "machine.py"))
     assert re.fullmatch(r"[0-9a-f]{40}", machine.git_commit())
     (tmp_path / "results/numbers.json").write_text("2")
     assert re.fullmatch(r"[0-9a-f]{40}", machine.git_commit())
@@ -823,7 +823,8 @@ TOY = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from algorithms import dare_iql
-from corl_dare import runs
+from corl import runs
+from corl.config import main
 from test_runs import Config, Part
 
 def train(config):
@@ -842,7 +843,7 @@ def train(config):
         else:
             run.finish()
 
-runs.main(train, Config)
+main(train, Config)
 """
 
 

@@ -22,9 +22,7 @@ def write_json(path: Path, record: dict) -> None:
         parts.append(f"  {json.dumps(name)}: [\n  {lines}\n  ]")
     text = head[:-2] + ',\n "tables": {\n' + ",\n".join(parts) + "\n }\n}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    files.publish(part, path)
+    files.write_text(path, text)
 
 
 def check_same(folder: Path, settings: dict, levels: list[str]) -> None:

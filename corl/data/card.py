@@ -1,4 +1,14 @@
-"""TODO corl.data.card"""
+"""What is in a dataset, in a few lines: the card, a picture, a table of all tasks, an export.
+
+    python -m corl.data.card hopper-medium-v2 --plot returns.png
+    python -m corl.data.card --all
+    python -m corl.data.card hopper-medium-v2 --export d4rl hopper.hdf5
+    python -m corl.data.card --report results/datasets.md
+
+The first prints the card of a dataset: its source, sizes and returns beside D4RL's published ones.
+The second says for every task where its data would come from. The third writes a dataset in
+another format. The last makes every stand-in and compares it with what D4RL published.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,12 +17,11 @@ import h5py
 import numpy as np
 
 from corl import files, tasks
-from corl.data import minari, schema, sources
-from corl.data.published import D4RL_RETURNS, D4RL_ROWS, server
-from corl.machine import describe, git_commit, tidy_path
-from corl.standin import collect, policies
+from corl.data import minari, published, schema, sources
+from corl.standin import policies
 
-FORMATS = ("d4rl", "minari")  # of --export
+FORMATS = ("d4rl", "minari")  # what --export writes
+INTERRUPTED = "interrupted; what is complete is kept, repeat the command to go on"
 
 
 def card(dataset: sources.Dataset) -> str:
@@ -22,7 +31,7 @@ def card(dataset: sources.Dataset) -> str:
     if stats["unfinished_rows"]:
         ends += f"; last episode unfinished ({stats['unfinished_rows']} rows)"
     lines = [
-        ("dataset", task),
+        ("dataset", task.name),
         ("data", facts["label"]),
         ("source", facts["source"]),
         ("path", facts["path"]),
@@ -31,24 +40,13 @@ def card(dataset: sources.Dataset) -> str:
         ("episodes", f"{stats['episodes']} complete; {ends}"),
         ("length", _four(stats["length"], "steps", 0)),
         ("return", _four(stats["return"], "raw", 2)),
-        ("score", _four(_scores(task, stats["return"]), "normalized", 1)),
+        ("score", _score(task, stats["return"])),
+        *_published(task),
+        ("actions", f"{stats['action_min']:.6f} … {stats['action_max']:.6f}"),
     ]
-    if tasks.task(task).robot == "antmaze":
-        # Evaluations end at the goal, these episodes go on: their return is no success rate.
-        lines[-1] = ("score", "none: the rewards of one episode are added up")
-    published = D4RL_RETURNS.get(task.removesuffix("-v2"))
-    if published is not None:
-        names = ("mean", "std", "min", "max")
-        theirs = dict(zip(names, published, strict=True))
-        lines += [
-            ("D4RL's", _four(theirs, "raw, published for D4RL's own file", 2)),
-            ("", _four(_scores(task, theirs), "normalized", 1)),
-        ]
-    lines.append(("actions", f"{stats['action_min']:.6f} … {stats['action_max']:.6f}"))
     if "collected" in facts:
         made = facts["collected"]
-        lines.append(("seed", made["seed"]))
-        lines.append(("policies", made["policies"]))
+        lines += [("seed", made["seed"]), ("policies", made["policies"])]
     versions = {**facts, **facts.get("collected", {})}.items()
     named = [f"{k[:-8]} {v}" for k, v in versions if k.endswith("_version")]
     lines.append(("versions", ", ".join(named)))
@@ -57,15 +55,39 @@ def card(dataset: sources.Dataset) -> str:
     return "\n".join(f"{name:<9} {text}".rstrip() for name, text in lines)
 
 
-def _scores(task: str, summary: dict[str, float | None]) -> dict[str, float | None]:
+def _score(task: tasks.Task, summary: dict[str, float | None]) -> str:
+    """The card's line of normalized scores, from the summary of raw returns."""
+    if task.robot == "antmaze":
+        # Evaluations end at the goal, these episodes go on: their return is no success rate.
+        return "none: the rewards of one episode are added up"
+    return _four(_scores(task, summary), "normalized", 1)
+
+
+def _published(task: tasks.Task) -> list[tuple[str, str]]:
+    """The card's lines of D4RL's own returns, none where they are not published."""
+    returns = published.returns(task)
+    if returns is None:
+        return []
+    theirs = dict(zip(("mean", "std", "min", "max"), returns, strict=True))
+    return [
+        ("D4RL's", _four(theirs, "raw, published for D4RL's own file", 2)),
+        ("", _four(_scores(task, theirs), "normalized", 1)),
+    ]
+
+
+def _scores(
+    task: tasks.Task, summary: dict[str, float | None]
+) -> dict[str, float | None]:
+    """A summary of raw returns as normalized scores."""
     if summary["mean"] is None:
         return summary
-    scores = {k: float(tasks.normalized_score(task, v)) for k, v in summary.items()}
-    zero = float(tasks.normalized_score(task, 0.0))
-    return {**scores, "std": scores["std"] - zero}  # a width is scaled, not shifted
+    scores = {k: float(task.normalized_score(v)) for k, v in summary.items()}
+    # A width is scaled, not shifted.
+    return {**scores, "std": scores["std"] - float(task.normalized_score(0.0))}
 
 
 def _four(summary: dict[str, float | None], unit: str, digits: int) -> str:
+    """Mean, std, min and max in one line."""
     if summary["mean"] is None:
         return "no complete episode"
     mean, std, low, high = (f"{summary[k]:.{digits}f}" for k in summary)
@@ -79,31 +101,31 @@ def plot_returns(dataset: sources.Dataset, out: Path) -> None:
         ValueError: no complete episode, or a type of picture that nobody can draw.
         RuntimeError: no room or no right to write.
     """
-    from matplotlib.figure import Figure  # slow to import
+    # matplotlib is slow to import.
+    from matplotlib.figure import Figure
 
     if not len(dataset.returns):
-        raise ValueError(f"{dataset.task}: no complete episode to plot")
+        raise ValueError(f"{dataset.task.name}: no complete episode to plot")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     label = f"{len(dataset.returns)} episodes, {dataset.provenance['label']}"
     axes.hist(dataset.returns, bins=50, color="tab:blue", label=label)
     mean = dataset.returns.mean()
     axes.axvline(mean, color="black", label=f"their mean, {mean:.4g}")
-    published = D4RL_RETURNS.get(dataset.task.removesuffix("-v2"))
-    if published is not None:
-        center, width = published[:2]
+    theirs = published.returns(dataset.task)
+    if theirs is not None:
+        center, width = theirs[:2]
         axes.axvline(center, color="tab:orange", label=f"D4RL's mean, {center:.4g}")
         low, high = center - width, center + width
         style = {"color": "tab:orange", "alpha": 0.2, "zorder": 0}
         axes.axvspan(low, high, **style, label="D4RL's mean ± 1 std")
     axes.set_xlabel("return of an episode (raw)")
     axes.set_ylabel("episodes")
-    axes.set_title(dataset.task)
+    axes.set_title(dataset.task.name)
     figure.legend(loc="outside lower center", fontsize=7)
     form = out.suffix.removeprefix(".") or "png"
-    with files.writing(out) as part:
-        figure.savefig(part, dpi=150, format=form)
-        files.publish(part, out)
+    with files.naming_errors(out), files.replacing(out) as file:
+        figure.savefig(file, dpi=150, format=form)
 
 
 def overview(cache_dir: Path | str | None = None) -> str:
@@ -113,10 +135,10 @@ def overview(cache_dir: Path | str | None = None) -> str:
     cannot know whether D4RL's server would answer before a stand-in is taken.
     """
     lines = [("task", "source", "rows", "D4RL's return")]
-    for task in tasks.task_names():
-        published = D4RL_RETURNS.get(task.removesuffix("-v2"))
-        figures = "{:.2f} ± {:.2f}".format(*published) if published else "not known"
-        lines.append((task, *_would_come_from(task, cache_dir), figures))
+    for task in map(tasks.task, tasks.task_names()):
+        returns = published.returns(task)
+        figures = "{:.2f} ± {:.2f}".format(*returns) if returns else "not known"
+        lines.append((task.name, *_would_come_from(task, cache_dir), figures))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     rows = [
         "  ".join(
@@ -125,147 +147,50 @@ def overview(cache_dir: Path | str | None = None) -> str:
         ).rstrip()
         for line in lines
     ]
-    if server():
-        rows.append(f"Before a stand-in is taken, {server()} is asked for D4RL's file.")
+    if server := published.server():
+        rows.append(f"Before a stand-in is taken, {server} is asked for D4RL's file.")
     return "\n".join(rows)
 
 
-def _would_come_from(task: str, cache_dir: Path | str | None) -> tuple[str, str]:
-    """Source and rows of a task."""
+def _would_come_from(task: tasks.Task, cache_dir: Path | str | None) -> tuple[str, str]:
+    """Source and rows of a task, as text."""
     try:
-        path = sources._in_d4rl_dir(task)
+        path = sources.in_d4rl_folder(task)
         with h5py.File(path) as file:
             return f"{path}", str(len(file["rewards"]))
-    except sources._NotFound:
+    except sources.NotFound:
         pass
     except (OSError, KeyError, TypeError) as error:
         return f"{path}: unreadable ({error})", "-"
     try:
-        rows = policies.default_rows(task)
-        found = sources._stand_in_file(task, cache_dir, rows)
-        if found.exists():
-            return f"self-collected, {found}", str(rows)
-        return "self-collected (not yet made)", str(rows)
+        found = sources.stand_in_path(task, cache_dir)
     except policies.NotCollectable:
-        return "D4RL's server, if it answers, or --path", str(
-            D4RL_ROWS[task.removesuffix("-v2")]
-        )
-
-
-def report(out: Path, cache_dir: Path | str | None, rows: int | None) -> None:
-    """Make every stand-in there can be, and write a table of them against D4RL's data.
-
-    Raises:
-        ValueError: `out` is a folder; else as of `resolve`.
-        RuntimeError: no room or no right to write; else as of `resolve`.
-    """
-    pass  # GONE  # of it only the names of commit and machine
-
-    if out.is_dir():
-        raise ValueError(f"--report {out} is a folder; a file is needed")
-    with files.writing(out) as part:  # a try, before the work is spent
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-    robots, mazes, missing = [], [], []
-    for task in tasks.task_names():
-        try:
-            policies.fingerprint(task)
-        except policies.NotCollectable:
-            missing.append(task)
-            continue
-        dataset = sources.resolve(task, "self-collected", None, cache_dir, rows)
-        if tasks.task(task).robot == "antmaze":
-            mazes.append(_maze_row(dataset))
-        else:
-            robots.append(_robot_row(dataset))
-    size = "" if rows is None else f" --rows {rows}"
-    made = {k[:-8]: v for k, v in collect.versions().items()}
-    machine = describe()
-    lines = [
-        "# Self-collected stand-ins beside D4RL's data",
-        "",
-        f"Command: `python -m corl.data.card --report {tidy_path(out)}{size}`, "
-        f"commit {git_commit()}, {', '.join(f'{k} {v}' for k, v in made.items())}, "
-        f"{machine['processor']}, {machine['cores']} cores.",
-        "",
-        "## Locomotion",
-        "",
-        "Returns of complete episodes, raw and D4RL-normalized. `within`: the stand-in's",
-        "mean lies within D4RL's published mean ± 1 std; empty where D4RL's is not known.",
-        "`docs/datasets.md` says which policies acted, and why `expert` is weaker.",
-        "",
-        "| task | rows | episodes | return, mean ± std (min … max) | normalized | "
-        "D4RL's rows | D4RL's mean ± std | normalized | within | sha256 |",
-        "|---" * 10 + "|",
-        *robots,
-        "",
-        "## Antmaze",
-        "",
-        "Episodes go on at the goal, so a return counts rows at the goal that rewards are",
-        "computed for and is no score. D4RL publishes no such figures. As in D4RL's data,",
-        "the goals that medium-play's ants walk to are others than the evaluation's.",
-        "",
-        "| task | rows | episodes | rows at the goal per episode, mean ± std | "
-        "episodes that get there | D4RL's rows | sha256 |",
-        "|---" * 7 + "|",
-        *mazes,
-        "",
-        f"No stand-in: {', '.join(missing) or 'none is missing'}.",
-    ]
-    with files.writing(out) as part:
-        part.write_text("\n".join(lines) + "\n")
-        files.publish(part, out)
-
-
-def _robot_row(dataset: sources.Dataset) -> str:
-    stats, task = dataset.statistics, dataset.task
-    mine, published = stats["return"], D4RL_RETURNS.get(task.removesuffix("-v2"))
-    own, own_score = "no complete episode", ""
-    if mine["mean"] is not None:
-        own = "{mean:.0f} ± {std:.0f} ({min:.0f} … {max:.0f})".format(**mine)
-        own_score = f"{tasks.normalized_score(task, mine['mean']):.1f}"
-    theirs, their_score, within = "not known", "", ""
-    if published is not None:
-        mean, std = published[:2]
-        theirs = f"{mean:.0f} ± {std:.0f}"
-        their_score = f"{tasks.normalized_score(task, mean):.1f}"
-        if mine["mean"] is not None:
-            within = "yes" if abs(mine["mean"] - mean) <= std else "**no**"
-    return _table_row(dataset, [own, own_score], [theirs, their_score, within])
-
-
-def _maze_row(dataset: sources.Dataset) -> str:
-    own = ["no complete episode", ""]
-    if len(dataset.returns):
-        mean, std = dataset.returns.mean(), dataset.returns.std()
-        own = [f"{mean:.0f} ± {std:.0f}", f"{(dataset.returns > 0).mean():.0%}"]
-    return _table_row(dataset, own, [])
-
-
-def _table_row(dataset: sources.Dataset, mine: list[str], theirs: list[str]) -> str:
-    stats, task = dataset.statistics, dataset.task
-    counts = [task, str(stats["rows"]), str(stats["episodes"])]
-    published = [str(D4RL_ROWS[task.removesuffix("-v2")]), *theirs]
-    digest = f"`{dataset.provenance['sha256'][:12]}`"
-    return f"| {' | '.join([*counts, *mine, *published, digest])} |"
+        return "D4RL's server, if it answers, or --path", str(published.rows(task))
+    rows = str(policies.default_rows(task))
+    if found.exists():
+        return f"self-collected, {found}", rows
+    return "self-collected (not yet made)", rows
 
 
 def export(dataset: sources.Dataset, form: str, target: str) -> None:
     """Write all raw rows as D4RL's HDF5 file (`d4rl`) or a local Minari dataset (`minari`).
 
+    Args:
+        form: one of FORMATS.
+        target: the file to write, or the Minari id.
+
     Raises:
-        ValueError, RuntimeError: as of `convert.to_d4rl` and `convert.to_minari`.
+        ValueError, RuntimeError: as of `minari.to_d4rl` and `minari.to_minari`.
     """
     task, facts = dataset.task, dataset.provenance
     source = "minari" if facts["source"] == "minari" else "file"
-    raw, _ = sources.find(
-        task, source, facts["path"]
-    )  # q-learning arrays lack some rows
+    # Read again, because q-learning arrays lack some of the rows.
+    raw, _ = sources.find(task, source, facts["path"])
     if form == "minari":
         bounds = schema.episode_bounds(raw, task)
         if bounds[-1] < len(raw["rewards"]):
             bounds = np.append(bounds, len(raw["rewards"]))
-        about = f"{task}: {facts['label']}, sha256 {facts['sha256']}"
+        about = f"{task.name}: {facts['label']}, sha256 {facts['sha256']}"
         print(f"wrote {minari.to_minari(raw, bounds, task, target, about)}")
     else:
         original = None if source == "minari" else Path(facts["path"])
@@ -274,6 +199,24 @@ def export(dataset: sources.Dataset, form: str, target: str) -> None:
 
 
 def main() -> None:
+    args = _parse_arguments()
+    try:
+        if args.all:
+            print(overview(args.cache_dir))
+        elif args.report:
+            # Imported here, because it needs the collector and a card does not.
+            from corl.data import standin_report
+
+            standin_report.report(args.report, args.cache_dir, args.rows)
+        else:
+            _one_task(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Find a dataset and print its card.")
     parser.add_argument("task", nargs="?", help="D4RL name, such as hopper-medium-v2")
     parser.add_argument("--source", choices=sources.SOURCES, default="auto")
@@ -298,17 +241,7 @@ def main() -> None:
         parser.error(
             f"--export {args.export[0]}: the formats are {' and '.join(FORMATS)}"
         )
-    try:
-        if args.all:
-            print(overview(args.cache_dir))
-        elif args.report:
-            report(args.report, args.cache_dir, args.rows)
-        else:
-            _one_task(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(collect.INTERRUPTED) from None
+    return args
 
 
 def _one_task(args: argparse.Namespace) -> None:

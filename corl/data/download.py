@@ -3,9 +3,11 @@
 D4RL's server is slow and often out of reach. So an interrupted download goes on where it
 stopped, size and SHA-256 are compared before the file gets its name, and a server that does
 not answer is given up within seconds.
+
+Elsewhere `files.replacing` writes whole files and leaves nothing after an error. Here what has
+come so far is to stay, under a name that the next try finds; so this file renames by itself.
 """
 
-import hashlib
 import http.client
 import os
 import queue
@@ -17,10 +19,11 @@ from pathlib import Path
 
 import filelock
 
+from corl import files
 from corl.progress import progress_bar
 
 TIMEOUT = 5.0  # seconds without an answer
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes that are read at once
 HDF5_START = b"\x89HDF\r\n\x1a\n"
 
 
@@ -40,13 +43,16 @@ def download(
     timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> Path:
-    """Fetch an HDF5 file to `target`, unless it is there; of two processes one waits.
+    """Fetch an HDF5 file to `target`, unless it is there; returns `target`.
 
     The bytes gather in `target` + `.part`, which stays after a broken transfer, so that
     the next call goes on there. A file without a known digest starts anew, because
-    nothing could tell that the parts belong together.
+    nothing could tell that the parts belong together. Of two processes that fetch the same file
+    the second waits for the first.
 
     Args:
+        url: address of the file.
+        target: where the file is to be; its folder is made.
         size: bytes of the right file, compared before the transfer.
         digest: SHA-256 of the right file; a file with another one is deleted.
         timeout: seconds without an answer after which the server is given up.
@@ -61,7 +67,7 @@ def download(
         with filelock.FileLock(target.with_name(target.name + ".lock")):
             if not target.exists():
                 part = target.with_name(target.name + ".part")
-                _fetch(url, part, size, digest, timeout, progress)
+                fetch(url, part, size, digest, timeout, progress)
                 _check(part, digest)
                 os.replace(part, target)
     except OSError as error:
@@ -69,7 +75,7 @@ def download(
     return target
 
 
-def _fetch(
+def fetch(
     url: str,
     part: Path,
     size: int | None,
@@ -77,6 +83,7 @@ def _fetch(
     timeout: float,
     progress: bool,
 ) -> None:
+    """Bring the file at `url` to `part`, from where `part` ends on, if its digest is known."""
     have = part.stat().st_size if part.exists() and digest else 0
     if size is not None and have == size:
         return
@@ -85,14 +92,17 @@ def _fetch(
     try:
         answer = _open(url, have, timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the rest that was asked for does not exist
+        # 416: the rest that was asked for does not exist, so `part` is of another file.
+        if error.code == 416:
             part.unlink(missing_ok=True)
         raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
-    except Exception as error:  # name look-up, connection, proxy, protocol
+    except Exception as error:
+        # The look-up of the name, the connection, a proxy or the protocol failed.
         raise Unreachable(f"{url}: no connection ({_one_line(error)})") from error
     with answer:
         if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # the server knows no ranges and sends the whole file
+            # The server knows no ranges and sends the whole file.
+            have = 0
         length = answer.headers.get("Content-Length")
         total = size if length is None else have + int(length)
         if size is not None and total != size:
@@ -111,7 +121,10 @@ def _fetch(
 
 
 def _open(url: str, have: int, timeout: float) -> http.client.HTTPResponse:
-    """`urlopen` in a thread: no socket timeout covers the look-up of the server's name."""
+    """The answer to a request for a file from byte `have` on, or an error.
+
+    `urlopen` runs in a thread, because no socket timeout covers the look-up of the server's name.
+    """
     headers = {"Range": f"bytes={have}-"} if have else {}
     request, answers = urllib.request.Request(url, headers=headers), queue.Queue()
 
@@ -138,6 +151,7 @@ def _copy(
     total: int | None,
     progress: bool,
 ) -> int:
+    """Append an answer to `part` until it ends or breaks off; the bytes that `part` then has."""
     with (
         open(part, "ab" if have else "wb") as handle,
         progress_bar(
@@ -151,9 +165,11 @@ def _copy(
     ):
         while True:
             try:
-                block = answer.read1(BLOCK)  # what is there, however little
+                # `read1` gives what is there, however little, and so loses nothing in a break.
+                block = answer.read1(BLOCK)
             except (OSError, http.client.HTTPException):
-                break  # what has come so far is kept; the size says the rest
+                # What has come so far is kept; the caller compares the size.
+                break
             if not block:
                 break
             handle.write(block)
@@ -164,16 +180,14 @@ def _copy(
 
 
 def _check(part: Path, digest: str | None) -> None:
+    """Delete a file that is no HDF5 file or has another digest, and raise."""
     with open(part, "rb") as handle:
         start = handle.read(len(HDF5_START))
-        found = hashlib.sha256(start)
-        while block := handle.read(BLOCK):
-            found.update(block)
     wrong = None
     if start != HDF5_START:
         wrong = "is not an HDF5 file"
-    elif digest is not None and found.hexdigest() != digest:
-        wrong = f"has sha256 {found.hexdigest()}, not D4RL's {digest}"
+    elif digest is not None and (found := files.sha256(part)) != digest:
+        wrong = f"has sha256 {found}, not D4RL's {digest}"
     if wrong:
         part.unlink()
         raise DownloadError(f"the downloaded {part.stem} {wrong}; it was deleted")

@@ -1,7 +1,7 @@
-"""Between D4RL's rows and other homes of data: Minari's episodes, D4RL's HDF5 files.
+"""From Minari's episodes to D4RL's rows and back, and into HDF5 files of D4RL's schema.
 
-Minari (https://minari.farama.org) stores episodes of T actions and T + 1 observations, so
-every next state is a true one. D4RL stores rows, and calls them by the names used here.
+Minari (https://minari.farama.org) stores episodes of T actions and T + 1 observations, so that
+every row has its true next state. D4RL stores rows; their names are the ones used here.
 """
 
 import os
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import h5py
 import numpy as np
 
 from corl import files, tasks
 
 INSTALL = "pip install -r requirements-minari.txt"
+# What a reader of scores has to know, by the beginning of a dataset's id.
 CAVEATS = {
     "mujoco/": "other policies than D4RL's, gymnasium's v5 environments (another walker2d "
     "model, no survival bonus on a fall); scores are not comparable with D4RL's tables",
@@ -31,12 +31,16 @@ CAVEATS = {
 
 
 def caveat(name: str) -> str:
-    """What a reader of scores has to know about a Minari dataset's id."""
+    """What a reader of scores has to know about the data of a Minari id."""
     return next(text for start, text in CAVEATS.items() if name.startswith(start))
 
 
 def import_minari(name: str) -> Any:
-    """The package minari; RuntimeError says how to install it, for the dataset `name`."""
+    """The package minari, which the dataset `name` needs.
+
+    Raises:
+        RuntimeError: it is not installed; the message says how to install it.
+    """
     try:
         import minari
     except ImportError as error:
@@ -50,7 +54,13 @@ def import_minari(name: str) -> Any:
 
 
 def from_minari(name: str) -> dict[str, np.ndarray]:
-    """The rows of a Minari dataset, downloaded if it is not there; not yet checked.
+    """The rows of a Minari dataset, which is downloaded if it is not there.
+
+    Args:
+        name: Minari id, such as `mujoco/hopper/medium-v0`.
+
+    Returns:
+        Arrays as of `stack_episodes`, not yet checked against a task.
 
     Raises:
         RuntimeError: minari is not installed, or cannot load the dataset.
@@ -60,7 +70,8 @@ def from_minari(name: str) -> dict[str, np.ndarray]:
         return stack_episodes(
             minari.load_dataset(name, download=True).iterate_episodes()
         )
-    except Exception as error:  # a missing id, a network, a damaged folder: minari's own
+    except Exception as error:
+        # Minari raises errors of its own for a missing id, a lost network, a damaged folder.
         line = " ".join(str(error).split())
         raise RuntimeError(
             f"minari cannot load {name!r} ({type(error).__name__}: {line})"
@@ -68,12 +79,20 @@ def from_minari(name: str) -> dict[str, np.ndarray]:
 
 
 def stack_episodes(episodes: Iterable[Any]) -> dict[str, np.ndarray]:
-    """Minari's episodes as D4RL's columns, next_observations and timeouts included.
+    """Minari's episodes as D4RL's columns.
 
     The state of a goal environment becomes D4RL's: xy, then the rest, without the goal.
 
+    Args:
+        episodes: objects with observations (T + 1, S), actions (T, A), rewards, terminations and
+            truncations (T,).
+
+    Returns:
+        observations and next_observations (N, S), actions (N, A), rewards, terminals and
+        timeouts (N,), in the types that Minari stores; N is the sum of all T.
+
     Raises:
-        ValueError: no episode.
+        ValueError: there is no episode.
     """
     parts: dict[str, list[np.ndarray]] = {}
     for episode in episodes:
@@ -103,65 +122,48 @@ def stack_episodes(episodes: Iterable[Any]) -> dict[str, np.ndarray]:
 
 
 def to_minari(
-    raw: dict[str, np.ndarray], bounds: np.ndarray, task: str, name: str, about: str
+    raw: dict[str, np.ndarray],
+    bounds: np.ndarray,
+    task: tasks.Task,
+    name: str,
+    about: str,
 ) -> Path:
     """Write rows as a local Minari dataset; its folder.
 
-    Rows without next_observations (antmaze) lose the last one of each episode, whose next
-    state nobody knows. Columns beyond the five of q-learning are not kept. Nothing
-    appears under the final id before the dataset is complete.
+    Rows without next_observations (antmaze) lose the last one of each episode, because its next
+    state is not known. Columns beyond the five of q-learning are not kept. Nothing appears under
+    the final id before the dataset is complete.
 
     Args:
-        raw: arrays of `datasets.validate`, N rows.
-        bounds: first row of each episode, then N.
+        raw: arrays of `schema.validate`, N rows.
+        bounds: first row of each episode, then N: (E + 1,).
         name: id such as `mine/hopper/medium-v0`.
         about: description that goes into the metadata.
 
     Raises:
-        ValueError: a malformed id, one that exists, or rows that are no episodes.
+        ValueError: a malformed id, one that exists, or rows that do not form episodes.
         RuntimeError: minari is not installed.
     """
-    minari = import_minari(name)
+    import_minari(name)
     from minari.data_collector import EpisodeBuffer
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.namespace import create_namespace, list_local_namespaces
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    facts = tasks.task(task)
     namespace = parse_dataset_id(name)[0]
     target = Path(get_dataset_path(name))
     if target.exists():
         raise ValueError(
             f"the Minari dataset {name} exists in {target}; delete it first"
         )
-    buffers = [EpisodeBuffer(**e) for e in _episodes(raw, bounds, facts.robot)]
+    buffers = [EpisodeBuffer(**e) for e in split_episodes(raw, bounds, task)]
     if not buffers:
-        raise ValueError(f"{task}: no episode is long enough to be exported")
-    spaces = {
-        "observation_space": gymnasium.spaces.Box(
-            -np.inf, np.inf, (facts.state_dim,), np.float32
-        ),
-        "action_space": gymnasium.spaces.Box(-1.0, 1.0, (facts.action_dim,), np.float32),
-    }
-    root = Path(get_dataset_path())
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=root))
+        raise ValueError(f"{task.name}: no episode is long enough to be exported")
+    # A folder of its own inside Minari's, so that the finished dataset only has to be renamed.
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=Path(get_dataset_path())))
     try:
-        with _minari_root(part), warnings.catch_warnings():
-            # Minari asks for the environment of the collection; D4RL's rows carry none.
-            warnings.simplefilter("ignore", UserWarning)
-            stored = minari.create_dataset_from_buffers(
-                name,
-                buffers,
-                **spaces,
-                eval_env=facts.env_id or None,
-                algorithm_name="see description",
-                author="corl-dare",
-                author_email="none",
-                code_permalink="none",
-                description=about,
-            )
-            scores = {"ref_min_score": facts.ref_min, "ref_max_score": facts.ref_max}
-            stored.storage.update_metadata(scores)
+        with _minari_root(part):
+            _create(buffers, task, name, about)
         if namespace is not None and namespace not in list_local_namespaces():
             create_namespace(namespace)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +173,33 @@ def to_minari(
     return target
 
 
+def _create(buffers: list[Any], task: tasks.Task, name: str, about: str) -> None:
+    """Let Minari write its episode buffers as the dataset `name`, with D4RL's scores."""
+    # gymnasium is slow to import, and reading a dataset does not need it.
+    from gymnasium.spaces import Box
+
+    with warnings.catch_warnings():
+        # Minari asks for the environment of the collection; D4RL's rows do not name one.
+        warnings.simplefilter("ignore", UserWarning)
+        stored = import_minari(name).create_dataset_from_buffers(
+            name,
+            buffers,
+            observation_space=Box(-np.inf, np.inf, (task.state_dim,), np.float32),
+            action_space=Box(-1.0, 1.0, (task.action_dim,), np.float32),
+            eval_env=task.env_id or None,
+            algorithm_name="see description",
+            author="corl-dare",
+            author_email="none",
+            code_permalink="none",
+            description=about,
+        )
+        scores = {"ref_min_score": task.ref_min, "ref_max_score": task.ref_max}
+        stored.storage.update_metadata(scores)
+
+
 @contextmanager
 def _minari_root(folder: Path) -> Iterator[None]:
+    """Inside, Minari keeps its datasets in `folder`."""
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
     try:
@@ -184,42 +211,51 @@ def _minari_root(folder: Path) -> Iterator[None]:
             os.environ["MINARI_DATASETS_PATH"] = before
 
 
-def _episodes(
-    raw: dict[str, np.ndarray], bounds: np.ndarray, robot: str
+def split_episodes(
+    raw: dict[str, np.ndarray], bounds: np.ndarray, task: tasks.Task
 ) -> Iterator[dict[str, np.ndarray]]:
-    states, rows = raw["observations"], len(raw["observations"])
-    following = raw.get("next_observations")
-    if following is None and robot != "antmaze":
+    """Rows as the fields of Minari's episodes, the reverse of `stack_episodes`.
+
+    Arguments and errors as of `to_minari`.
+    """
+    states, following = raw["observations"], raw.get("next_observations")
+    if following is None and task.robot != "antmaze":
         raise ValueError(
             "this data has no next_observations, so the last state of an episode is not "
             "known and it cannot become a Minari dataset"
         )
     if following is not None:
-        inside = np.ones(rows, dtype=bool)
-        inside[bounds[1:] - 1] = False
-        differ = (following[:-1] != states[1:]).any(1) & inside[:-1]
-        if differ.any():
-            raise ValueError(
-                f"row {differ.argmax()} is not followed by its next observation, so the "
-                "rows are no episodes and cannot become a Minari dataset"
-            )
-    timeouts = raw.get("timeouts", np.zeros(rows, dtype=bool))
+        _require_consecutive(states, following, bounds)
+    timeouts = raw.get("timeouts", np.zeros(len(states), dtype=bool))
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        # Without next observations the last state is the episode's end and has no action.
         last = stop if following is not None else stop - 1
         if last == start:
             continue
-        end = (
-            states[stop - 1 : stop] if following is None else following[stop - 1 : stop]
-        )
+        end = states if following is None else following
         truncations = timeouts[start:last].copy()
         truncations[-1] |= timeouts[stop - 1]
         yield {
-            "observations": np.concatenate([states[start:last], end]),
+            "observations": np.concatenate([states[start:last], end[stop - 1 : stop]]),
             "actions": raw["actions"][start:last],
             "rewards": raw["rewards"][start:last],
             "terminations": raw["terminals"][start:last],
             "truncations": truncations,
         }
+
+
+def _require_consecutive(
+    states: np.ndarray, following: np.ndarray, bounds: np.ndarray
+) -> None:
+    """Raise where a row's next state (N, S) is not the state of the row after it."""
+    inside = np.ones(len(states), dtype=bool)
+    inside[bounds[1:] - 1] = False
+    differ = (following[:-1] != states[1:]).any(1) & inside[:-1]
+    if differ.any():
+        raise ValueError(
+            f"row {differ.argmax()} is not followed by its next observation, so the "
+            "rows are no episodes and cannot become a Minari dataset"
+        )
 
 
 # ---------------------------------------------------------------- to D4RL's files
@@ -231,8 +267,8 @@ def to_d4rl(
     """Write rows as an HDF5 file of D4RL's schema; its path.
 
     Args:
-        raw: arrays of `datasets.validate`; they become the file's columns.
-        about: where the rows come from, kept as an attribute.
+        raw: arrays of `schema.validate`; they become the file's columns.
+        about: where the rows come from, kept as the attribute `exported_from`.
         original: HDF5 file whose further contents (infos, metadata, attributes) are kept.
 
     Raises:
@@ -252,10 +288,7 @@ def to_d4rl(
                 file.attrs.update(source.attrs)
         file.attrs["exported_from"] = about
 
-    try:
+    with files.naming_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_hdf5(out, fill)
-    except OSError as error:
-        line = " ".join(str(error).split())
-        raise RuntimeError(f"cannot write {out} ({line})") from error
     return out

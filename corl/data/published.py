@@ -1,9 +1,8 @@
-"""TODO corl.data.published"""
+"""What is published of D4RL's own files: names, addresses, checksums, sizes, returns."""
 
 import os
 
 from corl import tasks
-from corl.standin import policies
 
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 
@@ -49,7 +48,7 @@ large-play 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa94
 large-diverse 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
 """
 
-# Return of complete episodes in D4RL's -v2 files: mean, std, min, max. From public logs
+# Raw return of the complete episodes in D4RL's -v2 files: mean, std, min, max. From public logs
 # of the Decision Transformer's download script.
 D4RL_RETURNS = {
     "hopper-random": (18.40, 17.45, 2.93, 292.55),
@@ -66,16 +65,17 @@ D4RL_RETURNS = {
     "walker2d-expert": (4920.51, 136.39, 763.42, 5011.69),
 }
 
+# Rows of D4RL's medium-replay files.
+REPLAY_ROWS = {"hopper": 402_000, "halfcheetah": 202_000, "walker2d": 302_000}
 
-# Rows of these files, of unfinished episodes too where that is known.
+# Rows of D4RL's files, those of a last, unfinished episode included where that is known.
 D4RL_ROWS = {
     **{
         f"{robot}-{kind}": 1_000_000
-        for robot in policies.REPLAY_ROWS
-        for kind in policies.SINGLE
+        for robot in REPLAY_ROWS
+        for kind in ("random", "medium", "expert", "full-replay")
     },
-    **{f"{robot}-medium-replay": rows for robot, rows in policies.REPLAY_ROWS.items()},
-    **{f"{robot}-full-replay": 1_000_000 for robot in policies.REPLAY_ROWS},
+    **{f"{robot}-medium-replay": rows for robot, rows in REPLAY_ROWS.items()},
     "hopper-medium-expert": 1_999_906,
     "halfcheetah-medium-expert": 2_000_000,
     "walker2d-medium-expert": 1_999_995,
@@ -83,34 +83,34 @@ D4RL_ROWS = {
 }
 
 
-def file_name(task: str) -> str:
+def file_name(task: tasks.Task) -> str:
     """The name of a task's file in D4RL's dataset folder.
 
     Raises:
-        ValueError: unknown task, or one of -v0 and -v1, whose files are named otherwise.
+        ValueError: a task of -v0 or -v1, whose files are named otherwise.
     """
-    facts = tasks.task(task)
-    if facts.version != "v2":
+    if task.version != "v2":
         raise ValueError(
-            f"{task}: D4RL's file names are known here for -v2 tasks only; pass "
+            f"{task.name}: D4RL's file names are known here for -v2 tasks only; pass "
             "the file as dataset_path"
         )
-    if facts.robot == "antmaze":
-        return ANTMAZE_FILE.format(*ANTMAZE_FIELDS[facts.kind])
-    return f"{facts.robot}_{facts.kind.replace('-', '_')}-v2.hdf5"
+    if task.robot == "antmaze":
+        return ANTMAZE_FILE.format(*ANTMAZE_FIELDS[task.kind])
+    return f"{task.robot}_{task.kind.replace('-', '_')}-v2.hdf5"
 
 
-def url(task: str) -> str:
-    """Where D4RL's server has a task's file; `CORL_DARE_D4RL_URL` names another server.
+def url(task: tasks.Task) -> str:
+    """The address of a task's file on `server`.
 
     Raises:
         ValueError: as of `file_name`.
     """
-    folder = "ant_maze_v2" if tasks.task(task).robot == "antmaze" else "gym_mujoco_v2"
+    folder = "ant_maze_v2" if task.robot == "antmaze" else "gym_mujoco_v2"
     return f"{server()}/{folder}/{file_name(task)}"
 
 
 def server() -> str:
+    """D4RL's server, or the one that `CORL_DARE_D4RL_URL` names; empty: no downloads."""
     return os.environ.get("CORL_DARE_D4RL_URL", SERVER).rstrip("/")
 
 
@@ -124,3 +124,13 @@ def known_files() -> dict[str, tuple[int, str]]:
             case [kind, size, digest]:
                 known[f"{robot}-{kind}-v2"] = (int(size), digest)
     return known
+
+
+def returns(task: tasks.Task) -> tuple[float, float, float, float] | None:
+    """Mean, std, min and max of the returns of D4RL's file; None where nobody published them."""
+    return D4RL_RETURNS.get(task.name.removesuffix("-v2"))
+
+
+def rows(task: tasks.Task) -> int:
+    """The rows of D4RL's file of a -v2 task."""
+    return D4RL_ROWS[task.name.removesuffix("-v2")]

@@ -1,4 +1,7 @@
-"""TODO corl.data.schema"""
+"""D4RL's HDF5 schema: read a file, check every value, make q-learning arrays, count episodes.
+
+Rows here are always the *raw* rows of a file, a dict of arrays as `validate` returns it.
+"""
 
 import hashlib
 from pathlib import Path
@@ -12,17 +15,20 @@ from corl import tasks
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
 FLAGS = ("terminals", "timeouts")
-TORSO_HEIGHT = 0.7  # walker2d falls at 0.8, halfcheetah's is measured from its start
-ACTION_BOUND = 1.0 + 1e-3  # D4RL's boxes are [-1, 1]; room for rounding only
+# Median height of the torso that tells walker2d from halfcheetah: the walker falls at 0.8, and
+# halfcheetah's height is measured from where it starts.
+TORSO_HEIGHT = 0.7
+# D4RL's boxes are [-1, 1]; the rest is room for rounding.
+ACTION_BOUND = 1.0 + 1e-3
 
 
-def load_hdf5(path: Path | str, task: str) -> dict[str, np.ndarray]:
-    """The transitions of a D4RL HDF5 file, checked and cast; see `validate`.
+def load_hdf5(path: Path | str, task: tasks.Task | str) -> dict[str, np.ndarray]:
+    """The raw rows of a D4RL HDF5 file, checked and cast; see `validate` for the arrays.
 
     Raises:
         ValueError: not a readable HDF5 file, or contents that do not fit the task.
     """
-    path = Path(path)
+    task, path = tasks.task(task), Path(path)
     if not path.is_file():
         raise ValueError(f"dataset file {path} does not exist")
     if not h5py.is_hdf5(path):
@@ -61,9 +67,9 @@ def _what_instead(path: Path) -> str:
 
 
 def validate(
-    raw: dict[str, np.ndarray], task: str, path: Path | str
+    raw: dict[str, np.ndarray], task: tasks.Task, path: Path | str
 ) -> dict[str, np.ndarray]:
-    """Check raw transitions against a task and cast them; `path` names them in errors.
+    """Check raw rows against a task and cast them; `path` names them in errors.
 
     Flags may be of any numeric type (antmaze stores floats); both may be set in one row.
 
@@ -73,18 +79,22 @@ def validate(
         bool. N is at least 2.
 
     Raises:
-        ValueError: wrong shape, type or length, a value that is not finite in float32,
-            an action outside [-1, 1], a flag that is not 0 or 1. Names file, key, row.
+        ValueError: a wrong shape, type or length, a value that is not finite in float32, an
+            action outside [-1, 1], a flag that is neither 0 nor 1, or rows of another robot. The
+            message names file, key and row.
     """
     columns = {k: np.asarray(raw[k]) for k in REQUIRED + OPTIONAL if k in raw}
     return _clean(columns, task, path)
 
 
 def _clean(
-    columns: dict[str, np.ndarray | h5py.Dataset], task: str, path: Path | str
+    columns: dict[str, np.ndarray | h5py.Dataset], task: tasks.Task, path: Path | str
 ) -> dict[str, np.ndarray]:
-    """`validate`; columns of a file are read one by one, so a float64 file is not in
-    memory beside its float32 copy."""
+    """The work of `validate`, on arrays or on the columns of a file.
+
+    Columns are read one by one, so that a float64 file is never whole in memory beside its
+    float32 copy.
+    """
     shapes = {}
     for key, column in columns.items():
         if column.dtype.kind not in "fiub":
@@ -94,7 +104,7 @@ def _clean(
         shapes[key] = column.shape
         if key in ("rewards", *FLAGS) and column.shape[1:] == (1,):
             shapes[key] = column.shape[:1]
-    _check_shapes(shapes, tasks.task(task), path)
+    _check_shapes(shapes, task, path)
     clean = {}
     for key, column in columns.items():
         values = column[()].reshape(shapes[key])
@@ -111,26 +121,27 @@ def _clean(
             outside = np.abs(cast) > ACTION_BOUND
             _reject(outside, values, key, path, "actions must be within [-1, 1]")
         clean[key] = cast
-    _check_torso(clean["observations"], tasks.task(task), path)
+    _check_torso(clean["observations"], task, path)
     return clean
 
 
-def _check_torso(observations: np.ndarray, facts: tasks.Task, path: Path | str) -> None:
-    """halfcheetah and walker2d have the same widths, but only the walker stands upright."""
-    if facts.robot not in ("halfcheetah", "walker2d"):
+def _check_torso(observations: np.ndarray, task: tasks.Task, path: Path | str) -> None:
+    """Tell halfcheetah from walker2d: their widths are equal, but only the walker is upright."""
+    if task.robot not in ("halfcheetah", "walker2d"):
         return
     height = np.median(observations[:, 0])
     robot = "walker2d" if height > TORSO_HEIGHT else "halfcheetah"
-    if robot != facts.robot:
+    if robot != task.robot:
         raise ValueError(
             f"{path}: the torso's height, observations[:, 0], is {height:.2f} in the "
-            f"median, as {robot}'s; {facts.name} needs data of {facts.robot}"
+            f"median, as {robot}'s; {task.name} needs data of {task.robot}"
         )
 
 
 def _reject(
     bad: np.ndarray, values: np.ndarray, key: str, path: Path | str, rule: str
 ) -> None:
+    """Raise for the first row of `values` that `bad` (same shape, bool) marks."""
     rows = bad.reshape(len(bad), -1).any(1)
     if rows.any():
         row = int(rows.argmax())
@@ -142,10 +153,10 @@ def _reject(
 
 
 def _check_shapes(
-    shapes: dict[str, tuple[int, ...]], facts: tasks.Task, path: Path | str
+    shapes: dict[str, tuple[int, ...]], task: tasks.Task, path: Path | str
 ) -> None:
-    widths = {"observations": facts.state_dim, "actions": facts.action_dim}
-    widths["next_observations"] = facts.state_dim
+    widths = {"observations": task.state_dim, "actions": task.action_dim}
+    widths["next_observations"] = task.state_dim
     for key, shape in shapes.items():
         wanted = 2 if key in widths else 1
         if len(shape) != wanted:
@@ -153,7 +164,7 @@ def _check_shapes(
                 f"{path}: {key} has shape {shape}; expected {wanted} dimension(s)"
             )
     dims = shapes["observations"][1], shapes["actions"][1]
-    if dims != (facts.state_dim, facts.action_dim):
+    if dims != (task.state_dim, task.action_dim):
         fits = [
             name
             for name, robot in tasks.ROBOTS.items()
@@ -161,8 +172,8 @@ def _check_shapes(
         ]
         raise ValueError(
             f"{path}: observations and actions have widths {dims}, which fit "
-            f"{' or '.join(fits) or 'no robot known here'}; {facts.name} needs "
-            f"{facts.state_dim} and {facts.action_dim}"
+            f"{' or '.join(fits) or 'no robot known here'}; {task.name} needs "
+            f"{task.state_dim} and {task.action_dim}"
         )
     rows = shapes["observations"][0]
     for key, shape in shapes.items():
@@ -181,15 +192,16 @@ def _check_shapes(
 def qlearning_dataset(
     raw: dict[str, np.ndarray], keep_timeouts: bool = False, horizon: int = 1000
 ) -> dict[str, np.ndarray]:
-    """Raw transitions -> q-learning arrays by the rules of `d4rl.qlearning_dataset`.
+    """Raw rows -> q-learning arrays, by the rules of `d4rl.qlearning_dataset`.
 
     The next observation is the observation of the following row, so the last row and
-    the rows that end by a time-out are dropped; after a terminal it is the first
+    the rows that end by a time-out are dropped. After a terminal it is the first
     observation of the next episode, which the bootstrap masks. With `keep_timeouts` all
     rows stay and the stored, true next observations are used.
 
     Args:
         raw: arrays of `validate`, N rows.
+        keep_timeouts: keep all rows, with their stored next observations.
         horizon: time limit in steps, read only where `timeouts` is missing: a step
             counter then stands in for it.
 
@@ -198,7 +210,7 @@ def qlearning_dataset(
         terminals (M,) bool, copies.
 
     Raises:
-        ValueError: a key is missing, no row is left, or keep_timeouts without
+        ValueError: a key is missing, no row is left, or `keep_timeouts` is set and there are no
             next_observations (antmaze stores none).
     """
     if missing := [key for key in REQUIRED if key not in raw]:
@@ -225,10 +237,10 @@ def qlearning_dataset(
 
 
 def timeout_flags(raw: dict[str, np.ndarray], horizon: int) -> np.ndarray:
-    """Stored time-out flags (N,) bool, or D4RL's step counter's if none are stored.
+    """Time-out flags (N,) bool: the stored ones, or those that D4RL's step counter gives.
 
-    D4RL's counter starts an episode at 0 after a cut but at 1 after a terminal, so the
-    cut after a terminal comes one step early; reproduced, to get the same rows.
+    D4RL's counter starts an episode at 0 after a cut but at 1 after a terminal, so the cut
+    after a terminal comes one step early. That is reproduced, to get the same rows.
 
     Raises:
         ValueError: the counter is needed and horizon < 2.
@@ -251,38 +263,37 @@ def timeout_flags(raw: dict[str, np.ndarray], horizon: int) -> np.ndarray:
     return flags
 
 
-def episode_bounds(raw: dict[str, np.ndarray], task: str) -> np.ndarray:
-    """First row of each complete episode, then the row after the last one (E + 1,).
+def episode_bounds(raw: dict[str, np.ndarray], task: tasks.Task) -> np.ndarray:
+    """First row of each complete episode, then the row after the last one: (E + 1,) int.
 
     Antmaze episodes end by time-out alone: its terminals mark rows at the goal, where
     the collector walked on.
     """
-    facts = tasks.task(task)
-    ends = timeout_flags(raw, facts.horizon)
-    if facts.robot != "antmaze":
+    ends = timeout_flags(raw, task.horizon)
+    if task.robot != "antmaze":
         ends = ends | raw["terminals"].astype(bool)
     return np.concatenate([[0], np.flatnonzero(ends) + 1])
 
 
-def episode_returns(raw: dict[str, np.ndarray], task: str) -> np.ndarray:
+def episode_returns(raw: dict[str, np.ndarray], task: tasks.Task) -> np.ndarray:
     """Raw returns (E,) float64 of the complete episodes."""
     totals = np.concatenate([[0.0], np.cumsum(raw["rewards"], dtype=np.float64)])
     return np.diff(totals[episode_bounds(raw, task)])
 
 
-def statistics(raw: dict[str, np.ndarray], task: str) -> dict[str, Any]:
-    """Counts, raw returns and lengths of complete episodes, and the range of actions.
+def statistics(raw: dict[str, np.ndarray], task: tasks.Task) -> dict[str, Any]:
+    """Counts, raw returns and lengths of the complete episodes, and the range of actions.
 
-    All values are plain numbers; those of no episode are None.
+    All values are plain numbers. Without a complete episode those of `return` and `length` are
+    None.
     """
     bounds, rows = episode_bounds(raw, task), len(raw["rewards"])
-    over = timeout_flags(raw, tasks.task(task).horizon)
     return {
         "rows": rows,
         "episodes": len(bounds) - 1,
         "unfinished_rows": rows - int(bounds[-1]),
         "terminals": int(raw["terminals"].sum()),
-        "timeouts": int(over.sum()),
+        "timeouts": int(timeout_flags(raw, task.horizon).sum()),
         "return": _summary(episode_returns(raw, task)),
         "length": _summary(np.diff(bounds)),
         "action_min": float(raw["actions"].min()),
@@ -298,6 +309,7 @@ def _summary(values: np.ndarray) -> dict[str, float | None]:
 
 
 def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
+    """Hexadecimal SHA-256 of arrays: names, types, shapes and values."""
     digest = hashlib.sha256()
     for key in sorted(arrays):
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())

@@ -1,17 +1,9 @@
-"""D4RL task name or file -> validated q-learning arrays and the record of their origin.
+"""Where the data of a D4RL task comes from: a name or a file -> checked q-learning arrays.
 
-`resolve` takes, in this order, and says which it took: an explicit file or Minari id;
-the file in D4RL's own folder; a download from D4RL's server; data collected by
-ourselves (`collect.py`). Only bytes with D4RL's checksum are called D4RL's.
-
-    python -m corl.data.card hopper-medium-v2 --plot returns.png
-    python -m corl.data.card --all
-    python -m corl.data.card hopper-medium-v2 --export d4rl hopper.hdf5
-    python -m corl.data.card --report results/datasets.md
-
-The first prints the card of a dataset: its source, sizes and returns beside D4RL's
-published ones. The second says for every task where its data would come from, the last
-makes every stand-in and compares it with what D4RL published.
+`resolve` takes, in this order, and says which it took: an explicit file or Minari id; the file in
+D4RL's own folder; a download from D4RL's server; data collected by ourselves
+(`standin/collect.py`, imported only when rows have to be collected). Only bytes with D4RL's
+checksum are called D4RL's.
 """
 
 import os
@@ -24,29 +16,32 @@ import numpy as np
 
 from corl import files, tasks
 from corl.data import download, minari, published, schema
-from corl.standin import collect, policies
+from corl.standin import policies
 
 SOURCES = ("auto", "file", "d4rl_dir", "d4rl", "minari", "self-collected")
 
-_unreachable: dict[str, str] = {}  # server -> why; it is asked once per process
+# Server -> why it cannot be reached. A server is asked once in a process.
+unreachable: dict[str, str] = {}
 
 
 @dataclass
 class Dataset:
     """Data of one task, ready for a replay buffer, and what is known of its origin."""
 
-    task: str  # D4RL task name
-    arrays: dict[str, np.ndarray]  # result of `qlearning_dataset`
-    # source, path, sha256, rows, rows_raw, label, message, versions; recognised: D4RL's
-    # own bytes for this task; collected: the settings of a stand-in
+    task: tasks.Task
+    # Result of `schema.qlearning_dataset`.
+    arrays: dict[str, np.ndarray]
+    # source, path, sha256, rows, rows_raw, label, message, versions; `recognised`: these are
+    # D4RL's own bytes for this task; `collected`: the settings of a stand-in.
     provenance: dict[str, Any]
-    statistics: dict[str, Any]  # of the raw data, see `statistics`
-    # (E,) raw returns of the complete episodes
+    # Result of `schema.statistics` for the raw rows.
+    statistics: dict[str, Any]
+    # (E,) raw returns of the complete episodes.
     returns: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def resolve(
-    task: str,
+    task: tasks.Task | str,
     source: str = "auto",
     path: Path | str | None = None,
     cache_dir: Path | str | None = None,
@@ -55,7 +50,7 @@ def resolve(
     """Find a task's data, check it, make q-learning arrays of it; prints what it took.
 
     Args:
-        task: D4RL task name.
+        task: a task or its D4RL name.
         source: one of SOURCES. `auto` takes the first that answers: `path`; D4RL's
             folder (`D4RL_DATASET_DIR` or ~/.d4rl/datasets); a download from D4RL's
             server into it; the self-collected stand-in.
@@ -70,18 +65,20 @@ def resolve(
         RuntimeError: a forced source does not have the data, a package is missing, or
             the stand-in cannot be written.
     """
+    task = tasks.task(task)
     raw, provenance = find(task, source, path, cache_dir, rows)
     facts, returns = schema.statistics(raw, task), schema.episode_returns(raw, task)
     true_ends = provenance["source"] == "minari"
     if not true_ends:
-        raw.pop("next_observations", None)  # D4RL's rules do not read it
+        # D4RL's rules do not read them, and they are a good part of the memory.
+        raw.pop("next_observations", None)
     try:
-        arrays = schema.qlearning_dataset(raw, true_ends, tasks.task(task).horizon)
+        arrays = schema.qlearning_dataset(raw, true_ends, task.horizon)
     except ValueError as error:
         raise ValueError(f"{provenance['path']}: {error}") from error
     counts = {"rows": len(arrays["rewards"]), "rows_raw": len(raw["rewards"])}
     message = (
-        f"dataset {task}: {provenance['label']}, source {provenance['source']}, "
+        f"dataset {task.name}: {provenance['label']}, source {provenance['source']}, "
         f"{provenance['path']}, {counts['rows']} transitions"
     )
     if "warning" in provenance:
@@ -93,14 +90,22 @@ def resolve(
 
 
 def find(
-    task: str,
+    task: tasks.Task | str,
     source: str = "auto",
     path: Path | str | None = None,
     cache_dir: Path | str | None = None,
     rows: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The raw rows of a task, as of `validate`, and where they come from; see `resolve`."""
-    tasks.task(task)
+    """The raw rows of a task and the record of their origin; arguments as of `resolve`.
+
+    Returns:
+        The rows as of `schema.validate`, N of them, and the record of their origin: source, path,
+        sha256, recognised, label, and what else is known of that source.
+
+    Raises:
+        ValueError, RuntimeError: as of `resolve`.
+    """
+    task = tasks.task(task)
     if source not in SOURCES:
         raise ValueError(f"dataset_source {source!r} is not one of {', '.join(SOURCES)}")
     if path is not None and source not in ("auto", "file", "minari"):
@@ -116,65 +121,83 @@ def find(
         return _from_file(task, "file", Path(path).expanduser())
     if source == "self-collected":
         return _from_file(task, source, _stand_in(task, cache_dir, rows))
+    return _first_that_answers(task, source, cache_dir, rows)
 
+
+def _first_that_answers(
+    task: tasks.Task, source: str, cache_dir: Path | str | None, rows: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """`find` among D4RL's folder and server and, where `source` is auto, the stand-in."""
     reasons = []
-    for name, get in (("d4rl_dir", _in_d4rl_dir), ("d4rl", _download)):
+    for name, get in (("d4rl_dir", in_d4rl_folder), ("d4rl", _download)):
         if source in ("auto", name):
             try:
                 return _from_file(task, name, get(task))
-            except _NotFound as error:
+            except NotFound as error:
                 reasons.append(f"{name}: {error}")
     if source != "auto":
-        raise RuntimeError(f"no dataset for {task}; {reasons[0]}")
+        raise RuntimeError(f"no dataset for {task.name}; {reasons[0]}")
     try:
         found = _stand_in(task, cache_dir, rows)
     except policies.NotCollectable as error:
         raise ValueError(
-            f"no dataset for {task}; {'; '.join(reasons)}; self-collected: {error}. Put "
-            "D4RL's file there or pass dataset_path"
+            f"no dataset for {task.name}; {'; '.join(reasons)}; self-collected: {error}. "
+            "Put D4RL's file there or pass dataset_path"
         ) from error
-    print(f"dataset {task}: {'; '.join(reasons)}")
+    print(f"dataset {task.name}: {'; '.join(reasons)}")
     return _from_file(task, "self-collected", found)
 
 
-class _NotFound(Exception):
+class NotFound(Exception):
     """A source does not have the data; the next one may."""
 
 
-def _d4rl_dir() -> Path:
+def _d4rl_folder() -> Path:
     return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
 
 
-def _in_d4rl_dir(task: str) -> Path:
+def in_d4rl_folder(task: tasks.Task) -> Path:
+    """D4RL's file of a task in D4RL's own folder.
+
+    Raises:
+        NotFound: there is none.
+    """
     try:
-        path = _d4rl_dir() / published.file_name(task)
+        path = _d4rl_folder() / published.file_name(task)
     except ValueError as error:
-        raise _NotFound(str(error)) from error
+        raise NotFound(str(error)) from error
     if not path.is_file():
-        raise _NotFound(f"there is no {path}")
+        raise NotFound(f"there is no {path}")
     return path
 
 
-def _download(task: str) -> Path:
-    """Download into D4RL's folder, where d4rl looks, too; D4RL's checksum or nothing."""
+def _download(task: tasks.Task) -> Path:
+    """D4RL's file, downloaded into D4RL's folder, where the package d4rl looks too.
+
+    Where the file's checksum is public, a file with another one is refused.
+
+    Raises:
+        NotFound: downloads are switched off, the server cannot be reached or has no such file.
+    """
     try:
         address = published.url(task)
     except ValueError as error:
-        raise _NotFound(str(error)) from error
-    target, server = _d4rl_dir() / published.file_name(task), published.server()
+        raise NotFound(str(error)) from error
+    target, server = _d4rl_folder() / published.file_name(task), published.server()
     if target.is_file():
         return target
     if not server:
-        raise _NotFound("downloads are switched off (CORL_DARE_D4RL_URL is empty)")
-    if server in _unreachable:
-        raise _NotFound(_unreachable[server])
+        raise NotFound("downloads are switched off (CORL_DARE_D4RL_URL is empty)")
+    if server in unreachable:
+        raise NotFound(unreachable[server])
+    known = published.known_files().get(task.name, ())
     try:
-        return download.download(address, target, *published.known_files().get(task, ()))
+        return download.download(address, target, *known)
     except download.Unreachable as error:
-        _unreachable[server] = str(error)
-        raise _NotFound(str(error)) from error
+        unreachable[server] = str(error)
+        raise NotFound(str(error)) from error
     except download.DownloadError as error:
-        raise _NotFound(str(error)) from error
+        raise NotFound(str(error)) from error
 
 
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
@@ -183,52 +206,74 @@ def cache_folder(cache_dir: Path | str | None = None) -> Path:
     return Path(cache).expanduser()
 
 
-def _stand_in(task: str, cache_dir: Path | str | None, rows: int | None) -> Path:
+def stand_in_path(
+    task: tasks.Task, cache_dir: Path | str | None = None, rows: int | None = None
+) -> Path:
+    """Where a task's stand-in is kept once it is collected.
+
+    The name holds the digests of the shipped policies: a new release may ship others, and files
+    of the old ones must not be taken for theirs.
+
+    Raises:
+        NotCollectable: there is no stand-in for this task.
+    """
     rows = policies.default_rows(task) if rows is None else rows
-    return collect.collect(task, rows, _stand_in_file(task, cache_dir, rows))
-
-
-def _stand_in_file(task: str, cache_dir: Path | str | None, rows: int) -> Path:
-    # A new release may ship other policies: their files must not be taken for these.
     digests = "".join(f"-{digest[:8]}" for digest in policies.fingerprint(task).values())
-    return cache_folder(cache_dir) / "datasets" / f"{task}-{rows}{digests}.hdf5"
+    name = f"{task.name}-{rows}{digests}.hdf5"
+    return cache_folder(cache_dir) / "datasets" / name
+
+
+def _stand_in(task: tasks.Task, cache_dir: Path | str | None, rows: int | None) -> Path:
+    """The task's stand-in, collected if it is not there yet."""
+    # Imported here, so that reading a file needs neither the collector nor its environments.
+    from corl.standin import collect
+
+    rows = policies.default_rows(task) if rows is None else rows
+    return collect.collect(task, rows, stand_in_path(task, cache_dir, rows))
 
 
 def _from_file(
-    task: str, source: str, path: Path
+    task: tasks.Task, source: str, path: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     raw = schema.load_hdf5(path, task)
     digest = files.sha256(path)
     with h5py.File(path) as file:
         made = files.attributes(file)
-    known = {known: name for name, (_, known) in published.known_files().items()}.get(
-        digest
-    )
+    owners = {known: name for name, (_, known) in published.known_files().items()}
+    owner = owners.get(digest)
     provenance = {
         "source": source,
         "path": str(path),
         "sha256": digest,
-        "recognised": known == task,
-        "label": _label(task, source, path, known, made),
+        "recognised": owner == task.name,
+        "label": _label(task, source, path, owner, made),
     }
     if made.get("source") == "self-collected":
         provenance["collected"] = made
     return raw, provenance
 
 
-def _label(task: str, source: str, path: Path, known: str | None, made: dict) -> str:
-    if known is not None:
-        label = f"D4RL's own file of {known} (checksum matches)"
-        return label if known == task else f"{label}, NOT of {task}"
+def _label(
+    task: tasks.Task, source: str, path: Path, owner: str | None, made: dict
+) -> str:
+    """What a file is, in words.
+
+    Args:
+        owner: name of the task whose D4RL file has the same bytes, if one has.
+        made: the file's attributes.
+    """
+    if owner is not None:
+        label = f"D4RL's own file of {owner} (checksum matches)"
+        return label if owner == task.name else f"{label}, NOT of {task.name}"
     if made.get("source") == "self-collected":
         label = "self-collected stand-in (not D4RL data)"
         if "mix" in made:
             label += f", {made['share']:.0%} of its rows by the {made['mix']} policy"
-        if made.get("task") != task:
+        if made.get("task") != task.name:
             label += f", made for {made.get('task')}"
         return label
     label = "unknown file (not D4RL's checksum)"
-    size = published.known_files().get(task, (None,))[0]
+    size = published.known_files().get(task.name, (None,))[0]
     if "exported_from" in made:
         label += f", exported from {made['exported_from']}"
     elif source != "file" and size and path.stat().st_size < size:
@@ -237,7 +282,7 @@ def _label(task: str, source: str, path: Path, known: str | None, made: dict) ->
 
 
 def _from_minari(
-    task: str, source: str, name: str
+    task: tasks.Task, source: str, name: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if source not in ("auto", "minari"):
         raise ValueError(

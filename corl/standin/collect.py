@@ -1,11 +1,11 @@
 """Self-collected stand-in data in D4RL's HDF5 schema, where D4RL itself is out of reach.
 
-Shipped SAC policies (`policies/`, trained by `sac.py`) are rolled out in the task's
+Shipped SAC policies (`weights/`, trained by `train_sac.py`) are rolled out in the task's
 environment the way D4RL's locomotion sets were made: actions are sampled, their exact
 log-density is stored, an episode that reaches the time limit ends by `timeouts` even if
 the robot fell in that very step, and the file is cut at its last row. Replay data comes
-from a series of snapshots of one training, in training order. Antmaze is
-`antmaze_collect.py`'s.
+from a series of snapshots of one training, in training order. The rows of antmaze come from
+`maze_walks.py`.
 
     python -m corl.standin.collect hopper-medium-v2 --rows 200000 --out hopper.hdf5
     python -m corl.standin.collect hopper-medium-v2 --mix expert --share 0.3
@@ -13,7 +13,7 @@ from a series of snapshots of one training, in training order. Antmaze is
 The second command writes a labelled mixture of two policies with the exact density of
 both in every row. The same command gives the same bytes on the same machine and package
 versions, whatever the number of processes; an interrupted one goes on when it is repeated.
-Scores on this data are not comparable with published ones: the policies are others.
+Scores on this data are not comparable with published ones, because the policies are others.
 """
 
 import argparse
@@ -37,17 +37,20 @@ import numpy as np
 import torch
 
 from corl import files, tasks
+from corl.data import schema
 from corl.progress import progress_bar
 from corl.standin import maze_walks, policies, rollout
-from corl_dare import __version__
 
+# Version of the files' format. It is an attribute of every file and part of the chunks' names, so
+# it is not the package's version: a new release must not change the files.
+FORMAT_VERSION = "0.1.0"
 INTERRUPTED = "interrupted; finished chunks are kept, repeat the command to go on"
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide a file's bytes, as the file's attributes name them."""
+    """Versions of the format and the packages that decide a file's bytes, by attribute."""
     return {
-        "corl_dare_version": __version__,
+        "corl_dare_version": FORMAT_VERSION,
         "gymnasium_version": gymnasium.__version__,
         "mujoco_version": mujoco.__version__,
         "numpy_version": np.__version__,
@@ -55,8 +58,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def _chunk_folder(out: Path, plan: rollout.Plan) -> Path:
-    """Its name holds all that the rows depend on: old chunks never get into a new file."""
+def chunk_folder(out: Path, plan: rollout.Plan) -> Path:
+    """Where the finished chunks of a file are kept.
+
+    The name holds all that the rows depend on, so that old chunks never get into a new file.
+    """
     facts = json.dumps(
         [plan.settings, versions(), rollout.CHUNK, rollout.ENVS], sort_keys=True
     )
@@ -76,54 +82,43 @@ def roll_out(
     workers: int = 1,
 ) -> None:
     """Make every `workers`-th chunk of a plan, unless `folder` holds it already."""
-    judges = tuple(behavior for behavior, _ in plan.parts) if plan.mixed else ()
-    with rollout._one_thread():
+    with rollout.one_thread():
         for chunk in plan.chunks[worker::workers]:
             path = _chunk_file(folder, chunk)
             if path.exists():
                 continue
-            words = [plan.settings["seed"], chunk.part, chunk.number]
-            seed = np.random.SeedSequence(words)
-            if plan.robot == "antmaze":
-                kind, policy = (
-                    tasks.task(plan.settings["task"]).kind,
-                    chunk.behavior.policy,
-                )
-                table = maze_walks.rollout(
-                    kind, policy, chunk.rows, seed, advance, chunk.whole
-                )
-            else:
-                table = rollout.rollout(
-                    chunk.behavior,
-                    plan.robot,
-                    chunk.rows,
-                    seed,
-                    advance,
-                    judges,
-                    chunk.whole,
-                )
-            part = path.with_suffix(".part")
-            with open(part, "wb") as handle:
-                np.save(handle, table, allow_pickle=False)
-            files.publish(part, path)
+            table = _roll_out_chunk(plan, chunk, advance)
+            with files.replacing(path) as file:
+                np.save(file, table, allow_pickle=False)
 
 
-def _roll_out_in_processes(
+def _roll_out_chunk(
+    plan: rollout.Plan, chunk: rollout.Chunk, advance: Callable[[int], object]
+) -> np.ndarray:
+    """The rows (N,) of a chunk; its place in the plan decides its random numbers."""
+    seed = np.random.SeedSequence([plan.settings["seed"], chunk.part, chunk.number])
+    behavior, rows, whole = chunk.behavior, chunk.rows, chunk.whole
+    if plan.task.robot == "antmaze":
+        return maze_walks.rollout(plan.task, behavior.policy, rows, seed, advance, whole)
+    judges = tuple(judge for judge, _ in plan.parts) if plan.mixed else ()
+    return rollout.rollout(behavior, plan.task.robot, rows, seed, advance, judges, whole)
+
+
+def roll_out_in_processes(
     plan: rollout.Plan, out: Path, workers: int, advance: Callable[[int], object]
 ) -> None:
-    """One interpreter per worker: forking would hurt a parent that uses threads or a GPU,
-    and multiprocessing's fresh interpreters would run the parent's script again."""
-    here = str(Path(__file__).parent.parent)
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    settings = dict(plan.settings)
-    command = [sys.executable, "-m", "corl.standin.collect", settings["task"], "--out"]
-    command += [os.path.abspath(out)]
-    for name in ("rows", "seed", "mix", "share"):
-        if name in settings:
-            command += [f"--{name}", str(settings[name])]
-    if plan.policy:
-        command += ["--policy", os.path.abspath(plan.policy)]
-    running = []
+    """`roll_out` with one interpreter per worker.
+
+    Forking would hurt a parent that uses threads or a GPU, and multiprocessing's fresh
+    interpreters would run the parent's script again.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = _worker_command(plan, out)
+    running: list[subprocess.Popen] = []
     try:
         for i in range(workers):
             running.append(
@@ -132,7 +127,8 @@ def _roll_out_in_processes(
                     stdout=subprocess.PIPE,
                     text=True,
                     env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                    start_new_session=True,  # Ctrl-C is ours; `finally` ends them
+                    # Ctrl-C reaches this process alone, and `finally` ends the others.
+                    start_new_session=True,
                 )
             )
 
@@ -140,12 +136,15 @@ def _roll_out_in_processes(
             for line in process.stdout:
                 advance(int(line))
 
-        ears = [threading.Thread(target=listen, args=[p], daemon=True) for p in running]
-        for ear in ears:
-            ear.start()
+        threads = [
+            threading.Thread(target=listen, args=[process], daemon=True)
+            for process in running
+        ]
+        for thread in threads:
+            thread.start()
         codes = [process.wait() for process in running]
-        for ear in ears:
-            ear.join()
+        for thread in threads:
+            thread.join()
     finally:
         for process in running:
             if process.poll() is None:
@@ -159,8 +158,20 @@ def _roll_out_in_processes(
         )
 
 
-def _assemble(plan: rollout.Plan, folder: Path) -> dict[str, np.ndarray]:
-    """The chunks as D4RL's columns; each part gets exactly its rows.
+def _worker_command(plan: rollout.Plan, out: Path) -> list[str]:
+    """The command line of this file that makes the same plan again."""
+    command = [sys.executable, "-m", "corl.standin.collect", plan.task.name]
+    command += ["--out", os.path.abspath(out)]
+    for name in ("rows", "seed", "mix", "share"):
+        if name in plan.settings:
+            command += [f"--{name}", str(plan.settings[name])]
+    if plan.policy:
+        command += ["--policy", os.path.abspath(plan.policy)]
+    return command
+
+
+def assemble(plan: rollout.Plan, folder: Path) -> dict[str, np.ndarray]:
+    """The chunks as D4RL's columns (N, ...); each part gets exactly its rows.
 
     Where a part ends inside an episode the seam carries `timeouts`, so that no
     transition crosses it.
@@ -169,9 +180,8 @@ def _assemble(plan: rollout.Plan, folder: Path) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     start, left = 0, list(counts)
     for chunk in plan.chunks:
-        table = np.load(_chunk_file(folder, chunk), allow_pickle=False)[
-            : left[chunk.part]
-        ]
+        table = np.load(_chunk_file(folder, chunk), allow_pickle=False)
+        table = table[: left[chunk.part]]
         for name in table.dtype.names:
             values = table[name]
             if name not in columns:
@@ -180,7 +190,8 @@ def _assemble(plan: rollout.Plan, folder: Path) -> dict[str, np.ndarray]:
         start, left[chunk.part] = start + len(table), left[chunk.part] - len(table)
     seams = np.cumsum(counts) - 1
     if not plan.mixed:
-        seams = seams[:-1]  # the file itself is cut as D4RL's are
+        # The end of the file is cut as D4RL's are and carries no flag.
+        seams = seams[:-1]
     columns["timeouts"][seams] = ~columns["terminals"][seams]
     if len(counts) > 1:
         columns["infos/policy_label"] = np.repeat(
@@ -193,6 +204,7 @@ def _assemble(plan: rollout.Plan, folder: Path) -> dict[str, np.ndarray]:
 
 
 def _shuffled_episodes(columns: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """Row numbers (N,) that put whole episodes in random order."""
     ends = np.flatnonzero(columns["terminals"] | columns["timeouts"]) + 1
     episodes = np.split(np.arange(len(columns["rewards"])), ends[:-1])
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
@@ -200,7 +212,7 @@ def _shuffled_episodes(columns: dict[str, np.ndarray], seed: int) -> np.ndarray:
 
 
 def collect(
-    task: str,
+    task: tasks.Task | str,
     rows: int,
     out: Path | str,
     seed: int = 0,
@@ -215,15 +227,20 @@ def collect(
     Of medium-expert, the first half of the rows is medium and the rest expert; replay
     rows come in training order from the shipped series. Where the policy changes inside
     an episode, the seam carries `timeouts`. Rows of files with several policies carry
-    `infos/policy_label`, an index into the attribute `policy_labels`. A file that is
-    there already and was made from the same settings is left alone. Nothing appears
-    under the final name before the file is complete; finished chunks of an interrupted
-    collection are used by the next; of two processes the second waits for the first.
+    `infos/policy_label`, an index into the attribute `policy_labels`.
+
+    A file that is there already and was made from the same settings is left alone. Nothing
+    appears under the final name before the file is complete. Finished chunks of an
+    interrupted collection are used by the next. Of two processes that collect the same file
+    the second waits for the first.
 
     Args:
-        task: D4RL name of a locomotion or antmaze task, -v2.
+        task: a locomotion or antmaze task of -v2, or its D4RL name.
         rows: transitions in the file, at least 2.
-        policy: safetensors file of `sac.save_policy` in place of the shipped one.
+        out: the file; its folder is made.
+        seed: decides all random numbers, not negative.
+        policy: safetensors file of `policies.save_policy` in place of the shipped one.
+        progress: show a progress bar.
         mix: random, medium or expert: mixes whole episodes of this policy in; every row
             then has the log-density of both, `infos/log_probs/LEVEL` in nats.
         share: part of the rows that `mix` makes.
@@ -234,11 +251,12 @@ def collect(
             policy file; an impossible mixture; `out` holds something else.
         RuntimeError: no room or no right to write; a process failed.
     """
-    out = Path(out)
+    task, out = tasks.task(task), Path(out)
     plan = rollout.make_plan(task, rows, seed, policy, mix, share)
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
-    if out.exists():  # needs no lock, so that a read-only folder will do
+    # A finished file needs no lock, so it may lie in a read-only folder.
+    if out.exists():
         _check_same(out, plan.settings)
         return out
     with _writing_to(out.parent):
@@ -247,12 +265,13 @@ def collect(
             if out.exists():
                 _check_same(out, plan.settings)
                 return out
+            files.remove_remains(out)
             _require_space(out.parent, plan)
-            folder = _chunk_folder(out, plan)
+            folder = chunk_folder(out, plan)
             folder.mkdir(exist_ok=True)
             try:
                 _make_chunks(plan, folder, out, workers, progress)
-                _write(out, plan, _assemble(plan, folder))
+                _write(out, plan, assemble(plan, folder))
                 for old in out.parent.glob(f"{glob.escape(out.name)}.*.chunks"):
                     shutil.rmtree(old, ignore_errors=True)
             finally:
@@ -263,6 +282,7 @@ def collect(
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
+    """Inside, an OSError becomes a RuntimeError of one line that says what to do."""
     try:
         yield
     except OSError as error:
@@ -274,13 +294,14 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 
 def _require_space(folder: Path, plan: rollout.Plan) -> None:
-    facts, rows = tasks.ROBOTS[plan.robot], plan.settings["rows"]
-    floats = 2 * facts.state_dim + facts.action_dim + 2 + 2 * (facts.state_dim + 1)
+    """Raise where the chunks and then the file beside them would not fit."""
+    task, rows = plan.task, plan.settings["rows"]
+    floats = 2 * task.state_dim + task.action_dim + 2 + 2 * (task.state_dim + 1)
     needed, free = 2 * 4 * floats * rows, shutil.disk_usage(folder).free
-    if free < needed:  # the chunks, then the file beside them
+    if free < needed:
         raise RuntimeError(
             f"{folder} has {free / 1e6:.0f} MB left, collecting {rows} rows of "
-            f"{plan.robot} needs {needed / 1e6:.0f} MB; free some space or choose "
+            f"{task.robot} needs {needed / 1e6:.0f} MB; free some space or choose "
             "another folder (--out, or CORL_DARE_CACHE for the cache)"
         )
 
@@ -288,27 +309,28 @@ def _require_space(folder: Path, plan: rollout.Plan) -> None:
 def _make_chunks(
     plan: rollout.Plan, folder: Path, out: Path, workers: int | None, progress: bool
 ) -> None:
+    """Roll out what `folder` does not hold yet, in as many processes as are worth it."""
     chunks, rows = plan.chunks, plan.settings["rows"]
     if workers is None:
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        workers = max(1, min(cores, rows // 100_000))  # a start takes some seconds
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        # A process takes some seconds to start.
+        workers = max(1, min(cores, rows // 100_000))
     workers = min(workers, len(chunks))
     done = sum(c.rows for c in chunks if _chunk_file(folder, c).exists())
-    title = f"{plan.settings['task']}, self-collected"
+    title = f"{plan.task.name}, self-collected"
     with progress_bar(
         total=rows, initial=done, desc=title, unit=" rows", disable=not progress
     ) as bar:
         if workers == 1 or done == rows:
             roll_out(plan, folder, bar.update)
         else:
-            _roll_out_in_processes(plan, out, workers, bar.update)
+            roll_out_in_processes(plan, out, workers, bar.update)
 
 
 def _check_same(out: Path, settings: dict) -> None:
+    """Raise unless the file `out` was made from these settings."""
     try:
         with h5py.File(out) as file:
             found = files.attributes(file)
@@ -325,6 +347,7 @@ def _check_same(out: Path, settings: dict) -> None:
 
 
 def _write(out: Path, plan: rollout.Plan, data: dict[str, np.ndarray]) -> None:
+    """Write the columns of `assemble` with the plan's settings as attributes."""
     behaviors = [behavior for behavior, _ in plan.parts]
 
     def fill(file: h5py.File) -> None:
@@ -340,11 +363,14 @@ def _write(out: Path, plan: rollout.Plan, data: dict[str, np.ndarray]) -> None:
 
 
 def _metadata(plan: rollout.Plan) -> dict:
-    """What D4RL stores of the policy: nothing of random, joined and antmaze data, of replays
-    the training step. Mean and log-std are two layers on one trunk."""
-    behavior, replay = plan.parts[-1][0], "-replay-" in plan.settings["task"]
+    """What D4RL stores of the policy, by name below `metadata/`.
+
+    Of random, joined and antmaze data that is nothing, of replay data the training step. The
+    mean and the log-std are two layers on one trunk.
+    """
+    behavior, replay = plan.parts[-1][0], plan.task.kind.endswith("-replay")
     joined = len(plan.parts) > 1 and not replay
-    if behavior.policy is None or joined or plan.robot == "antmaze":
+    if behavior.policy is None or joined or plan.task.robot == "antmaze":
         return {}
     metadata = {"algorithm": np.bytes_("SAC")}
     if not replay:
@@ -366,7 +392,7 @@ def _metadata(plan: rollout.Plan) -> dict:
 
 
 def _work(plan: rollout.Plan, out: Path, worker: str) -> None:
-    """The part of one of several processes; its new rows go to standard output."""
+    """One of several processes: makes its chunks, prints its new rows to standard output."""
     number, workers = (int(n) for n in worker.split("/"))
     waiting = 0
 
@@ -378,14 +404,24 @@ def _work(plan: rollout.Plan, out: Path, worker: str) -> None:
             waiting = 0
 
     with _writing_to(out.parent):
-        roll_out(plan, _chunk_folder(out, plan), advance, number, workers)
+        roll_out(plan, chunk_folder(out, plan), advance, number, workers)
     print(waiting, flush=True)
 
 
-def main() -> None:
-    from corl.data import card, sources
+def summary(path: Path, task: tasks.Task) -> str:
+    """What a collected file holds, in three lines."""
+    raw = schema.load_hdf5(path, task)
+    facts = schema.statistics(raw, task)
+    lines = [
+        f"{path}: self-collected stand-in (not D4RL data) for {task.name}, "
+        f"{facts['rows']} rows, {facts['episodes']} complete episodes",
+        f"sha256 {files.sha256(path)}",
+        f"python -m corl.data.card {task.name} --path {path} shows its returns",
+    ]
+    return "\n".join(lines)
 
 
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")
     parser.add_argument("--rows", type=int, help="default: 200000; D4RL's of a replay")
@@ -398,21 +434,23 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="rows of --mix, 0 to 1")
     parser.add_argument("--workers", type=int, help="processes; default: by the cores")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse_arguments()
     mixed = f"-{args.mix}-{args.share:g}" if args.mix else ""
     out = args.out or Path(f"{args.task}{mixed}-self-collected.hdf5")
     settings = {"policy": args.policy, "mix": args.mix, "share": args.share}
     try:
-        rows = policies.default_rows(args.task) if args.rows is None else args.rows
+        task = tasks.task(args.task)
+        rows = policies.default_rows(task) if args.rows is None else args.rows
         if args.worker:
-            _work(
-                rollout.make_plan(args.task, rows, args.seed, **settings),
-                out,
-                args.worker,
-            )
+            plan = rollout.make_plan(task, rows, args.seed, **settings)
+            _work(plan, out, args.worker)
             return
-        collect(args.task, rows, out, args.seed, workers=args.workers, **settings)
-        print(card.card(sources.resolve(args.task, source="file", path=out)))
+        collect(task, rows, out, args.seed, workers=args.workers, **settings)
+        print(summary(out, task))
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

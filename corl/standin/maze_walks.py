@@ -1,10 +1,10 @@
-"""Antmaze's stand-in rows: a walking ant is led through the maze as D4RL's was.
+"""Rows of antmaze's stand-in: a walking ant is led through the maze as D4RL's was.
 
-In every step the cell that comes next on a shortest way to the goal gives a waypoint, its
-centre plus uniform noise; beside the goal it is the goal itself. The walker (`ant_walker.py`)
-is told the direction of the waypoint and nothing else; its action gets noise of 0.2 and is
-clipped. An episode goes on at its goal and its flag comes one step after the time limit. Then
-rewards and terminals are made anew for the one goal that the task is evaluated on.
+In every step the next cell on a shortest way to the goal gives a waypoint: its centre plus uniform
+noise, or beside the goal the goal itself. The walker (`walker.py`) is told the direction of the
+waypoint and nothing else; its action gets noise of 0.2 and is clipped. An episode goes on at its
+goal, and its time-out flag comes one step after the time limit. Rewards and terminals are computed
+afterwards, for the one goal that the task is evaluated on.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,13 @@ import numpy as np
 from corl import antmaze, tasks
 from corl.standin import policies, walker
 
-ENVS = 16  # episodes that run side by side and share a policy call
+ENVS = 16  # environments that run side by side and share a policy call
 WAYPOINT_NOISE = 1.0  # width of the uniform draw that is added per axis
-# The goal that rows are labelled for, from the goal cell's centre: the mean of the goals that
-# evaluations draw. D4RL labelled for one draw, which is not published.
+# Place of the goal that rows are labelled for, seen from the goal cell's centre: the mean of the
+# goals that evaluations draw. D4RL labelled for one such draw, which is not published.
 LABEL_OFFSET = sum(antmaze.GOAL_NOISE) / 2
 
+# The fields of one row; `rollout` says what they hold.
 ROW = np.dtype(
     [
         ("observations", np.float32, (29,)),
@@ -66,7 +67,7 @@ def label_goal(maze: antmaze.Maze) -> np.ndarray:
 
 
 def rollout(
-    kind: str,
+    task: tasks.Task,
     policy: policies.TanhGaussianPolicy,
     rows: int,
     seed: np.random.SeedSequence,
@@ -76,8 +77,8 @@ def rollout(
     """Rows of episodes of horizon + 1 steps; exactly `rows`, the last one cut, unless `whole`.
 
     Args:
-        kind: of antmaze data, such as `medium-play`.
-        policy: maps `ant_walker.features` to actions.
+        task: an antmaze task.
+        policy: maps `walker.features` to actions.
         advance: told about new rows, `rows` in all.
         whole: goes on to the end of the last episode.
 
@@ -87,10 +88,10 @@ def rollout(
         infos/qpos, infos/qvel are those *after* the action, as in D4RL's antmaze: at a
         time-out they alone tell the next state.
     """
-    length = tasks.task(f"antmaze-{kind}-v2").horizon + 1
+    length = task.horizon + 1
     words = seed.generate_state(1 + min(ENVS, -(-rows // length)))
     rng = np.random.default_rng(int(words[0]))
-    mazes = [make_env(kind) for _ in words[1:]]
+    mazes = [make_env(task.kind) for _ in words[1:]]
     for env, word in zip(mazes, words[1:], strict=True):
         env.np_random = np.random.default_rng(int(word))
     pieces, written, told = [], 0, 0
@@ -119,7 +120,7 @@ def _walks(
     rng: np.random.Generator,
     advance: Callable[[int], object],
 ) -> np.ndarray:
-    """One walk of `steps` per maze: a table (B, steps) of `ROW` without time-outs."""
+    """One walk of `steps` in each maze: a table (B, steps) of `ROW` without time-outs."""
     count, maze = len(mazes), mazes[0].maze
     states = np.array([env.reset()[0] for env in mazes])  # (B, 29)
     goals = np.array([env.goal for env in mazes])  # (B, 2)
@@ -133,7 +134,8 @@ def _walks(
         ways = zip(places, goals, noise, strict=True)
         waypoints = np.array([waypoint(maze, *way) for way in ways])
         directions = waypoints - places
-        directions[(directions == 0).all(1)] = 1.0, 0.0  # on the spot: any will do
+        # An ant on its waypoint may walk anywhere.
+        directions[(directions == 0).all(1)] = 1.0, 0.0
         means = walker.act(policy, walker.features(states, directions))
         actions = np.clip(means + jitter, -1.0, 1.0).astype(np.float32)
         table["observations"][:, t], table["actions"][:, t] = states, actions

@@ -1,8 +1,11 @@
-"""TODO corl.standin.policies"""
+"""The policies behind the stand-ins: their network, their files, and who makes which data.
+
+The shipped ones lie in `weights/` with a manifest that says of each file which robot and level it
+is, how it was trained and what its SHA-256 is.
+"""
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +13,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from corl import files, tasks
+from corl.data import published
 
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 POLICY_DIR = Path(__file__).parent / "weights"  # shipped with the package
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+# What antmaze's walker reads and how many motors it moves.
+FEATURES, ACTIONS = 27, 8
+STAND_IN_ROWS = 200_000  # half a minute of hopper on one core
+SINGLE = ("random", "medium", "expert")  # kinds of data that one policy makes
+
+# Kind of data -> levels of the shipped policies that it needs.
+LEVELS = {
+    "random": (),
+    "medium": ("medium",),
+    "expert": ("expert",),
+    "medium-expert": ("medium", "expert"),
+    "medium-replay": ("series", "medium"),
+    "full-replay": ("series",),
+    **{kind: ("walker",) for kind in tasks.ANTMAZES},
+}
 
 
 class TanhGaussianPolicy(nn.Module):
-    """a = tanh(mean(s) + std(s) * noise), two hidden layers; actions in (-1, 1)."""
+    """a = tanh(mean(s) + std(s) * noise), from two hidden layers; actions in (-1, 1)."""
 
     def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256):
         super().__init__()
@@ -40,12 +59,15 @@ class TanhGaussianPolicy(nn.Module):
         return torch.tanh(u), _log_density(noise, log_std, u)
 
     def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Log-density (B,) in nats of actions (B, A); those on the bounds are moved inside."""
+        """Log-density (B,) in nats of actions (B, A) in states (B, S).
+
+        Actions on the bounds are moved inside, because their density is not finite.
+        """
         inside = actions.clamp(-1 + 1e-6, 1 - 1e-6)
         return self.log_prob_of_tanh(states, torch.atanh(inside))
 
     def log_prob_of_tanh(self, states: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Log-density (B,) in nats of tanh(u), u (B, A): exact where tanh rounds to 1."""
+        """Log-density (B,) in nats of tanh(u), u (B, A): exact even where tanh rounds to 1."""
         mean, log_std = self._mean_and_log_std(states)
         return _log_density((u - mean) * (-log_std).exp(), log_std, u)
 
@@ -64,8 +86,9 @@ class TanhGaussianPolicy(nn.Module):
 def _log_density(
     noise: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor
 ) -> torch.Tensor:
+    """Log-density (B,) of tanh(u) for u = mean + std * noise; all arguments (B, A)."""
     normal = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-    # log(1 - tanh(u)^2), in the form that does not overflow
+    # log(1 - tanh(u)^2), in the form that does not overflow.
     jacobian = (2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))).sum(-1)
     return normal - jacobian
 
@@ -74,13 +97,12 @@ def save_policy(policy: TanhGaussianPolicy, path: Path, half: bool = False) -> N
     """Write a policy as safetensors, rounded to float16 when `half`."""
     dtype = torch.float16 if half else torch.float32
     tensors = {k: v.detach().cpu().to(dtype) for k, v in policy.state_dict().items()}
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    os.replace(part, path)
+    with files.replacing(path) as file:
+        file.write(save(tensors))
 
 
 def load_policy(path: Path) -> TanhGaussianPolicy:
-    """Read a policy of `save_policy` as float32, on the CPU, frozen."""
+    """Read a policy of `save_policy` as float32, on the CPU, without gradients."""
     return _policy(load_file(path))
 
 
@@ -91,13 +113,12 @@ def save_series(policies: dict[int, TanhGaussianPolicy], path: Path) -> None:
         for step, policy in policies.items()
         for key, value in policy.state_dict().items()
     }
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    os.replace(part, path)
+    with files.replacing(path) as file:
+        file.write(save(tensors))
 
 
 def load_series(path: Path) -> dict[int, TanhGaussianPolicy]:
-    """Read a file of `save_series`: training step -> policy as of `load_policy`, ascending."""
+    """Read a file of `save_series`: training step, ascending -> policy as of `load_policy`."""
     weights: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(path).items():
         step, _, name = key.partition("/")
@@ -113,75 +134,67 @@ def _policy(tensors: dict[str, torch.Tensor]) -> TanhGaussianPolicy:
     return policy.requires_grad_(False)
 
 
-FEATURES, ACTIONS = 27, 8
-
-
-POLICY_DIR = Path(__file__).parent / "weights"
-STAND_IN_ROWS = 200_000  # half a minute of hopper on one core
-REPLAY_ROWS = {"hopper": 402_000, "halfcheetah": 202_000, "walker2d": 302_000}  # D4RL's
-SINGLE = ("random", "medium", "expert")  # kinds that one policy makes
-LEVELS = {  # what is shipped -> which kinds it makes
-    "random": (),
-    "medium": ("medium",),
-    "expert": ("expert",),
-    "medium-expert": ("medium", "expert"),
-    "medium-replay": ("series", "medium"),
-    "full-replay": ("series",),
-    **{kind: ("walker",) for kind in tasks.ANTMAZES},
-}
-
-
 class NotCollectable(ValueError):
     """The behavior policies that a task's stand-in needs are not shipped."""
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """A policy to roll out; None draws actions uniformly from [-1, 1]."""
+    """A policy to roll out."""
 
     level: str
+    # None draws actions uniformly from [-1, 1].
     policy: TanhGaussianPolicy | None = None
+    # Digest of the policy's file.
     sha256: str = ""
-    step: int | None = None  # training steps behind the policy, if known
+    # Training steps behind the policy, if known.
+    step: int | None = None
 
 
 def kinds(robot: str) -> list[str]:
-    """The dataset kinds that can be collected for a robot with the shipped policies."""
+    """The kinds of data that the shipped policies can make for a robot."""
     known = tasks.ROBOTS[robot].kinds if robot in tasks.ROBOTS else ()
-    levels = {
-        facts["level"] for facts in _manifest().values() if facts["robot"] == robot
-    }
-    return [
-        k for k, needed in LEVELS.items() if k in known and levels.issuperset(needed)
-    ]
+    there = {facts["level"] for facts in manifest().values() if facts["robot"] == robot}
+    return [k for k, needed in LEVELS.items() if k in known and there.issuperset(needed)]
 
 
-def fingerprint(task: str) -> dict[str, str]:
+def fingerprint(task: tasks.Task | str) -> dict[str, str]:
     """Level -> SHA-256 of the shipped policies that a task's stand-in comes from.
 
     Raises:
-        NotCollectable: no stand-in for this task; says what there is for its robot.
+        NotCollectable: no stand-in for this task; the message says what there is for its robot.
     """
-    levels = levels_of(tasks.task(task))
-    return {
-        level: shipped(tasks.task(task).robot, level)[1]["sha256"] for level in levels
-    }
+    task = tasks.task(task)
+    return {level: shipped(task.robot, level)[1]["sha256"] for level in levels_of(task)}
 
 
-def default_rows(task: str) -> int:
-    """Rows of a stand-in if nobody asks for a number: D4RL's own of medium-replay."""
-    facts = tasks.task(task)
-    if facts.kind == "medium-replay":
-        return REPLAY_ROWS.get(facts.robot, STAND_IN_ROWS)
+def default_rows(task: tasks.Task) -> int:
+    """Rows of a stand-in if nobody asks for a number: as many as D4RL's for medium-replay."""
+    if task.kind == "medium-replay":
+        return published.REPLAY_ROWS.get(task.robot, STAND_IN_ROWS)
     return STAND_IN_ROWS
 
 
-def _manifest() -> dict[str, dict]:
+def manifest() -> dict[str, dict]:
+    """File name -> what the manifest says of that shipped file."""
     path = POLICY_DIR / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def add_to_manifest(name: str, facts: dict) -> None:
+    """Write what is to be known of a shipped file, with its SHA-256, into the manifest."""
+    entries = manifest()
+    entries[name] = {**facts, "sha256": files.sha256(POLICY_DIR / name)}
+    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+    files.write_text(POLICY_DIR / "manifest.json", text)
+
+
 def levels_of(task: tasks.Task) -> tuple[str, ...]:
+    """The levels of the shipped policies that a task's stand-in needs.
+
+    Raises:
+        NotCollectable: as of `fingerprint`.
+    """
     able = kinds(task.robot)
     if task.kind not in able or task.version != "v2":
         options = ", ".join(f"{task.robot}-{kind}-v2" for kind in able)
@@ -193,7 +206,12 @@ def levels_of(task: tasks.Task) -> tuple[str, ...]:
 
 
 def shipped(robot: str, level: str) -> tuple[Path, dict]:
-    for file, facts in _manifest().items():
+    """The shipped file of a robot's level and what the manifest says of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for file, facts in manifest().items():
         if (facts["robot"], facts["level"]) == (robot, level):
             return POLICY_DIR / file, facts
     raise ValueError(f"no {level} policy of {robot} in {POLICY_DIR / 'manifest.json'}")
@@ -202,7 +220,15 @@ def shipped(robot: str, level: str) -> tuple[Path, dict]:
 def load_behaviors(
     path: Path, level: str, task: tasks.Task, facts: dict
 ) -> list[Behavior]:
-    """The policy of a file, or of a series all."""
+    """The policy of a file, or all policies of a series in the order of their training.
+
+    Args:
+        facts: what the manifest says of the file; empty for a file of the user's own.
+
+    Raises:
+        ValueError: no such file, another SHA-256 than in `facts`, no policy in it, or one for
+            another robot.
+    """
     if not path.is_file():
         raise ValueError(f"policy file {path} does not exist")
     digest = files.sha256(path)
@@ -215,15 +241,14 @@ def load_behaviors(
         # Building the network draws its start weights from the global stream.
         with torch.random.fork_rng(devices=[]):
             if level == "series":
-                named = [
-                    (f"step {step}", step, policy)
-                    for step, policy in load_series(path).items()
-                ]
+                series = load_series(path)
+                named = [(f"step {step}", step, series[step]) for step in series]
             else:
                 named = [(level, facts.get("step"), load_policy(path))]
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"policy file {path} is not a policy written by corl.standin.train_sac ({error!r})"
+            f"policy file {path} is not a policy written by corl.standin.train_sac "
+            f"({error!r})"
         ) from error
     inputs = FEATURES if level == "walker" else task.state_dim
     for _, _, policy in named:
@@ -237,6 +262,11 @@ def load_behaviors(
 
 
 def single(task: tasks.Task, level: str, policy: Path | None = None) -> Behavior:
+    """The shipped behavior of a level, or the one of the file `policy`.
+
+    Raises:
+        ValueError: as of `shipped` and `load_behaviors`.
+    """
     if level == "random":
         return Behavior("random")
     path, facts = (policy, {}) if policy else shipped(task.robot, level)

@@ -1,4 +1,8 @@
-"""TODO corl.standin.rollout"""
+"""Which policy makes which rows of a stand-in, and the rows themselves.
+
+A `Plan` holds all that decides the bytes of a file. It is cut into chunks that are rolled out
+each for itself, so that an interrupted collection loses one chunk at most.
+"""
 
 import json
 import math
@@ -14,10 +18,10 @@ import torch
 from corl import envs, tasks
 from corl.standin import policies
 
-CHUNK = (
-    200_000  # rows that are rolled out in one go, and kept when the rest is interrupted
-)
-ENVS = 16  # that share a policy call; twice the speed of one, more gain little
+# Rows that are rolled out in one go, and kept when the rest is interrupted.
+CHUNK = 200_000
+# Environments that share a policy call: twice the speed of one; more gain little.
+ENVS = 16
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Chunk:
     """Rows that one behavior makes in one go."""
 
     part: int  # place of the behavior in the file
-    number: int  # place in the part
+    number: int  # place of the chunk in the part
     behavior: policies.Behavior
     rows: int
     whole: bool  # goes on to the end of its last episode, so that no chunk cuts one
@@ -35,16 +39,19 @@ class Chunk:
 class Plan:
     """All that decides the bytes of a file."""
 
-    robot: str
-    parts: tuple[
-        tuple[policies.Behavior, int], ...
-    ]  # in the order of the file, with their rows
-    mixed: bool  # whole episodes of the parts in random order
+    task: tasks.Task
+    # Behaviors with their rows, in the order of the file.
+    parts: tuple[tuple[policies.Behavior, int], ...]
+    # Whole episodes of the parts are to be put in random order.
+    mixed: bool
+    # What the file's attributes say of it.
     settings: dict[str, str | int | float]
-    policy: Path | None = None  # given in place of the shipped one
+    # The file of a policy that is given in place of the shipped one.
+    policy: Path | None = None
 
     @property
     def chunks(self) -> list[Chunk]:
+        """The plan in pieces of CHUNK rows, in the order of the file."""
         found = []
         for part, (behavior, rows) in enumerate(self.parts):
             for number, start in enumerate(range(0, rows, CHUNK)):
@@ -56,7 +63,7 @@ class Plan:
 
 
 def make_plan(
-    task: str,
+    task: tasks.Task,
     rows: int,
     seed: int = 0,
     policy: Path | str | None = None,
@@ -68,58 +75,59 @@ def make_plan(
     Raises:
         ValueError: as of `collect`.
     """
-    facts = tasks.task(task)
     if rows < 2:
         raise ValueError(f"rows is {rows}; a dataset needs at least 2")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must not be negative")
-    if policy is not None and (
-        facts.kind not in policies.SINGLE[1:] or not facts.env_id
-    ):
+    one_policy = task.kind in policies.SINGLE[1:] and task.env_id
+    if policy is not None and not one_policy:
         raise ValueError(
-            f"policy is given, but {task} is not rolled out from one policy; use a "
+            f"policy is given, but {task.name} is not rolled out from one policy; use a "
             "medium or expert task of a locomotion robot"
         )
     if policy is None:
-        policies.levels_of(facts)
+        policies.levels_of(task)
     policy = Path(policy) if policy else None
     if mix is not None:
-        parts = _mixture(facts, rows, policy, mix, share)
-    elif facts.kind in policies.SINGLE:
-        parts = [(policies.single(facts, facts.kind, policy), rows)]
-    elif facts.robot == "antmaze":
-        parts = [(policies.single(facts, "walker"), rows)]
-    elif facts.kind == "medium-expert":
-        halves = rows // 2, rows - rows // 2
-        parts = [
-            (policies.single(facts, level), half)
-            for level, half in zip(("medium", "expert"), halves, strict=True)
-        ]
+        parts = _mixture(task, rows, policy, mix, share)
     else:
-        parts = _replay(facts, rows)
+        parts = _parts(task, rows, policy)
     used = {b.level: b.sha256 for b, _ in parts if b.policy is not None}
+    if task.kind.endswith("-replay"):
+        used = policies.fingerprint(task)
     settings = {
         "source": "self-collected",
-        "task": task,
+        "task": task.name,
         "rows": rows,
         "seed": seed,
-        "policies": json.dumps(
-            policies.fingerprint(task) if "-replay-" in task else used, sort_keys=True
-        ),
+        "policies": json.dumps(used, sort_keys=True),
     }
     if mix is not None:
         settings |= {"mix": mix, "share": share}
-    return Plan(facts.robot, tuple(parts), mix is not None, settings, policy)
+    return Plan(task, tuple(parts), mix is not None, settings, policy)
+
+
+def _parts(
+    task: tasks.Task, rows: int, policy: Path | None
+) -> list[tuple[policies.Behavior, int]]:
+    """The behaviors of a kind of data with their rows, in the order of the file."""
+    if task.kind in policies.SINGLE:
+        return [(policies.single(task, task.kind, policy), rows)]
+    if task.robot == "antmaze":
+        return [(policies.single(task, "walker"), rows)]
+    if task.kind == "medium-expert":
+        half = rows // 2
+        medium, expert = (policies.single(task, k) for k in ("medium", "expert"))
+        return [(medium, half), (expert, rows - half)]
+    return _replay(task, rows)
 
 
 def _mixture(
     task: tasks.Task, rows: int, policy: Path | None, mix: str, share: float
 ) -> list[tuple[policies.Behavior, int]]:
-    if (
-        task.kind not in policies.SINGLE
-        or mix not in policies.SINGLE
-        or mix == task.kind
-    ):
+    """The task's own policy and the one of the kind `mix`, with their rows."""
+    kinds = {task.kind, mix}
+    if len(kinds) < 2 or not kinds <= set(policies.SINGLE):
         raise ValueError(
             f"mix {mix!r} into {task.name}: a mixture takes two different ones of "
             f"{', '.join(policies.SINGLE)}"
@@ -159,8 +167,11 @@ def _replay(task: tasks.Task, rows: int) -> list[tuple[policies.Behavior, int]]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Splitting a product over threads changes its last bits, then all that follows."""
+def one_thread() -> Iterator[None]:
+    """Inside, torch uses one thread.
+
+    Splitting a product over threads changes its last bits, and then all that follows.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -177,7 +188,11 @@ def _act(
     generator: torch.Generator,
     judges: tuple[policies.Behavior, ...] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """states (B, S) float32 -> sampled actions (B, A), log-densities in nats: (B,), (B, J)."""
+    """Sampled actions and their log-densities in nats, for states (B, S) float32.
+
+    Returns:
+        actions (B, A), their log-densities (B,) under the behavior and (B, J) under the judges.
+    """
     shape, inputs = (len(states), action_dim), torch.from_numpy(states)
     uniform = torch.full(shape[:1], -action_dim * math.log(2.0))
     if behavior.policy is None:
@@ -198,6 +213,52 @@ def _act(
     return actions.numpy(), log_probs.numpy(), judged
 
 
+class _Episodes:
+    """The rows of episodes that run side by side, kept in the order in which these started.
+
+    An order by completion would favour short episodes, because the long ones would still be
+    running at the end.
+    """
+
+    def __init__(self, count: int, horizon: int, row_type: np.dtype):
+        self.buffers = [np.zeros(horizon, row_type) for _ in range(count)]
+        self.lengths = [0] * count
+        # Number of the episode that runs in each environment.
+        self.running = list(range(count))
+        self.started = count
+        # Finished episodes by their number.
+        self.over: dict[int, np.ndarray] = {}
+        # The earliest episode that still runs, and the rows of all before it.
+        self.first = self.before = 0
+
+    def add(self, i: int, row: tuple) -> None:
+        """Append a row to the episode that runs in environment i."""
+        self.buffers[i][self.lengths[i]] = row
+        self.lengths[i] += 1
+
+    def end(self, i: int) -> None:
+        """The episode in environment i is over; the next one begins there."""
+        self.over[self.running[i]] = self.buffers[i][: self.lengths[i]].copy()
+        self.running[i], self.lengths[i] = self.started, 0
+        self.started += 1
+        while self.first in self.over:
+            self.before += len(self.over[self.first])
+            self.first += 1
+
+    def ready(self, whole: bool) -> int:
+        """Rows that `table` would have."""
+        unfinished = 0 if whole else self.lengths[self.running.index(self.first)]
+        return self.before + unfinished
+
+    def table(self, whole: bool) -> np.ndarray:
+        """All rows up to the earliest running episode, with those it has unless `whole`."""
+        pieces = [self.over[number] for number in range(self.first)]
+        if not whole:
+            last = self.running.index(self.first)
+            pieces.append(self.buffers[last][: self.lengths[last]])
+        return np.concatenate(pieces)
+
+
 def rollout(
     behavior: policies.Behavior,
     robot: str,
@@ -209,10 +270,10 @@ def rollout(
 ) -> np.ndarray:
     """Transitions of whole episodes; exactly `rows`, the last episode cut, unless `whole`.
 
-    Episodes come in the order in which they started: an order by completion would favour
-    short episodes, because the long ones would still be running at the end.
+    Episodes come in the order in which they started.
 
     Args:
+        robot: name of a locomotion robot.
         advance: told about new rows, `rows` in all.
         judges: behaviors whose densities of the actions are stored as well.
         whole: goes on to the end of the last episode.
@@ -229,42 +290,45 @@ def rollout(
     robots = [envs.make_robot(robot) for _ in seeds[1:]]
     starts = [e.reset(seed=int(s))[0] for e, s in zip(robots, seeds[1:], strict=True)]
     states = np.asarray(starts, dtype=np.float32)  # (B, S)
-    buffers = [np.zeros(facts.horizon, _row_type(e, judges)) for e in robots]
-    lengths = [0] * len(robots)
-    running = list(range(len(robots)))  # number of the episode in each environment
-    started, over = len(robots), {}  # finished episodes by their number
-    first = written = told = 0  # the first episode that still runs, all rows before it
-    while written + (0 if whole else lengths[running.index(first)]) < rows:
-        actions, log_probs, judged = _act(
-            behavior, states, facts.action_dim, generator, judges
-        )
-        for i, env in enumerate(robots):
-            data = env.unwrapped.data
-            physics = data.qpos.copy(), data.qvel.copy()
-            next_state, reward, terminated, truncated, _ = env.step(actions[i])
-            flags = terminated and not truncated, truncated
-            row = (states[i], actions[i], reward, next_state, *flags, log_probs[i])
-            buffers[i][lengths[i]] = (*row, *physics, *judged[i])
-            lengths[i] += 1
-            if terminated or truncated:
-                over[running[i]] = buffers[i][: lengths[i]].copy()
-                next_state, _ = env.reset()
-                running[i], lengths[i], started = started, 0, started + 1
-            states[i] = next_state
-        while first in over:
-            written, first = written + len(over[first]), first + 1
+    episodes = _Episodes(len(robots), facts.horizon, _row_type(robots[0], judges))
+    told = 0
+    while episodes.ready(whole) < rows:
+        acted = _act(behavior, states, facts.action_dim, generator, judges)
+        for i, (env, *drawn) in enumerate(zip(robots, *acted, strict=True)):
+            states[i] = _step(env, episodes, i, states[i], *drawn)
         advance(min(len(robots), rows - told))
         told = min(rows, told + len(robots))
     for env in robots:
         env.close()
-    pieces = [over[number] for number in range(first)]
-    if whole:
-        return np.concatenate(pieces)
-    last = running.index(first)
-    return np.concatenate([*pieces, buffers[last][: lengths[last]]])[:rows]
+    table = episodes.table(whole)
+    return table if whole else table[:rows]
+
+
+def _step(
+    env: gymnasium.Env,
+    episodes: _Episodes,
+    i: int,
+    state: np.ndarray,
+    action: np.ndarray,
+    log_prob: np.ndarray,
+    judged: np.ndarray,
+) -> np.ndarray:
+    """Take an action (A,) in environment i and note the row; the state (S,) to go on from."""
+    data = env.unwrapped.data
+    physics = data.qpos.copy(), data.qvel.copy()
+    next_state, reward, terminated, truncated, _ = env.step(action)
+    # An end in the last step before the time limit is stored as a time-out, as in D4RL.
+    flags = terminated and not truncated, truncated
+    row = (state, action, reward, next_state, *flags, log_prob, *physics, *judged)
+    episodes.add(i, row)
+    if terminated or truncated:
+        episodes.end(i)
+        next_state, _ = env.reset()
+    return next_state
 
 
 def _row_type(env: gymnasium.Env, judges: tuple[policies.Behavior, ...]) -> np.dtype:
+    """The fields of one row of `rollout`."""
     state, action = env.observation_space.shape, env.action_space.shape
     data = env.unwrapped.data
     return np.dtype(

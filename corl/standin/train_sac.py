@@ -1,4 +1,4 @@
-"""SAC (Haarnoja et al. 2018, arXiv 1812.05905) that trains the behavior policies of `collect.py`.
+"""SAC (Haarnoja et al. 2018, arXiv 1812.05905), which trained the policies of `collect.py`.
 
 The recipe of D4RL's locomotion data: 2x256 ReLU tanh-Gaussian policy, two critics of the same
 size, learned temperature with target entropy -A, one update per environment step. Every
@@ -7,9 +7,9 @@ actions, because sampled actions are what D4RL's datasets hold.
 
     python -m corl.standin.train_sac hopper --steps 300000 --out sac/hopper
 
-An interrupted run goes on when the command is repeated (from a new episode). The snapshot that
-`collect.py` is to use as a level, and the series that its replay data comes from, are shipped
-with their returns by
+An interrupted run goes on when the command is repeated, from a new episode. These commands ship
+the snapshot that `collect.py` is to use as a level, and the series that its replay data comes
+from, together with their returns:
 
     python -m corl.standin.train_sac hopper --out sac/hopper --ship 255000 --level medium
     python -m corl.standin.train_sac hopper --out sac/hopper \\
@@ -18,10 +18,7 @@ with their returns by
 
 import argparse
 import csv
-import hashlib
-import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -32,11 +29,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corl import envs, tasks
+from corl import envs, files, tasks
 from corl.progress import progress_bar
 from corl.standin import policies
 
-WARMUP = 5_000  # first steps of a training, which act uniformly
+WARMUP = 5_000  # first steps of a training, in which actions are uniform
 
 
 class TwinQ(nn.Module):
@@ -56,7 +53,7 @@ class TwinQ(nn.Module):
             )
 
     def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """-> (2, B)"""
+        """States (B, S), actions (B, A) -> both values (2, B)."""
         x = torch.cat([states, actions], -1).expand(2, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x, weight)
@@ -87,16 +84,23 @@ class SAC:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def noise(self, n: int) -> torch.Tensor:
+        """Normal noise (n, A)."""
         return torch.randn(
             n, self.action_dim, generator=self.generator, device=self.device
         )
 
     @torch.no_grad()
     def act(self, state: np.ndarray) -> np.ndarray:
+        """A sampled action (A,) in a state (S,)."""
         x = torch.as_tensor(state, dtype=torch.float32, device=self.device).unsqueeze(0)
         return self.policy(x, self.noise(1))[0][0].cpu().numpy()
 
     def update(self, batch: list[torch.Tensor], discount=0.99, tau=0.005) -> None:
+        """One step of critics, policy and temperature.
+
+        Args:
+            batch: states (B, S), actions (B, A), rewards (B,), next states (B, S), ends (B,).
+        """
         s, a, r, s2, d = batch
         policy_opt, critic_opt, alpha_opt = self.optimizers
         alpha = self.log_alpha.detach().exp()
@@ -109,7 +113,8 @@ class SAC:
         critic_loss.backward()
         critic_opt.step()
 
-        self.critic.requires_grad_(False)  # saves the weight gradients nobody reads
+        # The critics' gradients are not needed for the policy's loss.
+        self.critic.requires_grad_(False)
         new_a, log_prob = self.policy(s, self.noise(len(s)))
         policy_loss = (alpha * log_prob - self.critic(s, new_a).amin(0)).mean()
         policy_opt.zero_grad()
@@ -168,26 +173,20 @@ def train(
     batch_size: int = 256,
     device: str = "cpu",
 ) -> None:
-    """Train SAC for `steps` environment steps; snapshots and `train.csv` go to `out`."""
+    """Train SAC for `steps` environment steps; snapshots and `train.csv` go to `out`.
+
+    Raises:
+        ValueError: the training in `out` is further than `steps`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     facts = tasks.ROBOTS[robot]
     agent = SAC(facts.state_dim, facts.action_dim, device, seed)
+    # One row per transition: state, action, reward, next state, end.
     widths = (facts.state_dim, facts.action_dim, 1, facts.state_dim, 1)
-    columns = list(np.cumsum((0, *widths)))
-    buffer = torch.zeros(steps, columns[-1], device=device)  # one row per transition
-    rng = np.random.default_rng(seed)
-    env, start = envs.make_robot(robot), 0
-    state_file = out / "state.pt"
-    if state_file.exists():
-        saved = torch.load(state_file, weights_only=True)
-        start = saved["step"]
-        if start > steps:
-            raise ValueError(
-                f"{state_file} is at step {start}; --steps must be at least that"
-            )
-        agent.load_state_dict(saved["agent"])
-        buffer[:start] = saved["buffer"].to(device)
-        rng = np.random.default_rng([seed, start])
+    buffer = torch.zeros(steps, sum(widths), device=device)
+    start = _restore(out, agent, buffer)
+    rng = np.random.default_rng([seed, start] if start else seed)
+    env = envs.make_robot(robot)
     env.action_space.seed(seed + start)
     state, _ = env.reset(seed=seed + start)
     clock = time.time()
@@ -200,68 +199,86 @@ def train(
         if terminated or truncated:
             state, _ = env.reset()
         if t >= warmup:
-            rows = buffer[
-                torch.from_numpy(rng.integers(0, t + 1, batch_size)).to(device)
-            ]
-            batch = [rows[:, i:j] for i, j in zip(columns, columns[1:], strict=False)]
-            batch[2], batch[4] = batch[2].squeeze(1), batch[4].squeeze(1)
-            agent.update(batch)
+            rows = torch.from_numpy(rng.integers(0, t + 1, batch_size)).to(device)
+            s, a, r, s2, d = buffer[rows].split(widths, dim=1)
+            agent.update([s, a, r.squeeze(1), s2, d.squeeze(1)])
         if (t + 1) % snapshot_every == 0:
-            returns = sampled_returns(agent, robot, 10, seed=10_000)
-            policies.save_policy(agent.policy, out / f"policy_{t + 1:07d}.safetensors")
-            row = {
-                "step": t + 1,
-                "return_mean": returns.mean(),
-                "return_std": returns.std(),
-                "alpha": agent.log_alpha.exp().item(),
-                "seconds": time.time() - clock,
-            }
-            new = not (out / "train.csv").exists()
-            with open(out / "train.csv", "a", newline="") as handle:
-                writer = csv.DictWriter(handle, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-            part = state_file.with_suffix(".part")
+            _save_snapshot(out, agent, robot, t + 1, time.time() - clock)
             saved = {"step": t + 1, "agent": agent.state_dict()}
-            torch.save({**saved, "buffer": buffer[: t + 1].cpu()}, part)
-            os.replace(part, state_file)
-            tqdm.write(
-                f"{t + 1}: return of sampled actions {returns.mean():.0f} ± {returns.std():.0f}"
-            )
+            with files.replacing(out / "state.pt") as file:
+                torch.save({**saved, "buffer": buffer[: t + 1].cpu()}, file)
+
+
+def _restore(out: Path, agent: SAC, buffer: torch.Tensor) -> int:
+    """Put the state of an interrupted training into agent and buffer; its steps, 0 if none."""
+    path = out / "state.pt"
+    if not path.exists():
+        return 0
+    saved = torch.load(path, weights_only=True)
+    start = saved["step"]
+    if start > len(buffer):
+        raise ValueError(f"{path} is at step {start}; --steps must be at least that")
+    agent.load_state_dict(saved["agent"])
+    buffer[:start] = saved["buffer"].to(buffer.device)
+    return start
+
+
+def _save_snapshot(out: Path, agent: SAC, robot: str, step: int, seconds: float) -> None:
+    """Save the policy and a line of `train.csv` with the returns of its sampled actions."""
+    returns = sampled_returns(agent, robot, 10, seed=10_000)
+    policies.save_policy(agent.policy, out / f"policy_{step:07d}.safetensors")
+    row = {
+        "step": step,
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "alpha": agent.log_alpha.exp().item(),
+        "seconds": seconds,
+    }
+    new = not (out / "train.csv").exists()
+    with open(out / "train.csv", "a", newline="") as handle:
+        writer = csv.DictWriter(handle, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    tqdm.write(
+        f"{step}: return of sampled actions {returns.mean():.0f} ± {returns.std():.0f}"
+    )
 
 
 def ship(robot: str, out: Path, step: int, level: str, seed: int = 0) -> None:
     """Make the snapshot of `step` the shipped policy of a level and write it to the manifest.
 
-    The float16 policy is the one that is evaluated and that collects data: 100 episodes of
+    The float16 policy is evaluated, because it is the one that collects data: 100 episodes of
     sampled actions.
+
+    Raises:
+        ValueError: as of `snapshot`.
     """
-    name = f"{robot}_{level}.safetensors"
+    policy = policies.load_policy(snapshot(out, step))
     policies.POLICY_DIR.mkdir(exist_ok=True)
-    policies.save_policy(
-        policies.load_policy(snapshot(out, step)), policies.POLICY_DIR / name, half=True
-    )
-    policy = policies.load_policy(policies.POLICY_DIR / name)
-    facts = {"step": step, **_evaluated(robot, policy, episodes=100)}
-    _to_manifest(robot, level, out, seed, facts, f"snapshot {step}")
+    path = policies.POLICY_DIR / f"{robot}_{level}.safetensors"
+    policies.save_policy(policy, path, half=True)
+    facts = _evaluated(robot, policies.load_policy(path), episodes=100)
+    what = f"snapshot {step}"
+    _to_manifest(robot, level, out, seed, {"step": step, **facts}, what)
 
 
 def ship_series(robot: str, out: Path, steps: list[int], seed: int = 0) -> None:
     """Make the snapshots of `steps` the shipped series of a robot and write it to the manifest.
 
     Ten episodes of sampled actions per float16 policy say where the training stood.
+
+    Raises:
+        ValueError: as of `snapshot`.
     """
-    name = f"{robot}_series.safetensors"
-    policies.POLICY_DIR.mkdir(exist_ok=True)
     steps = sorted(set(steps))
-    policies.save_series(
-        {s: policies.load_policy(snapshot(out, s)) for s in steps},
-        policies.POLICY_DIR / name,
-    )
+    series = {s: policies.load_policy(snapshot(out, s)) for s in steps}
+    policies.POLICY_DIR.mkdir(exist_ok=True)
+    path = policies.POLICY_DIR / f"{robot}_series.safetensors"
+    policies.save_series(series, path)
     returns = [
         _evaluated(robot, policy, episodes=10)
-        for policy in policies.load_series(policies.POLICY_DIR / name).values()
+        for policy in policies.load_series(path).values()
     ]
     facts = {"steps": steps, "warmup": WARMUP, "episodes": 10}
     for key in ("return_mean", "return_std"):
@@ -271,7 +288,11 @@ def ship_series(robot: str, out: Path, steps: list[int], seed: int = 0) -> None:
 
 
 def snapshot(out: Path, step: int) -> Path:
-    """The file of a training's snapshot; ValueError names the steps there are, if not this."""
+    """The file of a training's snapshot.
+
+    Raises:
+        ValueError: there is none of this step; the message names the steps there are.
+    """
     path = out / f"policy_{step:07d}.safetensors"
     if not path.is_file():
         there = sorted(
@@ -284,6 +305,7 @@ def snapshot(out: Path, step: int) -> Path:
 
 
 def _evaluated(robot: str, policy: policies.TanhGaussianPolicy, episodes: int) -> dict:
+    """Mean and standard deviation of the returns of a policy's sampled actions."""
     facts = tasks.ROBOTS[robot]
     agent = SAC(facts.state_dim, facts.action_dim, "cpu", seed=0)
     agent.policy = policy
@@ -298,23 +320,15 @@ def _evaluated(robot: str, policy: policies.TanhGaussianPolicy, episodes: int) -
 def _to_manifest(
     robot: str, level: str, out: Path, seed: int, facts: dict, what: str
 ) -> None:
+    """Write a shipped file's facts and the command that made it; copy the training's log."""
     with open(out / "train.csv", newline="") as handle:
-        # A snapshot's episodes draw noise, so their interval is part of the recipe.
+        # The episodes of a snapshot draw noise, so their interval is part of the recipe.
         every = next(csv.DictReader(handle))["step"]
     name = f"{robot}_{level}.safetensors"
-    path = policies.POLICY_DIR / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.exists() else {}
-    manifest[name] = {
-        "robot": robot,
-        "level": level,
-        **facts,
-        "sha256": hashlib.sha256((policies.POLICY_DIR / name).read_bytes()).hexdigest(),
-        "command": f"python -m corl.standin.train_sac {robot} --seed {seed} "
-        f"--snapshot_every {every}, {what}",
-    }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    os.replace(part, path)
+    command = f"python -m corl.standin.train_sac {robot} --seed {seed} "
+    command += f"--snapshot_every {every}, {what}"
+    facts = {"robot": robot, "level": level, **facts, "command": command}
+    policies.add_to_manifest(name, facts)
     shutil.copy(out / "train.csv", policies.POLICY_DIR / f"{robot}_train.csv")
     print(f"{name}: return {facts['return_mean']} ± {facts['return_std']}")
 
@@ -342,7 +356,8 @@ def main() -> None:
         parser.error("--ship and --level belong together")
     if args.ship and args.level != "series" and len(args.ship) > 1:
         parser.error("a level is one snapshot; only --level series ships several")
-    torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
+    # The matrices are small: a second thread costs more than it brings.
+    torch.set_num_threads(1)
     if args.ship is not None:
         try:
             if args.level == "series":

@@ -1,4 +1,4 @@
-"""A goal-reaching ant for antmaze's stand-in data: a gait is searched, then a network learns it.
+"""Trains antmaze's walker: a gait is searched, then a network learns it.
 
 D4RL's ant was trained by SAC on the distance to a goal, for millions of steps. Here the search
 is for the eight numbers of a trot that walks in any direction without turning, by the
@@ -13,10 +13,8 @@ policy of the state alone. Both run on the open plane, with D4RL's ant and torqu
 import argparse
 import csv
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import antmaze
+from corl import antmaze, files
 from corl.progress import progress_bar
 from corl.standin import policies, walker
 
@@ -53,9 +51,8 @@ class Gait:
 
     def action(self, state: np.ndarray, heading: float, phase: float) -> np.ndarray:
         """Action (8,) in [-1, 1] for a state (29,), to walk along a heading (rad)."""
-        angles = (
-            LEG_ANGLES + walker.yaw(state) - heading
-        )  # of the legs against the heading
+        # Angles of the legs against the heading.
+        angles = LEG_ANGLES + walker.yaw(state) - heading
         phases = phase + LEG_PHASES
         swing = -np.cos(phases)
         targets = np.empty(policies.ACTIONS)
@@ -69,6 +66,7 @@ class Gait:
         return np.clip(pull, -1.0, 1.0)[MOTORS]
 
 
+# The bounds of the search.
 LOWEST = Gait(4.0, 0.3, 0.6, 0.0, -0.4, 0.5, 0.0, -1.5)
 HIGHEST = Gait(12.0, 1.2, 1.1, 0.6, 0.4, 5.0, 0.6, 1.5)
 
@@ -81,7 +79,7 @@ class Plane:
         self.data = mujoco.MjData(self.model)
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
-        """A start by the maze's rule; the state (29,)."""
+        """Start with the noise of a maze's reset; the state (29,)."""
         mujoco.mj_resetData(self.model, self.data)
         noise = antmaze.POSE_NOISE
         self.data.qpos[:] += rng.uniform(-noise, noise, self.model.nq)
@@ -90,11 +88,13 @@ class Plane:
         return self.state()
 
     def step(self, action: np.ndarray) -> np.ndarray:
+        """Take an action (8,), which is clipped to [-1, 1]; the state (29,) after it."""
         self.data.ctrl[:] = antmaze.TORQUE * np.clip(action, -1.0, 1.0)
         mujoco.mj_step(self.model, self.data, nstep=antmaze.FRAME_SKIP)
         return self.state()
 
     def state(self) -> np.ndarray:
+        """Positions (15,) and velocities (14,) in one array (29,)."""
         return np.concatenate([self.data.qpos, self.data.qvel])
 
 
@@ -136,8 +136,13 @@ def search(
 ) -> tuple[Gait, list[dict]]:
     """The gait whose walks under noise are fastest, and a row of numbers per generation.
 
-    Cross-entropy method: every generation is drawn from a Gaussian that is fitted to the
-    best of the last one. All of a generation start from the same poses.
+    This is the cross-entropy method: every generation is drawn from a Gaussian that is fitted
+    to the best of the last one. All gaits of a generation start from the same poses.
+
+    Args:
+        generations: how often gaits are drawn.
+        population: gaits in a generation; `elite` of them are the best.
+        steps: length of a walk.
     """
     rng, plane = np.random.default_rng(seed), Plane()
     low, high = (np.array(dataclasses.astuple(g)) for g in (LOWEST, HIGHEST))
@@ -164,7 +169,8 @@ def search(
             speeds[i] = np.mean(covered) / (0.1 * steps)
         order = np.argsort(-speeds)
         mean, std = draws[order[:elite]].mean(0), draws[order[:elite]].std(0)
-        std = np.maximum(std, 0.01 * (high - low))  # keeps a little search alive
+        # Without a floor the search would end where it stands.
+        std = np.maximum(std, 0.01 * (high - low))
         log.append(
             {
                 "generation": generation + 1,
@@ -182,8 +188,8 @@ def demonstrations(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, 27) and the gait's own actions (N, 8) in walks under three noise levels.
 
-    Headings change now and then and two of three walks start inside the cycle, so that the
-    clone sees what a maze will ask of it.
+    Headings change now and then, and two of three walks start inside the cycle, so that the
+    clone sees the states that it will meet in a maze.
     """
     plane, states, directions, actions = Plane(), [], [], []
     turn = 2 * math.pi / gait.period
@@ -209,8 +215,14 @@ def clone(
 ) -> tuple[policies.TanhGaussianPolicy, float]:
     """A policy whose mean action regresses the actions; the share of variance it explains.
 
-    The share is of the last tenth of the rows, which are held out. The policy's own noise is
-    as small as its format allows: noise is the collector's business.
+    The share is measured on the last tenth of the rows, which are held out. The policy's own
+    noise is as small as its format allows, because the collector adds noise of its own.
+
+    Args:
+        inputs: features (N, 27) of `walker.features`.
+        actions: what to do there (N, 8).
+        updates: steps of Adam on 256 random rows each.
+        seed: decides the start weights and the rows.
     """
     count = len(inputs) * 9 // 10
     x, y = torch.from_numpy(inputs), torch.from_numpy(actions.astype(np.float32))
@@ -220,10 +232,8 @@ def clone(
         policy = policies.TanhGaussianPolicy(policies.FEATURES, policies.ACTIONS)
     first, last = policy.net[0], policy.net[-1]
     with torch.no_grad():
-        last.weight[policies.ACTIONS :], last.bias[policies.ACTIONS :] = (
-            0.0,
-            policies.LOG_STD_MIN,
-        )
+        last.weight[policies.ACTIONS :] = 0.0
+        last.bias[policies.ACTIONS :] = policies.LOG_STD_MIN
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, updates)
@@ -237,7 +247,8 @@ def clone(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        first.weight /= spread  # the policy takes features as they are
+        # The policy is to take features as they are, so the scaling goes into its weights.
+        first.weight /= spread
         first.bias -= first.weight @ center
         means = torch.tanh(policy.net(x[count:])[:, : policies.ACTIONS])
         left = (means - y[count:]).square().mean() / y[count:].var(0).mean()
@@ -267,7 +278,8 @@ def train(out: Path, seed: int = 0) -> None:
     out.mkdir(parents=True, exist_ok=True)
     gait, log = search(seed=seed)
     print(f"gait: {log[-1]['speed_elite']:.2f} m/s in its own search, {gait}")
-    (out / "gait.json").write_text(json.dumps(dataclasses.asdict(gait), indent=2) + "\n")
+    text = json.dumps(dataclasses.asdict(gait), indent=2) + "\n"
+    files.write_text(out / "gait.json", text)
     with open(out / "train.csv", "w", newline="") as handle:
         writer = csv.DictWriter(handle, log[0])
         writer.writeheader()
@@ -298,20 +310,15 @@ def ship(out: Path, seed: int = 0) -> None:
         policies.load_policy(out / walker.POLICY_NAME), shipped, half=True
     )
     speeds = evaluate(policies.load_policy(shipped), 100)
-    path = policies.POLICY_DIR / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.exists() else {}
-    manifest[walker.POLICY_NAME] = {
+    facts = {
         "robot": "antmaze",
         "level": "walker",
         "speed_mean": round(float(speeds.mean()), 3),
         "speed_std": round(float(speeds.std()), 3),
         "episodes": len(speeds),
-        "sha256": hashlib.sha256(shipped.read_bytes()).hexdigest(),
         "command": f"python -m corl.standin.train_walker --seed {seed}",
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    os.replace(part, path)
+    policies.add_to_manifest(walker.POLICY_NAME, facts)
     shutil.copy(out / "train.csv", policies.POLICY_DIR / "antmaze_train.csv")
     print(
         f"{walker.POLICY_NAME}: {speeds.mean():.2f} ± {speeds.std():.2f} m/s, 100 walks"
@@ -326,7 +333,8 @@ def main() -> None:
         "--ship", action="store_true", help="ship the trained policy instead of training"
     )
     args = parser.parse_args()
-    torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
+    # The matrices are small: a second thread costs more than it brings.
+    torch.set_num_threads(1)
     try:
         (ship if args.ship else train)(args.out, args.seed)
     except ValueError as error:

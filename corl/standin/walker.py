@@ -1,4 +1,4 @@
-"""TODO corl.standin.walker"""
+"""Antmaze's walker: what its policy sees of the ant, and how it acts."""
 
 import math
 
@@ -7,21 +7,23 @@ import torch
 
 from corl.standin import policies
 
-NOISE = 0.2  # of the actions in D4RL's collection; the gait is searched under it
+# Standard deviation of the noise on actions in D4RL's collection; the gait is searched under it.
+NOISE = 0.2
 POLICY_NAME = "antmaze_walker.safetensors"
 
 
 def yaw(state: np.ndarray) -> float:
-    """Angle (rad) of the torso about the vertical; the quaternion may have any length.
+    """Angle (rad) of the torso about the vertical, for a state (29,).
 
-    MuJoCo leaves the noise of a reset in it until the first step.
+    The quaternion may have any length: MuJoCo leaves the noise of a reset in it until the first
+    step.
     """
     w, x, y, z = state[3:7]
     return math.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
 
 
 def features(states: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """States (B, 29) as seen along directions (B, 2), without the place: (B, 27) float32.
+    """States (B, 29) as seen along directions (B, 2), without the position: (B, 27) float32.
 
     Quaternion and velocity are turned so that the direction is the x axis. MuJoCo gives the
     angular velocity in the torso's own frame, so it stays.
@@ -33,7 +35,8 @@ def features(states: np.ndarray, directions: np.ndarray) -> np.ndarray:
     turned = np.stack(
         [c * qw - s * qz, c * qx - s * qy, c * qy + s * qx, c * qz + s * qw], 1
     )
-    turned *= np.where(turned[:, :1] < 0, -1.0, 1.0)  # q and -q are the same rotation
+    # q and -q are the same rotation, so one sign is chosen.
+    turned *= np.where(turned[:, :1] < 0, -1.0, 1.0)
     vx, vy = states[:, 15], states[:, 16]
     velocity = np.stack([x * vx + y * vy, x * vy - y * vx], 1)
     parts = [states[:, 2:3], turned, states[:, 7:15], velocity, states[:, 17:]]
@@ -43,6 +46,5 @@ def features(states: np.ndarray, directions: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def act(policy: policies.TanhGaussianPolicy, inputs: np.ndarray) -> np.ndarray:
     """Features (B, 27) -> the policy's mean actions (B, 8)."""
-    return torch.tanh(
-        policy.net(torch.from_numpy(inputs))[:, : policies.ACTIONS]
-    ).numpy()
+    means = policy.net(torch.from_numpy(inputs))[:, : policies.ACTIONS]
+    return torch.tanh(means).numpy()

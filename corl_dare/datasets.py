@@ -1,0 +1,3 @@
+"""The old name of a command; it will go with the next version."""
+
+raise SystemExit("python -m corl_dare.datasets is now: python -m corl.data.card")

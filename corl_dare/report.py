@@ -1,0 +1,3 @@
+"""The old name of a command; it will go with the next version."""
+
+raise SystemExit("python -m corl_dare.report is now: python -m experiments.report")

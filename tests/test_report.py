@@ -967,7 +967,7 @@ def test_a_snapshot_of_other_data_is_refused(toy_run, monkeypatch):
     folder = toy_run(iql)
     other = dataclasses.replace(toy.make_dataset())
     other.provenance["sha256"] = "other"
-    monkeypatch.setattr(snapshot.datasets, "resolve", lambda *a, **k: other)
+    monkeypatch.setattr(snapshot.sources, "resolve", lambda *a, **k: other)
     with pytest.raises(ValueError, match="is not the run's"):
         snapshot.take_snapshot(folder)
     (folder / "summary.json").unlink()

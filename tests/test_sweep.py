@@ -46,7 +46,8 @@ from typing import Optional
 import numpy as np
 import torch
 
-from corl_dare import runs
+from corl import checkpoints, runs
+from corl.config import main
 
 OTHER_BLOCKS = ("other",)
 
@@ -104,7 +105,7 @@ def train(config):
         np.random.seed(config.seed)
         trainer = Trainer()
         if config.load_model:
-            trainer.load_state_dict(runs.load_corl_checkpoint(config.load_model, ["w"]))
+            trainer.load_state_dict(checkpoints.load_corl_checkpoint(config.load_model, ["w"]))
         print("raylet", os.environ.get("RAY_RAYLET_PID"))
         print("threads", os.environ.get("OMP_NUM_THREADS"), "start", trainer.w.tolist())
         parts = {"trainer": trainer}
@@ -138,7 +139,7 @@ def train(config):
 
 
 if __name__ == "__main__":
-    runs.main(train, TrainConfig)
+    main(train, TrainConfig)
 """
 METHODS = {
     "walk": {"algorithm": "walk.py"},
@@ -804,7 +805,7 @@ def test_a_cell_saves_and_ends_when_its_worker_is_gone(store):
     sweep.write_cell(cell)
     words, cwd, path, variables, log = sweep._order(cell)
     program = (
-        "import sys, json; from corl_dare import sweep; "
+        "import sys, json; from experiments import sweep; "
         "sweep.run_process(*json.loads(sys.argv[1]))"
     )
     order = json.dumps([words, cwd, path, variables, log])

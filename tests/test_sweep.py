@@ -20,7 +20,6 @@ import traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import filelock
 import pytest
 import torch
 import yaml
@@ -28,12 +27,22 @@ import yaml
 from corl import curves
 from corl.config import ConfigError
 from experiments import sweep
+from experiments.cells import lock, read_state, write_cell, write_failed, write_state
+from experiments.plan import digest, plan, select
+from experiments.programs import load_algorithm
+from experiments.workers import (
+    REQUIREMENTS,
+    STOPPED,
+    process_arguments,
+    run_cell,
+    run_process,
+)
 from tests import toy
 
 ROOT = Path(__file__).parent.parent
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,
-    reason=f"ray is not installed ({sweep.REQUIREMENTS})",
+    reason=f"ray is not installed ({REQUIREMENTS})",
 )
 CELL_PROGRAM = """
 import os
@@ -47,10 +56,7 @@ import numpy as np
 import torch
 
 from corl import checkpoints, runs
-from corl.config import main
-
-OTHER_BLOCKS = ("other",)
-
+from corl.config import FinetuneConfig, main
 
 @dataclass
 class Dare:
@@ -59,6 +65,9 @@ class Dare:
 
 @dataclass
 class TrainConfig:
+    ONLINE = {"online_iterations", "load_model", "utd", "dare"}
+    BOOKKEEPING = FinetuneConfig.BOOKKEEPING
+
     device: str = "cpu"
     env: str = "toy"
     seed: int = 0
@@ -185,7 +194,7 @@ class HerePool:
         code, shown = 0, io.StringIO()
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
             try:
-                sweep.work(cell.folder)
+                run_cell(cell.folder)
             except SystemExit as end:
                 code = end.code
             except Exception:
@@ -208,7 +217,7 @@ class ProcessPool:
         return True
 
     def start(self, cell):
-        return self.threads.submit(sweep.run_process, *sweep._order(cell))
+        return self.threads.submit(run_process, *process_arguments(cell))
 
     def ended(self, handles, seconds):
         done, _ = wait(handles, seconds, FIRST_COMPLETED)
@@ -217,13 +226,13 @@ class ProcessPool:
 
 def drive(file, pool=None, **options):
     """Plan and run here; returns all done?, cells, what was printed, the pool."""
-    cells, pool, stream = sweep.plan(file), pool or HerePool(), io.StringIO()
+    cells, pool, stream = plan(file), pool or HerePool(), io.StringIO()
     done = sweep.drive(cells, pool, sweep.Table(cells, stream), **options)
     return done, cells, stream.getvalue(), pool
 
 
 def states(cells):
-    return [sweep.read_state(c.folder).get("state") for c in cells]
+    return [read_state(c.folder).get("state") for c in cells]
 
 
 def numbers(folder):
@@ -247,7 +256,7 @@ def numbers(folder):
 
 def test_a_plan_is_methods_times_overrides_times_tasks_times_seeds(store):
     grid = {"dare.cap": [3, None], "lr": [0.1, 0.2]}
-    cells = sweep.plan(store(tasks=["a-v2", "b-v2"], grid=grid, share_offline=False))
+    cells = plan(store(tasks=["a-v2", "b-v2"], grid=grid, share_offline=False))
     assert len(cells) == 2 * 4 * 2 * 2 == len({c.folder for c in cells})
     seen = {
         (c.method, c.config.env, c.config.seed, c.config.dare.cap, c.config.lr)
@@ -267,7 +276,7 @@ def test_methods_share_an_offline_model_unless_their_offline_settings_differ(sto
         "alone": {"algorithm": "walk.py", "settings": {"online_iterations": 0}},
         "given": {"algorithm": "walk.py", "settings": {"load_model": "m.pt"}},
     }
-    cells = sweep.plan(store(methods=methods, seeds=[0]))
+    cells = plan(store(methods=methods, seeds=[0]))
     by_name = {c.method: c for c in cells}
     models = [c for c in cells if c.is_model]
     assert cells[:2] == models and len(models) == 2
@@ -284,7 +293,7 @@ def test_methods_share_an_offline_model_unless_their_offline_settings_differ(sto
 
 def test_another_task_seed_or_offline_length_is_another_model(store):
     def models(**fields):
-        return {c.folder for c in sweep.plan(store(**fields)) if c.is_model}
+        return {c.folder for c in plan(store(**fields)) if c.is_model}
 
     first = models(seeds=[0])
     others = (
@@ -299,7 +308,7 @@ def test_another_task_seed_or_offline_length_is_another_model(store):
 
 def test_settings_that_change_no_result_are_the_same_cell(store):
     def folders(**settings):
-        return {c.folder for c in sweep.plan(store(settings=settings))}
+        return {c.folder for c in plan(store(settings=settings))}
 
     same = {"device": "cuda", "threads": 2, "wandb_mode": "offline", "group": "x"}
     assert folders(**same) == folders() == folders(lr=0.1)
@@ -309,16 +318,14 @@ def test_settings_that_change_no_result_are_the_same_cell(store):
 def test_a_new_field_renames_no_cell():
     old = dataclasses.make_dataclass("C", [("a", int, 1), ("b", int, 2)])
     new = dataclasses.make_dataclass("C", [("a", int, 1), ("b", int, 2), ("c", int, 3)])
-    assert sweep._digest("x", old(a=5), set()) == sweep._digest("x", new(a=5), set())
-    assert sweep._digest("x", new(a=5), set()) != sweep._digest(
-        "x", new(a=5, c=4), set()
-    )
-    assert sweep._digest("x", old(), set()) != sweep._digest("y", old(), set())
+    assert digest("x", old(a=5), set()) == digest("x", new(a=5), set())
+    assert digest("x", new(a=5), set()) != digest("x", new(a=5, c=4), set())
+    assert digest("x", old(), set()) != digest("y", old(), set())
 
 
 def test_config_files_take_the_tasks_place_and_lose_against_the_sweep(store):
     Path("a.yaml").write_text("lr: 0.7\nutd: 3\nother: {x: 1}\nenv: z\n")
-    cells = sweep.plan(store(config="{task}.yaml", settings={"other.y": 2}))
+    cells = plan(store(config="{task}.yaml", settings={"other.y": 2}))
     plain = next(c for c in cells if c.method == "walk").config
     fast = next(c for c in cells if c.method == "fast").config
     assert (plain.lr, plain.utd, fast.utd, plain.env) == (0.7, 3, 4, "a-v2")
@@ -407,8 +414,8 @@ def test_bad_flags_are_refused_in_one_line(store, capsys, flags, words):
 def test_without_ray_the_error_names_the_requirements(store, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert sweep.main([str(store())]) == 2
-    assert f"pip install -r {sweep.REQUIREMENTS}" in capsys.readouterr().err
-    assert (ROOT / sweep.REQUIREMENTS).is_file()
+    assert f"pip install -r {REQUIREMENTS}" in capsys.readouterr().err
+    assert (ROOT / REQUIREMENTS).is_file()
 
 
 @pytest.mark.parametrize(
@@ -418,7 +425,7 @@ def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp
     monkeypatch.chdir(ROOT)
     values = yaml.safe_load(file.read_text())
     assert list(values) == sorted(values)
-    cells = sweep.plan(file, tmp_path)
+    cells = plan(file, tmp_path)
     models = [c for c in cells if c.is_model]
     # One model per baseline, task and seed, whatever the methods change online.
     families = {c.algorithm for c in models}
@@ -446,7 +453,7 @@ def test_a_sweep_runs_models_first_and_its_cells_start_from_them(store):
         summary = json.loads((cell.folder / "run" / "summary.json").read_text())
         assert summary["score_offline"] == pytest.approx(float(weights.sum()))
         assert Path(summary["offline_run"]) == model.folder / "run"
-        assert sweep.read_state(cell.folder)["score"] == summary["score_final"]
+        assert read_state(cell.folder)["score"] == summary["score_final"]
     assert "3 of 3 done" in shown
 
 
@@ -460,10 +467,10 @@ def test_only_some_methods_run_and_the_others_can_follow(store):
     grid = {"utd": [2, 3]}
     methods = {**METHODS, "more": {"algorithm": "walk.py", "grid": grid}}
     file = store(methods=methods, seeds=[0, 1])
-    cells = sweep.plan(file)
+    cells = plan(file)
 
     def chosen(*names):
-        return [c.label for c in sweep.select(cells, names)]
+        return [c.label for c in select(cells, names)]
 
     models = ["offline walk a-v2 seed 0", "offline walk a-v2 seed 1"]
     fast = ["fast a-v2 seed 0", "fast a-v2 seed 1"]
@@ -473,7 +480,7 @@ def test_only_some_methods_run_and_the_others_can_follow(store):
     assert chosen("more,utd=3") == models + more[2:]
     assert chosen("walk", "fast", "more", "more,utd=2") == [c.label for c in cells]
     alone = {"algorithm": "walk.py", "settings": {"lr": 0.3}}  # a model of its own
-    cells = sweep.plan(store(methods={**METHODS, "alone": alone}, seeds=[0]))
+    cells = plan(store(methods={**METHODS, "alone": alone}, seeds=[0]))
     assert len(chosen("walk")) == len(chosen("alone")) == 2
 
 
@@ -527,17 +534,17 @@ def test_a_cell_that_keeps_dying_is_given_up(store):
 
 def test_a_stopped_cell_goes_on_to_the_same_numbers(store, tmp_path):
     drive(store(name="whole"))
-    cells = sweep.plan(store(name="parts"))
+    cells = plan(store(name="parts"))
     for cell in cells:
-        sweep.write_cell(cell)
+        write_cell(cell)
     for after in (2, 1):  # evaluations after which SIGTERM comes
         for cell in cells:
-            if sweep.read_state(cell.folder).get("state") == "done":
+            if read_state(cell.folder).get("state") == "done":
                 continue
             timer = _StopAfter(after)
             with contextlib.redirect_stdout(timer), pytest.raises(SystemExit) as end:
-                sweep.work(cell.folder)
-            assert end.value.code == sweep.STOPPED
+                run_cell(cell.folder)
+            assert end.value.code == STOPPED
     done, *_ = drive(store(name="parts"))
     assert done
 
@@ -564,14 +571,14 @@ class _StopAfter(io.StringIO):
 
 
 def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_behind(store):
-    (cell,) = sweep.plan(store(methods={"m": METHODS["walk"]}, seeds=[0]))[1:]
+    (cell,) = plan(store(methods={"m": METHODS["walk"]}, seeds=[0]))[1:]
     cell = dataclasses.replace(cell, model=None)
     cell.config = dataclasses.replace(cell.config, load_model="")
-    sweep.write_cell(cell)
+    write_cell(cell)
     dead = cell.folder / "m-a-v2-s0-1"
     dead.mkdir()
     (dead / "config.yaml").write_text("")
-    sweep.work(cell.folder)
+    run_cell(cell.folder)
     assert not dead.exists() and (cell.folder / "run" / "summary.json").is_file()
 
 
@@ -600,7 +607,7 @@ def test_a_store_begun_with_another_default_is_refused(store, capsys):
     Path("walk.py").write_text(
         CELL_PROGRAM.replace("lr: float = 0.1", "lr: float = 0.2")
     )
-    sweep.load_algorithm.cache_clear()
+    load_algorithm.cache_clear()
     assert sweep.main([str(store())]) == 2
     line = capsys.readouterr().err
     assert "was begun with lr 0.1, now it is 0.2" in line and line.count("\n") == 1
@@ -632,13 +639,13 @@ def test_what_another_sweep_does_to_a_failed_cell_hides_no_failure(store):
 
 
 def test_a_failure_is_not_written_over_what_another_sweep_does(store):
-    cell = sweep.plan(store())[0]
-    sweep.write_cell(cell)
-    with filelock.FileLock(cell.folder / "cell.lock"):
-        sweep._write_failed(cell.folder, ["lost"])
-    assert sweep.read_state(cell.folder) == {}
-    sweep._write_state(cell.folder, state="done", score=1.0)
-    sweep._write_failed(cell.folder, ["lost"])
+    cell = plan(store())[0]
+    write_cell(cell)
+    with lock(cell.folder):
+        write_failed(cell.folder, ["lost"])
+    assert read_state(cell.folder) == {}
+    write_state(cell.folder, state="done", score=1.0)
+    write_failed(cell.folder, ["lost"])
     assert states([cell]) == ["done"]
 
 
@@ -655,41 +662,44 @@ def test_a_pool_without_room_is_asked_again_later(store, monkeypatch):
 
 
 def test_a_damaged_state_is_named(store, capsys):
-    cell = sweep.plan(store())[0]
-    sweep.write_cell(cell)
+    cell = plan(store())[0]
+    write_cell(cell)
     (cell.folder / "state.json").write_text("")
     assert sweep.main([str(store())]) == 2
-    assert "state.json is damaged; remove it" in capsys.readouterr().err
+    assert (
+        "state.json is damaged (Expecting value: line 1 column 1 (char 0)); remove it"
+        in capsys.readouterr().err
+    )
 
 
 def test_one_process_at_a_time_runs_a_cell_and_the_second_finds_it_done(store):
-    cell = sweep.plan(store())[0]
-    sweep.write_cell(cell)
+    cell = plan(store())[0]
+    write_cell(cell)
     held, released = threading.Event(), []
 
     def other():
-        with filelock.FileLock(cell.folder / "cell.lock"):
+        with lock(cell.folder):
             held.set()
             time.sleep(0.3)
-            sweep._write_state(cell.folder, state="done", score=1.0)
+            write_state(cell.folder, state="done", score=1.0)
             released.append(time.monotonic())
 
     thread = threading.Thread(target=other)
     thread.start()
     held.wait()
-    sweep.work(cell.folder)
+    run_cell(cell.folder)
     assert released, "it waited for the other"
     thread.join()
     assert not list(cell.folder.glob("*/config.yaml")), "it was not run"
 
 
 def test_the_table_shows_every_cell_once(store):
-    cells = sweep.plan(store())
+    cells = plan(store())
     model, walk0, walk1, *_ = [cells[0], *[c for c in cells if c.method == "walk"]]
     for cell in (model, walk0, walk1):
-        sweep.write_cell(cell)
-    sweep._write_state(model.folder, state="done", score=12.34)
-    sweep._write_state(walk0.folder, state="failed", error=["x"])
+        write_cell(cell)
+    write_state(model.folder, state="done", score=12.34)
+    write_state(walk0.folder, state="failed", error=["x"])
     (walk1.folder / "r").mkdir()
     (walk1.folder / "r" / "metrics.csv").write_text("step,phase\n4,online\n9,online\n")
     stream = io.StringIO()
@@ -737,7 +747,7 @@ def test_fine_tuning_a_shared_model_starts_where_an_unbroken_run_switches(
     assert model.algorithm == str(
         ROOT / "algorithms" / f"{name.removeprefix('dare_')}.py"
     )
-    program = sweep.load_algorithm(algorithm)
+    program = load_algorithm(algorithm)
     whole = dataclasses.replace(
         cell.config, offline_iterations=20, load_model="", runs_dir="whole"
     )
@@ -775,12 +785,12 @@ def test_a_baseline_leaves_out_shared_dare_settings_and_refuses_its_own(
         "methods": {"iql": iql, "dare": {"algorithm": "algorithms/dare_iql.py"}},
     }
     file = store(**fields)
-    cells = {c.method: c for c in sweep.plan(file)}
+    cells = {c.method: c for c in plan(file)}
     assert cells["dare"].config.dare.cap == 3 and cells["iql"].config.online_iterations
     assert cells["iql"].model is cells["dare"].model
     fields["methods"]["iql"] = {**iql, "settings": {"dare.cap": 3}}
     with pytest.raises(ConfigError, match="methods.iql.settings: unknown field dare"):
-        sweep.plan(store(**fields))
+        plan(store(**fields))
 
 
 # ---------------------------------------------------------------- processes
@@ -800,13 +810,13 @@ def test_a_killed_process_is_started_again_from_its_checkpoint(store):
 
 
 def test_a_cell_saves_and_ends_when_its_worker_is_gone(store):
-    cell = sweep.plan(store(settings={"online_iterations": 9999, "pause": 0.01}))[2]
+    cell = plan(store(settings={"online_iterations": 9999, "pause": 0.01}))[2]
     cell.config = dataclasses.replace(cell.config, load_model="", offline_iterations=5)
-    sweep.write_cell(cell)
-    words, cwd, path, variables, log = sweep._order(cell)
+    write_cell(cell)
+    words, cwd, path, variables, log = process_arguments(cell)
     program = (
-        "import sys, json; from experiments import sweep; "
-        "sweep.run_process(*json.loads(sys.argv[1]))"
+        "import sys, json; from experiments.workers import run_process; "
+        "run_process(*json.loads(sys.argv[1]))"
     )
     order = json.dumps([words, cwd, path, variables, log])
     worker = subprocess.Popen(
@@ -817,10 +827,10 @@ def test_a_cell_saves_and_ends_when_its_worker_is_gone(store):
     finally:
         worker.kill()
         worker.wait()
-    with filelock.FileLock(cell.folder / "cell.lock", timeout=20):
+    with lock(cell.folder, timeout=20):
         text = Path(log).read_text()  # the process that held it has ended
     assert "saved at step" in text and "stopping after this step" in text
-    assert sweep.read_state(cell.folder) == {}
+    assert read_state(cell.folder) == {}
 
 
 def _wait_for(condition, process, seconds=300):

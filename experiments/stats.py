@@ -71,13 +71,6 @@ def aggregate_iqm(
     return _bootstrap(lambda *drawn: iqm(np.concatenate(drawn, 1), 1), tasks, seed, reps)
 
 
-def aggregate_mean(
-    tasks: Sequence[np.ndarray], seed: int = 0, reps: int = REPS
-) -> Estimate:
-    """Mean over tasks of the mean over runs; arguments as in `aggregate_iqm`."""
-    return _bootstrap(_mean_of_means, tasks, seed, reps)
-
-
 def mean_difference(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Estimate:
     """Mean over tasks of the mean paired difference x - y, with Student's 95 % interval.
 
@@ -128,10 +121,6 @@ def probability_of_improvement(
         return np.mean(wins, axis=0)
 
     return _bootstrap(statistic, [*x, *y], seed, reps)
-
-
-def _mean_of_means(*drawn: np.ndarray) -> np.ndarray:
-    return np.mean([runs.mean(1) for runs in drawn], axis=0)
 
 
 def _bootstrap(

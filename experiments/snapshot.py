@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from corl import checkpoints, envs, tasks
+from corl import checkpoints, envs, finetune, tasks
 from corl.config import parse_config
 from corl.data import sources
 from corl_dare.exchange import exchange
-from corl_dare.hook import DareHook, draw_rows, fit_behavior
+from corl_dare.hook import DareHook, prepare
+from corl_dare.rows import draw_rows
 from experiments.programs import ROOT, load_algorithm
 from experiments.values import read_json
 
@@ -47,8 +48,8 @@ class RestoredRun(NamedTuple):
     """
 
     trainer: Any
-    offline: Any
-    online: Any
+    offline: finetune.ReplayBuffer
+    online: finetune.ReplayBuffer
     hook: DareHook | None
 
 
@@ -127,47 +128,46 @@ def restore(files: RunFiles) -> RestoredRun:
         ValueError: the dataset found here is another one, or there are no online rows.
     """
     folder, module, config, state = files
-    dataset, _, state_mean, state_std = module.load_data(config)
-    if dataset.provenance["sha256"] != state["dataset_sha256"]:
+    task = tasks.task(config.env)
+    data = finetune.load_data(config, task)
+    if data.provenance["sha256"] != state["dataset_sha256"]:
         raise ValueError(
             f"{folder}: the dataset found here is not the run's (its sha256 differs); set "
             "CORL_DARE_CACHE or D4RL_DATASET_DIR to where that one is"
         )
-    task = tasks.task(config.env)
-    dims = task.state_dim, task.action_dim
-    offline = module.ReplayBuffer(*dims, config.buffer_size)
-    offline.load_d4rl_dataset(dataset.arrays)
-    online = online_buffer(files, dims)
+    offline = finetune.new_buffer(config, task)
+    offline.load_d4rl_dataset(data.arrays)
+    online = online_buffer(files)
     max_action = float(envs.make(config.env, config.env_backend).action_space.high[0])
-    trainer = module.make_trainer(config, *dims, max_action, "cpu")
+    sizes = task.state_dim, task.action_dim, max_action
+    trainer = module.make_trainer(config, *sizes, "cpu")
     trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
     trainer.actor.eval()
-    if "hook" not in state["parts"]:
-        return RestoredRun(trainer, offline, online, None)
-    raw = offline._states[: offline._size] * torch.as_tensor(state_std)
-    behavior = fit_behavior(
-        config.dare,
-        (raw + torch.as_tensor(state_mean)).float(),
-        offline._actions[: offline._size],
-        dataset_hash=dataset.provenance["sha256"],
-        cache_dir=sources.cache_folder() / "behavior",
-        seed=config.seed,
-        device="cpu",
-    )
-    hook = module.make_hook(
-        config, trainer, offline, online, behavior, dataset, state_mean, state_std
-    )
-    hook.load_state_dict(checkpoints.unpack(state["parts"]["hook"]))
+    hook = None
+    if "hook" in state["parts"]:
+        hook = prepare(
+            config.dare,
+            offline,
+            online,
+            dataset_hash=data.provenance["sha256"],
+            cache_dir=sources.cache_folder(),
+            mixing_ratio=config.mixing_ratio,
+            unnormalize=data.normalization.undo,
+            max_action=max_action,
+            seed=config.seed,
+            **module.hook_arguments(trainer),
+        )
+        hook.load_state_dict(checkpoints.unpack(state["parts"]["hook"]))
     return RestoredRun(trainer, offline, online, hook)
 
 
-def online_buffer(files: RunFiles, dims: tuple[int, int]) -> Any:
-    """A buffer of the online rows alone; dims: sizes of state and action.
+def online_buffer(files: RunFiles) -> finetune.ReplayBuffer:
+    """A buffer of the online rows alone.
 
     Raises:
         ValueError: there are none, or they cannot be told from the dataset's.
     """
-    folder, module, config, state = files
+    folder, _, config, state = files
     saved = state["parts"].get("online_buffer")
     if saved is None or not len(saved["rows"][0]):
         raise ValueError(f"{folder}: the checkpoint has no online rows")
@@ -178,7 +178,7 @@ def online_buffer(files: RunFiles, dims: tuple[int, int]) -> Any:
             "set mixing_ratio, or a larger buffer_size, to tell them apart"
         )
     pointer = len(saved["rows"][0]) % config.buffer_size if shared else saved["pointer"]
-    buffer = module.ReplayBuffer(*dims, config.buffer_size)
+    buffer = finetune.new_buffer(config, tasks.task(config.env))
     buffer.load_state_dict({"first": 0, "pointer": pointer, "rows": saved["rows"]})
     return buffer
 

@@ -25,9 +25,9 @@ from corl.config import parse_config
 from experiments import figures, report, snapshot
 from experiments.groups import read_experiment
 from experiments.panels import differences, tenths
-from experiments.store import METRICS, POINTS, add, read_run, read_store
+from experiments.store import METRICS, NOT_SETTINGS, POINTS, add, read_run, read_store
 from experiments.tables import common_tasks
-from experiments.values import dump_json
+from experiments.values import dump_json, flatten, read_json
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50  # online steps of a made-up run; an evaluation every 10
@@ -368,6 +368,46 @@ def test_a_crash_while_a_run_is_stored_leaves_the_old_file(
     assert pages(tmp_path / "x") == before
     add([folder], tmp_path / "x")
     assert "snapshot" in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "x.json does not exist: mend it"),
+        ("{", r"x.json is damaged \(.*\); mend it"),
+        ("[1]", "x.json is no JSON object; mend it"),
+    ],
+)
+def test_a_file_without_a_json_object_is_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_json(tmp_path / "x.json", "mend it", missing={})
+    else:
+        assert read_json(tmp_path / "x.json", missing={}) == {}
+    with pytest.raises(ValueError, match=message):
+        read_json(tmp_path / "x.json", "mend it")
+
+
+def test_nested_settings_become_dotted_names():
+    assert flatten({"a": 1, "b": {"c": {"d": 2}, "e": []}, "f": {}}) == {
+        "a": 1,
+        "b.c.d": 2,
+        "b.e": [],
+    }
+
+
+def test_a_stored_run_has_all_settings_but_those_that_say_where_it_ran(make_run):
+    where = {
+        *("checkpoints_path", "dataset_path", "device", "env", "group", "load_model"),
+        *("log_freq", "name", "project", "resume", "runs_dir", "seed", "threads"),
+        "wandb_mode",
+    }
+    assert where == NOT_SETTINGS, "runs stored before would differ from new ones"
+    kept = read_run(make_run())["config"]
+    assert set(kept) == {f.name for f in dataclasses.fields(Config)} - where
+    for path in ROOT.glob("results/*/runs/*/*.json"):
+        assert not where & set(json.loads(path.read_text())["config"])
 
 
 def test_every_number_that_dare_logs_is_stored():
@@ -967,7 +1007,7 @@ def test_a_snapshot_tells_the_rows_of_one_buffer_apart(toy_run):
     """Upstream's IQL keeps both sources in one buffer; the dataset's rows come first."""
     folder = toy_run(iql)
     files = snapshot.read_files(folder)
-    buffer = snapshot.online_buffer(files, (2, 1))
+    buffer = snapshot.online_buffer(files)
     assert buffer._size == 60
     saved = files.state["parts"]["online_buffer"]
     assert torch.equal(buffer._actions[:60], saved["rows"][1])
@@ -976,7 +1016,7 @@ def test_a_snapshot_tells_the_rows_of_one_buffer_apart(toy_run):
     figures.snapshot_panels(found, "t", "c")
     full = {"parts": {"online_buffer": {**saved, "first": 0}}}
     with pytest.raises(ValueError, match="online rows have overwritten the dataset"):
-        snapshot.online_buffer(files._replace(state=full), (2, 1))
+        snapshot.online_buffer(files._replace(state=full))
 
 
 def test_a_snapshot_of_other_data_is_refused(toy_run, monkeypatch):

@@ -67,6 +67,7 @@ class Dare:
 class TrainConfig:
     ONLINE = {"online_iterations", "load_model", "utd", "dare"}
     BOOKKEEPING = FinetuneConfig.BOOKKEEPING
+    RESUMABLE = FinetuneConfig.RESUMABLE
 
     device: str = "cpu"
     env: str = "toy"
@@ -108,6 +109,22 @@ class Trainer:
         self.w = state["w"]
 
 
+def walk(run, t, phase, config, trainer):
+    if phase == "online" and t == 12 and config.trap != "none":
+        print("a trap closes")
+        mark = Path(config.runs_dir) / "trap"
+        if config.trap == "error":
+            raise ValueError("the trap is an error")
+        if config.trap == "exit137":
+            raise SystemExit(137)
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(config.pause)
+    trainer.w = trainer.w + config.lr * torch.from_numpy(np.random.randn(3))
+    run.log(t + 1, phase, {"w": trainer.w[0]})
+
+
 def train(config):
     with runs.Run(config, "walk", ["w"]) as run:
         run.dataset = {"sha256": config.data * 64, "source": "toy"}
@@ -121,26 +138,16 @@ def train(config):
         if run.checkpoint is not None:
             print("resumed at", run.step)
             run.restore(parts)
-        for t in run.progress():
-            online = t >= config.offline_iterations
-            if online and t == 12 and config.trap != "none":
-                print("a trap closes")
-                mark = Path(config.runs_dir) / "trap"
-                if config.trap == "error":
-                    raise ValueError("the trap is an error")
-                if config.trap == "exit137":
-                    raise SystemExit(137)
-                if not mark.exists():
-                    mark.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(config.pause)
-            trainer.w = trainer.w + config.lr * torch.from_numpy(np.random.randn(3))
-            run.log(t + 1, "online" if online else "offline", {"w": trainer.w[0]})
-            if (t + 1) % config.eval_freq == 0:
-                value = trainer.w.sum().numpy()[None]
-                run.evaluation(t + 1, "online" if online else "offline", value, value)
-                run.step = t + 1
-                run.save(parts)
+        first = config.offline_iterations
+        last = first + config.online_iterations
+        for phase, end in (("offline", first), ("online", last)):
+            for t in run.steps(phase, end):
+                walk(run, t, phase, config, trainer)
+                if (t + 1) % config.eval_freq == 0:
+                    value = trainer.w.sum().numpy()[None]
+                    run.evaluation(t + 1, phase, value, value)
+                    run.step = t + 1
+                    run.save(parts)
         run.save(parts)
         if run.stop_requested:
             return run.interrupted()
@@ -323,6 +330,76 @@ def test_a_new_field_renames_no_cell():
     assert digest("x", old(), set()) != digest("y", old(), set())
 
 
+# Folders of the offline models of two shipped sweeps as they were planned before this package
+# was split: a store of old runs is found under these names.
+OFFLINE_CELLS = {
+    "hopper_cpu": {
+        "iql-hopper-medium-v2-s0-0b0db71f",
+        "iql-hopper-medium-v2-s1-50ce8f09",
+        "iql-hopper-medium-v2-s2-cc109435",
+    },
+    "cal_ql_cpu": {
+        "cal_ql-hopper-medium-v2-s0-e649f161",
+        "cal_ql-hopper-medium-v2-s1-846be496",
+        "cal_ql-hopper-medium-v2-s2-369ac725",
+        "cql-hopper-medium-v2-s0-8722a839",
+        "cql-hopper-medium-v2-s1-a7dbd578",
+        "cql-hopper-medium-v2-s2-b8a1a22c",
+    },
+}
+# The same of some cells that start from them.
+FINE_TUNED_CELLS = {
+    "hopper_cpu": {
+        "iql-halves-hopper-medium-v2-s0-0f53bb91",
+        "policy-ratio-hopper-medium-v2-s1-110c4d4a",
+        "cap-32-hopper-medium-v2-s2-1c29ed59",
+    },
+    "cal_ql_cpu": {
+        "cal-ql-hopper-medium-v2-s0-c6b7f6ab",
+        "dare-cal-ql-hopper-medium-v2-s1-c1c542a2",
+        "cql-hopper-medium-v2-s2-025b67c1",
+    },
+}
+
+
+@pytest.mark.parametrize("name", OFFLINE_CELLS)
+def test_the_cells_of_shipped_sweeps_keep_their_folders(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    cells = plan(ROOT / f"sweeps/{name}.yaml", tmp_path)
+    assert {c.folder.name for c in cells if c.is_model} == OFFLINE_CELLS[name]
+    assert FINE_TUNED_CELLS[name] <= {c.folder.name for c in cells}
+
+
+def test_the_offline_model_is_that_of_the_baseline_a_file_names(store):
+    named = CELL_PROGRAM.replace("@dataclass", 'BASELINE = "walk"\n\n\n@dataclass', 1)
+    Path("dare_other.py").write_text(named)
+    Path("dare_walk.py").write_text(CELL_PROGRAM)  # its name says nothing
+    methods = {m: {"algorithm": f"{m}.py"} for m in ("walk", "dare_other", "dare_walk")}
+    cells = {c.method: c for c in plan(store(methods=methods, seeds=[0]))}
+    assert cells["walk"].model is cells["dare_other"].model
+    assert cells["dare_other"].model.algorithm == "walk.py"
+    assert cells["dare_walk"].model.algorithm == "dare_walk.py"
+
+
+def test_blocks_of_other_algorithms_are_left_out_and_said_once_per_place(store, capsys):
+    Path("a.yaml").write_text("other: {x: 1}\n")
+    plan(store(config="{task}.yaml", settings={"other.y": 2}, seeds=[0, 1, 2]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("'other' is not for this" in line for line in lines)
+    assert lines[0].startswith(str(Path.cwd() / "s.yaml: settings"))
+    assert lines[1].startswith("a.yaml")
+
+
+def test_a_block_that_yaml_shares_between_methods_is_not_changed_by_one(store):
+    block = {"cap": 1}  # safe_dump writes an anchor for the second use
+    first = {"algorithm": "walk.py", "settings": {"dare": block, "dare.cap": 3}}
+    second = {"algorithm": "walk.py", "settings": {"dare": block}}
+    file = store(methods={"first": first, "second": second}, seeds=[0])
+    assert "*id" in file.read_text()
+    caps = {c.method: c.config.dare.cap for c in plan(file) if not c.is_model}
+    assert caps == {"first": 3, "second": 1}
+
+
 def test_config_files_take_the_tasks_place_and_lose_against_the_sweep(store):
     Path("a.yaml").write_text("lr: 0.7\nutd: 3\nother: {x: 1}\nenv: z\n")
     cells = plan(store(config="{task}.yaml", settings={"other.y": 2}))
@@ -368,6 +445,14 @@ def test_config_files_take_the_tasks_place_and_lose_against_the_sweep(store):
         ({"methods": {"m": {"algorithm": "s.yaml"}}}, ["s.yaml is not a Python file"]),
         ({"methods": {"m": {"algorithm": "e.py"}}}, ["e.py is no algorithm"]),
         (
+            {"methods": {"m": {"algorithm": "g.py"}}},
+            ["methods.m: g.py does not say which fields are ONLINE"],
+        ),
+        (
+            {"methods": {"m": {"algorithm": "h.py"}}},
+            ["h.py shares the offline phase of no, but no.py does not exist"],
+        ),
+        (
             {"methods": {"m": {"algorithm": "f.py"}}},
             ["f.py cannot be imported: SyntaxError"],
         ),
@@ -387,6 +472,8 @@ def test_a_bad_sweep_is_refused_in_one_line_before_anything_starts(
 ):
     Path("e.py").write_text("")
     Path("f.py").write_text("def")
+    Path("g.py").write_text(CELL_PROGRAM.replace("    ONLINE =", "    LATER ="))
+    Path("h.py").write_text('BASELINE = "no"\n' + CELL_PROGRAM)
     assert sweep.main([str(store(**fields))]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
@@ -906,12 +993,15 @@ def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, monkeypatch):
     address = f"127.0.0.1:{port}"
     head = ["--head", "--port", str(port), "--include-dashboard", "false"]
     nodes = []
+    # Its workers cannot import this repository; the cells' processes are told where it is.
+    elsewhere = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     try:
         for words in (head, ["--address", address]):
             log = Path(f"node{len(nodes)}.txt")
             with open(log, "w") as file:
                 words = [*ray, *words, *one]
-                node = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+                output = {"stdout": file, "stderr": subprocess.STDOUT}
+                node = subprocess.Popen(words, env=elsewhere, **output)
             nodes.append(node)
             _wait_for(lambda log=log: "--block" in log.read_text(), node)
         file = store(seeds=[0], settings={"pause": 0.1})

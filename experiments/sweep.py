@@ -121,7 +121,9 @@ class _Driver:
 
 
 class Table:
-    """Progress: a row per method and task, a column per seed, read from the store.
+    """The progress of a sweep: a row per method and task, a column per seed.
+
+    It is read from the cells' folders.
 
     On a terminal it is drawn again in place; elsewhere events are printed as they come, and the
     table at the end.
@@ -130,7 +132,7 @@ class Table:
     def __init__(self, cells: Sequence[Cell], stream: TextIO | None = None):
         self.cells, self.stream = cells, stream or sys.stdout
         self.terminal = self.stream.isatty()
-        self.drawn, self.next = 0, 0.0
+        self.drawn, self.next_time = 0, 0.0
 
     def progress(self, cell: Cell) -> str:
         """`waiting`, `45 %`, `FAILED`, or the score of a finished cell."""
@@ -165,10 +167,10 @@ class Table:
         long = max([len(task) for _, task in rows] + [4])
         out = [
             f"{'method':{wide}}  {'task':{long}}"
-            + "".join(_right(f"s{s}") for s in seeds)
+            + "".join(_column(f"s{s}") for s in seeds)
         ]
         for (label, task), row in rows.items():
-            shown = "".join(_right(row.get(s, "")) for s in seeds)
+            shown = "".join(_column(row.get(s, "")) for s in seeds)
             out.append(f"{label:{wide}}  {task:{long}}{shown}")
         out.append(
             f"{counts['done']} of {len(self.cells)} done, {counts['begun']} begun, "
@@ -177,9 +179,10 @@ class Table:
         return out
 
     def show(self, last: bool = False) -> None:
-        if not last and (not self.terminal or time.monotonic() < self.next):
+        """Draw the table, on a terminal every two seconds, elsewhere only the last time."""
+        if not last and (not self.terminal or time.monotonic() < self.next_time):
             return
-        self.next = time.monotonic() + 2.0
+        self.next_time = time.monotonic() + 2.0
         lines = self.lines()
         if self.terminal and not last:
             width, height = shutil.get_terminal_size()
@@ -194,7 +197,7 @@ class Table:
         """A line that stays, above the table."""
         self._erase()
         print(text, file=self.stream, flush=True)
-        self.next = 0.0
+        self.next_time = 0.0
 
     def _erase(self) -> None:
         if self.drawn:
@@ -202,11 +205,12 @@ class Table:
             self.drawn = 0
 
 
-def _right(text: str) -> str:
+def _column(text: str) -> str:
     return f"  {text:>8}"
 
 
 def _last_step(file: Path) -> int:
+    """The step in the last row of a metrics.csv."""
     try:
         with open(file, newline="") as lines:
             rows = list(csv.reader(lines))

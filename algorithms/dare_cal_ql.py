@@ -800,6 +800,14 @@ def make_trainer(
     return trainer
 
 
+def hook_arguments(trainer: CalQL) -> Dict[str, Any]:
+    """What the hook needs of the trainer: the log-density of its policy, and its Q."""
+    return {
+        "policy_log_prob": trainer.actor.log_prob,
+        "q_function": trainer.target_q,
+    }
+
+
 def step(trainer: CalQL, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     if isinstance(source, DareHook):
@@ -823,8 +831,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             source = prepare(
                 config.dare,
                 **session.facts(),
-                policy_log_prob=trainer.actor.log_prob,
-                q_function=trainer.target_q,
+                **hook_arguments(trainer),
                 q_scale=lambda: energy_q_scale(config.env, session.return_span(), scale),
                 begin=False,
             )

@@ -561,6 +561,15 @@ def make_trainer(
     return trainer
 
 
+def hook_arguments(trainer: ImplicitQLearning) -> Dict[str, Any]:
+    """What the hook needs of the trainer: the log-density of its policy, and its Q."""
+    return {
+        "policy_log_prob": clipped_log_prob(trainer.actor, trainer.max_action),
+        "clipped_policy": True,
+        "q_function": trainer.q_target,
+    }
+
+
 def step(trainer: ImplicitQLearning, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     if isinstance(source, DareHook):
@@ -581,9 +590,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             source = prepare(
                 config.dare,
                 **session.facts(),
-                policy_log_prob=clipped_log_prob(trainer.actor, trainer.max_action),
-                clipped_policy=True,
-                q_function=trainer.q_target,
+                **hook_arguments(trainer),
                 q_scale=lambda: energy_q_scale(config.env, session.return_span()),
                 begin=False,
             )

@@ -35,11 +35,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import dare_iql
-from corl import envs, machine, tasks
+from corl import envs, finetune, machine, tasks
 from corl.data import sources
 from corl.progress import progress_bar
 from corl_dare import hook
 from corl_dare.exchange import exchange
+from corl_dare.rows import draw
 
 BATCH = 256
 
@@ -101,23 +102,25 @@ class Experiment:
             dare=self.block({}),
         )
         task = tasks.task(settings.env)
-        self.dims = task.state_dim, task.action_dim
-        self.dataset, reward_args, *self.moments = dare_iql.load_data(self.config)
-        env = dare_iql.wrap_env(envs.make(settings.env), *self.moments)
+        self.data = finetune.load_data(self.config, task)
+        normalization = self.data.normalization
+        env = envs.make(settings.env)
+        env = finetune.wrap_env(env, normalization.mean, normalization.std)
         self.offline, self.online = (
-            dare_iql.ReplayBuffer(*self.dims, self.config.buffer_size) for _ in range(2)
+            finetune.new_buffer(self.config, task) for _ in range(2)
         )
-        self.offline.load_d4rl_dataset(self.dataset.arrays)
-        dare_iql.set_seed(settings.seed, env)
-        self.trainer = dare_iql.make_trainer(self.config, *self.dims, 1.0, "cpu")
+        self.offline.load_d4rl_dataset(self.data.arrays)
+        finetune.set_seed(settings.seed, env)
+        sizes = task.state_dim, task.action_dim, 1.0
+        self.trainer = dare_iql.make_trainer(self.config, *sizes, "cpu")
         for _ in progress_bar(range(settings.offline_updates), desc="offline"):
-            dare_iql.update(self.trainer, self.offline, self.config)
+            dare_iql.step(self.trainer, self.offline, self.config)
         self.trainer.start_online()
-        collector = dare_iql.OnlineCollector(
-            env, self.online, self.config, reward_args, "cpu"
-        )
+        collector = finetune.OnlineCollector(env, self.online, task, "cpu")
         for _ in range(settings.online_rows):
             collector.step(self.trainer.actor)
+        low, high = finetune.return_reward_range(self.data.arrays, task.horizon)
+        self.q_scale = hook.energy_q_scale(settings.env, high - low)
         self.behaviors = {kind: self.fit(kind) for kind in ("diffusion", "mixture")}
 
     def block(self, fields: dict) -> dare_iql.DareIQLConfig:
@@ -130,13 +133,12 @@ class Experiment:
     def fit(self, kind: str):
         """A behavior model of the raw offline rows, from the cache if it was fitted before."""
         fields = {} if kind == "diffusion" else MIXTURE
-        mean, std = (torch.as_tensor(x, dtype=torch.float32) for x in self.moments)
         rows = self.offline._size
         return hook.fit_behavior(
             self.block(fields),
-            self.offline._states[:rows] * std + mean,
+            self.data.normalization.undo(self.offline._states[:rows]),
             self.offline._actions[:rows],
-            dataset_hash=self.dataset.provenance["sha256"],
+            dataset_hash=self.data.provenance["sha256"],
             cache_dir=sources.cache_folder() / "behavior",
             seed=self.settings.seed,
             device="cpu",
@@ -145,19 +147,23 @@ class Experiment:
     def hook(self, fields: dict, seed: int = 0) -> hook.DareHook:
         """A hook of a variant on the common buffers, trainer and behavior models."""
         block = self.block(fields)
-        config = dataclasses.replace(self.config, dare=block, seed=seed)
-        buffers = self.offline, self.online
-        behavior = self.behaviors[block.behavior]
-        return dare_iql.make_hook(
-            config, self.trainer, *buffers, behavior, self.dataset, *self.moments
+        return hook.DareHook(
+            self.offline,
+            self.online,
+            block,
+            self.behaviors[block.behavior],
+            **dare_iql.hook_arguments(self.trainer),
+            q_scale=self.q_scale,
+            unnormalize=self.data.normalization.undo,
+            seed=seed,
         )
 
 
-def follow(leader: hook.DareHook, other: hook.DareHook) -> None:
+def follow(leader: hook.DareHook, drawn: hook.Drawn, other: hook.DareHook) -> None:
     """An energy step of another schedule, on the leader's batch and support actions."""
-    other.calls, other.last = leader.calls, leader.last
+    other.samples = leader.samples
     other.support_caches = leader.support_caches
-    other.follow()
+    other.update_energy(drawn)
 
 
 def decide(source: hook.DareHook, number: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -165,7 +171,7 @@ def decide(source: hook.DareHook, number: int) -> tuple[np.ndarray, np.ndarray, 
     np.random.seed(number)
     half = BATCH // 2
     rows, parts = zip(
-        *(hook.draw(buffer, half) for buffer in (source.offline, source.online)),
+        *(draw(buffer, half) for buffer in (source.offline, source.online)),
         strict=True,
     )
     states, actions = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -236,9 +242,11 @@ def run(settings: Settings) -> dict[str, dict[str, float]]:
     np.random.seed(settings.seed)
     late = [h for h in hooks.values() if h.config.energy_update_freq > 1]
     for _ in progress_bar(range(settings.online_updates), desc="online"):
-        dare_iql.update(experiment.trainer, paper, experiment.config)
+        drawn = paper.sample(experiment.config.batch_size)
+        experiment.trainer.train(drawn.batch, drawn.release)
+        paper.update_energy(drawn)
         for other in late:
-            follow(paper, other)
+            follow(paper, drawn, other)
     for source in hooks.values():
         if source.energy is not None and source not in late:
             source.energy = paper.energy

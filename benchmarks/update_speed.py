@@ -30,6 +30,8 @@ from algorithms import cal_ql, dare_cal_ql, dare_iql, iql
 from benchmarks import parity
 from corl import compiled, machine
 from corl_dare import hook
+from corl_dare.behavior import make_behavior_model
+from corl_dare.rows import draw_rows
 
 S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
@@ -83,7 +85,9 @@ FILES = {
 def random_buffer(module, device: str, seed: int):
     """A replay buffer of `module`, full of random rows."""
     rng = np.random.default_rng(seed)
-    buffer = module.ReplayBuffer(S, A, ROWS, device)
+    keeps = getattr(module.TrainConfig, "MC_RETURNS", False)
+    extra = {"mc_returns": True} if keeps else {}
+    buffer = module.ReplayBuffer(S, A, ROWS, device, **extra)
     buffer.load_d4rl_dataset(
         {
             "observations": rng.normal(size=(ROWS, S)),
@@ -123,23 +127,17 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
         trainer.start_online(config.cql_alpha_online)
     if fields is None:
         source = module.MixedBuffer(offline, online, 0.5)
-        return lambda: module.update(trainer, source, config)
-    behavior = hook.new_behavior(config.dare, S, A, 0, device).requires_grad_(False)
-    if algorithm == "iql":
-        log_prob = hook.clipped_log_prob(trainer.actor, trainer.max_action)
-        q_function = trainer.q_target
-    else:
-        log_prob, q_function = trainer.actor.log_prob, trainer.target_q
+        return lambda: module.step(trainer, source, config)
+    options = config.dare.behavior_options
+    behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
     source = hook.DareHook(
         offline,
         online,
         config.dare,
-        behavior,
-        policy_log_prob=log_prob,
-        clipped_policy=algorithm == "iql",
-        q_function=q_function,
+        behavior.to(device).requires_grad_(False),
+        **module.hook_arguments(trainer),
         device=device,
-        compile=compile,
+        compile=compiled.function if compile else None,
     )
     if source.energy is not None:  # support actions are sampled once per transition
         rows = np.arange(ROWS)
@@ -147,8 +145,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
             empty = buffer_rows[:0]
             for pair in ([buffer_rows, empty], [empty, buffer_rows]):
                 buffer = offline if len(pair[0]) else online
-                source.support(hook.draw_rows(buffer, buffer_rows)[0], pair)
-    return lambda: module.update(trainer, source, config)
+                source.support(draw_rows(buffer, buffer_rows)[0], pair)
+    return lambda: module.step(trainer, source, config)
 
 
 def measure(

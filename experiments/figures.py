@@ -27,7 +27,7 @@ class Curve(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference, its interval (nan: there is none), and those of the single runs (R,)."""
+    """A mean difference, its interval (nan: none), and the differences of single runs (R,)."""
 
     value: float
     low: float
@@ -93,7 +93,7 @@ def curve_panels(
             fontsize=9,
         )
 
-    return _png((width, 2.6 * lines + extra), draw)
+    return render((width, 2.6 * lines + extra), draw)
 
 
 def difference_panels(
@@ -131,7 +131,7 @@ def difference_panels(
             axis.set_xlabel(x_label, fontsize=9)
         _caption(figure, caption)
 
-    return _png((width, 0.42 * len(shown) + 1.25), draw)
+    return render((width, 0.42 * len(shown) + 1.25), draw)
 
 
 def _caption(figure: Any, text: str) -> None:
@@ -190,7 +190,7 @@ def snapshot_panels(snapshot: Mapping[str, Any], title: str, caption: str) -> by
         )
         _caption(figure, caption)
 
-    return _png((3.6 * count, 3.8), draw)
+    return render((3.6 * count, 3.8), draw)
 
 
 def _draw_histograms(axis: Any, numbers: Mapping[str, Any]) -> None:
@@ -232,8 +232,15 @@ def _tidy(axis: Any) -> None:
     axis.tick_params(labelsize=8)
 
 
-def _png(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
-    """A figure as bytes; a user's matplotlibrc and matplotlib's version leave no trace."""
+def render(size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
+    """What `draw` draws on a figure, as PNG bytes.
+
+    Neither a user's matplotlibrc nor the version of matplotlib leaves a trace.
+
+    Args:
+        size: width and height in inches.
+        draw: gets the empty matplotlib figure.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

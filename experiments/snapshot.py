@@ -10,25 +10,47 @@ distances in it mean something). Of an IQL run also the advantages of the rows t
 moves: what the conservative policy loss, weighted by the advantage, loses and gains by it.
 """
 
-import importlib.util
-import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from corl import checkpoints, envs, tasks
+from corl import checkpoints, envs, finetune, tasks
 from corl.config import parse_config
 from corl.data import sources
 from corl_dare.exchange import exchange
-from corl_dare.hook import DareHook, draw_rows, fit_behavior
+from corl_dare.hook import DareHook, prepare
+from corl_dare.rows import draw_rows
+from experiments.programs import ROOT, load_algorithm
+from experiments.values import read_json
 
 ROWS = 4096  # drawn from each buffer
 POINTS = 400  # of each buffer in the projection
 BINS = 60
 SHOWN = (2.5, 97.5)  # percentiles between which a histogram is drawn
+
+
+class RunFiles(NamedTuple):
+    """What a run folder says: the algorithm file's module, the config, the checkpoint."""
+
+    folder: Path
+    module: ModuleType
+    config: Any
+    state: dict[str, Any]
+
+
+class RestoredRun(NamedTuple):
+    """A run as it was at its last checkpoint; hook: None for a run without DARE.
+
+    offline and online are buffers of the dataset's and of the online rows alone.
+    """
+
+    trainer: Any
+    offline: finetune.ReplayBuffer
+    online: finetune.ReplayBuffer
+    hook: DareHook | None
 
 
 def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
@@ -39,8 +61,9 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
     Returns:
         step, rows: of the checkpoint; drawn from each buffer.
         scores: edges, offline and online counts, moments of both halves, separation_point,
-            auc = P(an online row scores above an offline one), exchangeable = share of the rows
-            that the threshold rule would exchange; None for a run without DARE.
+            auc = P(an online row has a higher alignment score than an offline one),
+            exchangeable = share of the rows that the threshold rule would exchange; None for a
+            run without DARE.
         advantages: rows, mean advantage and mean weight in IQL's policy loss of the offline and
             online rows that this exchange keeps and moves; None without DARE or without IQL's V.
         action_error: edges, offline and online counts, both means.
@@ -49,82 +72,102 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
     Raises:
         ValueError: no run, no checkpoint, another dataset, or no online rows in it.
     """
-    folder = Path(folder)
-    module, config, state = _read(folder)
-    dataset, _, state_mean, state_std = module.load_data(config)
-    if dataset.provenance["sha256"] != state["dataset_sha256"]:
-        raise ValueError(
-            f"{folder}: the dataset found here is not the run's (its sha256 differs); set "
-            "CORL_DARE_CACHE or D4RL_DATASET_DIR to where that one is"
-        )
-    task = tasks.task(config.env)
-    dims = task.state_dim, task.action_dim
-    offline = module.ReplayBuffer(*dims, config.buffer_size)
-    offline.load_d4rl_dataset(dataset.arrays)
-    online = _online_buffer(folder, module, config, state, dims)
-    max_action = float(envs.make(config.env, config.env_backend).action_space.high[0])
-    trainer = module.make_trainer(config, *dims, max_action, "cpu")
-    trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
-    trainer.actor.eval()
-
+    files = read_files(folder)
+    run = restore(files)
     generator = np.random.default_rng(0)
-    drawn = [generator.integers(0, buffer._size, rows) for buffer in (offline, online)]
-    off, on = draw_rows(offline, drawn[0]), draw_rows(online, drawn[1])
+    drawn = [generator.integers(0, b._size, rows) for b in (run.offline, run.online)]
+    off, on = draw_rows(run.offline, drawn[0]), draw_rows(run.online, drawn[1])
     scores = advantages = None
-    if "hook" in state["parts"]:
-        raw = offline._states[: offline._size] * torch.as_tensor(state_std)
-        behavior = fit_behavior(
-            config.dare,
-            (raw + torch.as_tensor(state_mean)).float(),
-            offline._actions[: offline._size],
-            dataset_hash=dataset.provenance["sha256"],
-            cache_dir=sources.cache_folder() / "behavior",
-            seed=config.seed,
-            device="cpu",
-        )
-        hook = module.make_hook(
-            config, trainer, offline, online, behavior, dataset, state_mean, state_std
-        )
-        hook.load_state_dict(checkpoints.unpack(state["parts"]["hook"]))
+    if run.hook is not None:
         both = torch.cat([off[0], on[0]]), torch.cat([off[1], on[1]])
-        scores, order = score_numbers(hook, *both, drawn)
-        if hasattr(trainer, "vf"):
+        scores, order = score_numbers(run.hook, *both, drawn)
+        if hasattr(run.trainer, "vf"):
             with torch.no_grad():
-                q, v = trainer.q_target(*both), trainer.vf(both[0])
+                q, v = run.trainer.q_target(*both), run.trainer.vf(both[0])
             advantage = (q.flatten() - v.flatten()).double().numpy()
-            weight = np.exp(config.beta * advantage).clip(max=module.EXP_ADV_MAX)
+            weight = np.exp(files.config.beta * advantage)
+            weight = weight.clip(max=files.module.EXP_ADV_MAX)
             advantages = advantage_numbers(advantage, weight, order.numpy())
     return {
-        "step": state["step"],
+        "step": files.state["step"],
         "rows": rows,
         "scores": scores,
         "advantages": advantages,
-        "action_error": error_numbers(trainer.actor, off, on),
+        "action_error": error_numbers(run.trainer.actor, off, on),
         "projection": projection_numbers(off, on),
     }
 
 
-def _read(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
-    """The algorithm file, the config and the checkpoint of a run."""
+def read_files(folder: Path | str) -> RunFiles:
+    """The algorithm file, the config and the checkpoint of a run.
+
+    Raises:
+        ValueError: no finished run, no checkpoint, or a run of a file that is not here.
+    """
+    folder = Path(folder)
     if not (folder / "summary.json").is_file():
         raise ValueError(f"{folder} is no finished run (no summary.json)")
-    name = json.loads((folder / "summary.json").read_text())["algorithm"]
-    file = Path(__file__).parent.parent / "algorithms" / f"{name}.py"
+    name = read_json(folder / "summary.json")["algorithm"]
+    file = ROOT / "algorithms" / f"{name}.py"
     if not file.is_file():
         raise ValueError(
             f"{folder} is a run of {name}, whose file algorithms/{name}.py is not beside "
             "experiments; use a checkout of the repository"
         )
-    spec = importlib.util.spec_from_file_location(f"algorithms.{name}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_algorithm(str(file))
     arguments = ["--config", str(folder / "config.yaml")]
     config = parse_config(module.TrainConfig, arguments)
-    return module, config, checkpoints.load_checkpoint(folder / "checkpoint.pt", name)
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt", name)
+    return RunFiles(folder, module, config, state)
 
 
-def _online_buffer(folder, module, config, state, dims) -> Any:
-    """A buffer of the online rows alone."""
+def restore(files: RunFiles) -> RestoredRun:
+    """Policy, buffers and hook of a run at its last checkpoint, on the CPU.
+
+    Raises:
+        ValueError: the dataset found here is another one, or there are no online rows.
+    """
+    folder, module, config, state = files
+    task = tasks.task(config.env)
+    data = finetune.load_data(config, task)
+    if data.provenance["sha256"] != state["dataset_sha256"]:
+        raise ValueError(
+            f"{folder}: the dataset found here is not the run's (its sha256 differs); set "
+            "CORL_DARE_CACHE or D4RL_DATASET_DIR to where that one is"
+        )
+    offline = finetune.new_buffer(config, task)
+    offline.load_d4rl_dataset(data.arrays)
+    online = online_buffer(files)
+    max_action = float(envs.make(config.env, config.env_backend).action_space.high[0])
+    sizes = task.state_dim, task.action_dim, max_action
+    trainer = module.make_trainer(config, *sizes, "cpu")
+    trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
+    trainer.actor.eval()
+    hook = None
+    if "hook" in state["parts"]:
+        hook = prepare(
+            config.dare,
+            offline,
+            online,
+            dataset_hash=data.provenance["sha256"],
+            cache_dir=sources.cache_folder(),
+            mixing_ratio=config.mixing_ratio,
+            unnormalize=data.normalization.undo,
+            max_action=max_action,
+            seed=config.seed,
+            **module.hook_arguments(trainer),
+        )
+        hook.load_state_dict(checkpoints.unpack(state["parts"]["hook"]))
+    return RestoredRun(trainer, offline, online, hook)
+
+
+def online_buffer(files: RunFiles) -> finetune.ReplayBuffer:
+    """A buffer of the online rows alone.
+
+    Raises:
+        ValueError: there are none, or they cannot be told from the dataset's.
+    """
+    folder, _, config, state = files
     saved = state["parts"].get("online_buffer")
     if saved is None or not len(saved["rows"][0]):
         raise ValueError(f"{folder}: the checkpoint has no online rows")
@@ -135,7 +178,7 @@ def _online_buffer(folder, module, config, state, dims) -> Any:
             "set mixing_ratio, or a larger buffer_size, to tell them apart"
         )
     pointer = len(saved["rows"][0]) % config.buffer_size if shared else saved["pointer"]
-    buffer = module.ReplayBuffer(*dims, config.buffer_size)
+    buffer = finetune.new_buffer(config, tasks.task(config.env))
     buffer.load_state_dict({"first": 0, "pointer": pointer, "rows": saved["rows"]})
     return buffer
 
@@ -145,7 +188,7 @@ def score_numbers(
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Alignment scores of offline and online rows as the hook sees them, and where they part.
 
-    Also the order (2 rows,) into which the threshold rule would put offline and online rows.
+    Also the order (2N,) into which the threshold rule would put offline and online rows.
     """
     with torch.no_grad():
         values, _ = hook.score(states, actions, drawn)
@@ -167,7 +210,7 @@ def score_numbers(
 def advantage_numbers(
     advantage: np.ndarray, weight: np.ndarray, order: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    """Of the rows that an exchange keeps in their half and of those that it moves.
+    """Means over the rows that an exchange keeps in their half and over those that it moves.
 
     Args:
         advantage: (2N,) A = Q - V, offline rows first.

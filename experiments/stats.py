@@ -5,9 +5,9 @@ independent tries of a method. IQM, the stratified bootstrap and the probability
 those of Agarwal et al. 2021, arXiv 2108.13264 (rliable). Everything is numpy, and random only
 through the seed that is passed in.
 
-Mind what a bootstrap of three seeds is worth: it knows no values but the ones it has seen, so its
-interval is too narrow (docs/report.md has the measured coverage). Differences between methods,
-about which something is claimed, therefore get Student's interval.
+A bootstrap of three seeds draws only from three values, so its interval is too narrow
+(docs/report.md has the measured coverage). Claims are about differences between methods; these get
+Student's interval.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,20 +71,17 @@ def aggregate_iqm(
     return _bootstrap(lambda *drawn: iqm(np.concatenate(drawn, 1), 1), tasks, seed, reps)
 
 
-def aggregate_mean(
-    tasks: Sequence[np.ndarray], seed: int = 0, reps: int = REPS
-) -> Estimate:
-    """Mean over tasks of the mean over runs; arguments as in `aggregate_iqm`."""
-    return _bootstrap(_mean_of_means, tasks, seed, reps)
-
-
 def mean_difference(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Estimate:
     """Mean over tasks of the mean paired difference x - y, with Student's 95 % interval.
 
-    x, y: per task (R,), run i of both with the same seed and the same offline model, so what
-    these decide cancels. The interval has Welch and Satterthwaite's degrees of freedom: for the
-    question whether a method helps, three runs need more than a bootstrap gives. Raises
-    ValueError where the numbers of runs differ.
+    Args:
+        x, y: per task (R,), run i of both with the same seed and the same offline model. The
+            share of a score that comes from these is the same in both and cancels.
+
+    The interval has Welch and Satterthwaite's degrees of freedom.
+
+    Raises:
+        ValueError: the numbers of runs differ.
     """
     gaps = [_checked(a) - _checked(b) for a, b in _same_tasks(x, y, paired=True)]
     value = float(np.mean([g.mean() for g in gaps]))
@@ -130,10 +127,6 @@ def probability_of_improvement(
     return _bootstrap(statistic, [*x, *y], seed, reps)
 
 
-def _mean_of_means(*drawn: np.ndarray) -> np.ndarray:
-    return np.mean([runs.mean(1) for runs in drawn], axis=0)
-
-
 def _bootstrap(
     statistic: Callable[..., np.ndarray],
     strata: Sequence[np.ndarray],
@@ -142,7 +135,8 @@ def _bootstrap(
 ) -> Estimate:
     """The statistic of arrays (reps, R, ...), one per stratum, and its percentile interval.
 
-    Runs are drawn with replacement inside their stratum. Of a single run nothing can be said.
+    Runs are drawn with replacement inside their stratum. Where a stratum has a single run
+    there is no interval.
     """
     strata = [_checked(runs) for runs in strata]
     value = statistic(*(runs[None] for runs in strata))[0]

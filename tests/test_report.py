@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -22,6 +23,11 @@ from algorithms import dare_iql, iql
 from corl import curves, machine, runs
 from corl.config import parse_config
 from experiments import figures, report, snapshot
+from experiments.groups import read_experiment
+from experiments.panels import differences, tenths
+from experiments.store import METRICS, NOT_SETTINGS, POINTS, add, read_run, read_store
+from experiments.tables import common_tasks
+from experiments.values import dump_json, flatten, read_json
 
 ROOT = Path(__file__).parent.parent
 STEPS = 50  # online steps of a made-up run; an evaluation every 10
@@ -56,7 +62,7 @@ def make_run(tmp_path, monkeypatch):
     """A run folder as `runs.Run` leaves it, with scores made up from the seed."""
     monkeypatch.setattr(machine, "git_commit", lambda: "0123456789abcdef")
     monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
-    monkeypatch.setattr(runs.os, "fsync", lambda file: None)  # hundreds of small files
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # hundreds of small files
     monkeypatch.setattr(
         machine,
         "describe",
@@ -127,7 +133,7 @@ def row_of(text, *cells):
 
 def test_the_store_keeps_every_raw_return_to_the_last_digit(make_run, tmp_path):
     folder = make_run(seed=3)
-    (path,) = report.add([folder], tmp_path / "results" / "x")
+    (path,) = add([folder], tmp_path / "results" / "x")
     assert path == tmp_path / "results/x/runs/iql/hopper-medium-v2-s3.json"
     record = json.loads(path.read_text())
     lines = (folder / "evaluations.csv").read_text().splitlines()[1:]
@@ -145,8 +151,8 @@ def test_the_store_keeps_every_raw_return_to_the_last_digit(make_run, tmp_path):
 
 
 def test_metrics_are_thinned_to_the_means_of_bins(make_run, tmp_path):
-    folder = make_run(online_iterations=10 * 2 * report.POINTS + 50)
-    record = report.read_run(folder)
+    folder = make_run(online_iterations=10 * 2 * POINTS + 50)
+    record = read_run(folder)
     rows = [
         [int(line.split(",")[0]), float(line.split(",")[3])]
         for line in (folder / "metrics.csv").read_text().splitlines()[1:]
@@ -166,19 +172,19 @@ def test_metrics_are_thinned_to_the_means_of_bins(make_run, tmp_path):
 
 
 def test_infinite_bounds_are_settings_too(make_run, tmp_path):
-    (path,) = report.add([make_run(lr=-np.inf)], tmp_path / "x", "iql,lr=-inf")
+    (path,) = add([make_run(lr=-np.inf)], tmp_path / "x", "iql,lr=-inf")
     assert json.loads(path.read_text())["config"]["lr"] == "-inf"
     assert path.parent.name == "iql,lr=-inf"  # a sweep's name of a method
 
 
 def test_gaps_in_metrics_stay_gaps(make_run):
-    bare = report.read_run(make_run(metrics={"exchanged": float("nan")}))["metrics"]
+    bare = read_run(make_run(metrics={"exchanged": float("nan")}))["metrics"]
     assert bare == {"step": [10, 20, 30, 40, 50]}
 
 
 def test_a_run_of_the_usual_length_takes_a_few_tens_of_kilobytes(make_run, tmp_path):
     changes = {"offline_iterations": 100, "online_iterations": 2000, "episodes": 5}
-    (path,) = report.add([make_run(**changes)], tmp_path / "x")
+    (path,) = add([make_run(**changes)], tmp_path / "x")
     assert 20_000 < path.stat().st_size < 80_000  # 200 evaluations of 5 episodes
 
 
@@ -200,7 +206,7 @@ def test_a_run_nobody_could_repeat_is_refused(make_run, changes, message):
     folder = make_run()
     change_summary(folder, **changes)
     with pytest.raises(ValueError, match=re.escape(message)):
-        report.read_run(folder)
+        read_run(folder)
 
 
 def test_damaged_and_unfinished_runs_are_refused(make_run, tmp_path):
@@ -208,7 +214,7 @@ def test_damaged_and_unfinished_runs_are_refused(make_run, tmp_path):
         folder = make_run(**options)
         change(folder)
         with pytest.raises(ValueError, match=message) as caught:
-            report.add([folder], tmp_path / "x")
+            add([folder], tmp_path / "x")
         assert "\n" not in str(caught.value)
 
     def rewrite(name, old, new):
@@ -251,44 +257,44 @@ def test_a_label_must_be_a_file_name(make_run):
     folder = make_run()
     for label in ("a/b", "..", ".", "a b", "a|b"):
         with pytest.raises(ValueError, match="must be letters, digits"):
-            report.read_run(folder, label)
+            read_run(folder, label)
 
 
 def test_adding_again_renews_and_another_run_is_refused(make_run, tmp_path):
     store, folder = tmp_path / "x", make_run()
-    (path,) = report.add([folder], store)
+    (path,) = add([folder], store)
     before = path.read_bytes()
-    assert report.add([folder], store) == [path] and path.read_bytes() == before
+    assert add([folder], store) == [path] and path.read_bytes() == before
     (folder / "snapshot.json").write_text('{"step": 1}')
-    report.add([folder], store)
+    add([folder], store)
     assert json.loads(path.read_text())["snapshot"] == {"step": 1}
     other = make_run(gain=5.0)
     with pytest.raises(ValueError, match="already holds another run of this label"):
-        report.add([other], store)
+        add([other], store)
     with pytest.raises(ValueError, match="already holds another run of this label"):
-        report.add([folder, other], tmp_path / "y")
-    (second,) = report.add([other], store, label="better")
-    assert second.parent.name == "better" and len(report.read_store(store)) == 2
+        add([folder, other], tmp_path / "y")
+    (second,) = add([other], store, label="better")
+    assert second.parent.name == "better" and len(read_store(store)) == 2
 
 
 def test_one_bad_run_and_nothing_is_added(make_run, tmp_path):
     good, bad = make_run(seed=0), make_run(seed=1)
     change_summary(bad, commit="unknown")
     with pytest.raises(ValueError):
-        report.add([good, bad], tmp_path / "x")
+        add([good, bad], tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_one_label_is_one_method(make_run, tmp_path):
-    report.add([make_run(seed=0)], tmp_path / "x")
+    add([make_run(seed=0)], tmp_path / "x")
     with pytest.raises(
         ValueError, match=r"dare\.cap is None for seed 0 and 16 for seed 1"
     ):
-        report.add([make_run(seed=1, dare=Dare(cap=16))], tmp_path / "x")
+        add([make_run(seed=1, dare=Dare(cap=16))], tmp_path / "x")
     # What differs for a reason: the task, and where a run was made.
     changes = {"env": "walker2d-medium-v2", "lr": 1.0}
-    report.add([make_run(**changes)], tmp_path / "x")
-    report.add([make_run(seed=2, group="H", load_model="")], tmp_path / "x")
+    add([make_run(**changes)], tmp_path / "x")
+    add([make_run(seed=2, group="H", load_model="")], tmp_path / "x")
 
 
 def test_the_offline_score_comes_from_the_run_that_was_loaded(make_run, tmp_path):
@@ -301,20 +307,20 @@ def test_the_offline_score_comes_from_the_run_that_was_loaded(make_run, tmp_path
         (checkpoints / "checkpoint_19.pt", 20),
         (checkpoints / "checkpoint_9.pt", 10),
     ):
-        record = report.read_run(make_run(load_model=str(model), **loaded))
+        record = read_run(make_run(load_model=str(model), **loaded))
         assert record["before"]["step"] == step
-        first = report.read_run(offline)["evaluations"][step // 10 - 1]
+        first = read_run(offline)["evaluations"][step // 10 - 1]
         assert record["before"] == first
     sweep = tmp_path / "cell"  # as a sweep leaves it: model.pt beside the folder run
     sweep.mkdir()
     offline.rename(sweep / "run")
     swept = make_run(load_model=str(sweep / "model.pt"), **loaded)
-    assert report.read_run(swept)["before"]["step"] == 20
+    assert read_run(swept)["before"]["step"] == 20
     told = make_run(load_model=str(tmp_path / "gone" / "model.pt"), **loaded)
     change_summary(told, offline_run=str(sweep / "run"))
-    assert report.read_run(told)["before"]["step"] == 20
+    assert read_run(told)["before"]["step"] == 20
     unknown = make_run(load_model=str(tmp_path / "gone" / "model.pt"), **loaded)
-    assert report.read_run(unknown)["before"] is None
+    assert read_run(unknown)["before"] is None
 
 
 JSON = st.recursive(
@@ -334,28 +340,79 @@ JSON = st.recursive(
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(JSON)
 def test_stored_text_is_json_whatever_the_order_of_keys(value):
-    assert json.loads(report.dump_json(value)) == value
+    assert json.loads(dump_json(value)) == value
     if isinstance(value, dict):
         turned = dict(reversed(value.items()))
-        assert report.dump_json(turned) == report.dump_json(value)
+        assert dump_json(turned) == dump_json(value)
 
 
 def test_what_is_no_number_is_never_stored():
     with pytest.raises(ValueError):
-        report.dump_json({"a": [1.0, float("nan")]})
+        dump_json({"a": [1.0, float("nan")]})
 
 
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a" / "f.json"
-    report.write_atomic(path, b"old")
+def test_a_crash_while_a_run_is_stored_leaves_the_old_file(
+    make_run, tmp_path, monkeypatch
+):
+    folder = make_run()
+    (path,) = add([folder], tmp_path / "x")
+    before = pages(tmp_path / "x")
+    (folder / "snapshot.json").write_text('{"step": 1}')
 
     def crash(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", crash)
-    with pytest.raises(OSError):
-        report.write_atomic(path, b"new")
-    assert pages(tmp_path) == {"a/f.json": b"old"}
+    with monkeypatch.context() as context, pytest.raises(OSError, match="disk full"):
+        context.setattr(os, "replace", crash)
+        add([folder], tmp_path / "x")
+    assert pages(tmp_path / "x") == before
+    add([folder], tmp_path / "x")
+    assert "snapshot" in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "x.json does not exist: mend it"),
+        ("{", r"x.json is damaged \(.*\); mend it"),
+        ("[1]", "x.json is no JSON object; mend it"),
+    ],
+)
+def test_a_file_without_a_json_object_is_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_json(tmp_path / "x.json", "mend it", missing={})
+    else:
+        assert read_json(tmp_path / "x.json", missing={}) == {}
+    with pytest.raises(ValueError, match=message):
+        read_json(tmp_path / "x.json", "mend it")
+
+
+def test_nested_settings_become_dotted_names():
+    assert flatten({"a": 1, "b": {"c": {"d": 2}, "e": []}, "f": {}}) == {
+        "a": 1,
+        "b.c.d": 2,
+        "b.e": [],
+    }
+
+
+def test_a_stored_run_has_all_settings_but_those_that_say_where_it_ran(make_run):
+    where = {
+        *("checkpoints_path", "dataset_path", "device", "env", "group", "load_model"),
+        *("log_freq", "name", "project", "resume", "runs_dir", "seed", "threads"),
+        "wandb_mode",
+    }
+    assert where == NOT_SETTINGS, "runs stored before would differ from new ones"
+    kept = read_run(make_run())["config"]
+    assert set(kept) == {f.name for f in dataclasses.fields(Config)} - where
+    for path in ROOT.glob("results/*/runs/*/*.json"):
+        assert not where & set(json.loads(path.read_text())["config"])
+
+
+def test_every_number_that_dare_logs_is_stored():
+    assert set(dare_iql.LOGS) == set(METRICS[: len(dare_iql.LOGS)])
+    assert {"exchanged", "energy_loss", "train_score"} <= set(METRICS)
 
 
 # ---------------------------------------------------------------- tables
@@ -384,7 +441,7 @@ def experiment(make_run, tmp_path):
             options = {"gain": gain, "seed": seed, "dare": Dare(rule=label)}
             for env in ("hopper-medium-v2", "walker2d-medium-v2"):
                 made.append(make_run(env=env, name=label, **options))
-        report.add(made, folder)
+        add(made, folder)
     (folder / "experiment.yaml").write_text(yaml.safe_dump(PLAN))
     return folder
 
@@ -621,24 +678,24 @@ def test_training_episodes_are_compared_where_all_runs_have_them(
         for seed in range(3):
             metrics = {"train_score": 20.0 + seed + gain, "exchanged": 1.0}
             made.append(make_run(name=label, seed=seed, metrics=metrics))
-        report.add(made, folder)
+        add(made, folder)
     report.write_report(folder)
     text = text_of(folder)
     assert row_of(text, "hopper-medium-v2", "b")[7] == "28.0 ± 1.0"
     table = text.split("IQM of training")[1]
     assert row_of(table, "b", "better")[3:5] == ["28.0", "7.0 [7.0, 7.0]"]
     without = make_run(name="b", seed=3, metrics={"exchanged": 1.0})
-    report.add([without], folder)
+    add([without], folder)
     report.write_report(folder)
     assert "IQM of training" not in text_of(folder)
 
 
 def test_training_curves_are_means_of_tenths():
     steps, values = np.arange(1.0, 24.0), np.arange(46.0).reshape(2, 23)
-    ends, means = report._tenths(steps, values)
+    ends, means = tenths(steps, values)
     assert len(ends) == 10 and ends[-1] == 23.0 and means.shape == (2, 10)
     assert ends[0] == 3.0 and means[:, 0].tolist() == [1.0, 24.0]
-    ends, means = report._tenths(steps[:3], values[:, :3])
+    ends, means = tenths(steps[:3], values[:, :3])
     assert ends.tolist() == [1.0, 2.0, 3.0] and (means == values[:, :3]).all()
 
 
@@ -652,7 +709,7 @@ def test_worse_is_called_worse(experiment, no_pictures):
 
 def test_one_seed_tells_nothing(make_run, tmp_path, no_pictures):
     for label in ("a", "b"):
-        report.add([make_run(name=label, gain=len(label))], tmp_path / "x")
+        add([make_run(name=label, gain=len(label))], tmp_path / "x")
     report.write_report(tmp_path / "x")
     row = row_of(text_of(tmp_path / "x"), "b", "cannot be told: one seed")
     assert "[no interval]" in row[2] and "[no interval]" in row[4]
@@ -687,15 +744,15 @@ def test_the_page_says_where_the_numbers_come_from(experiment, no_pictures):
 def test_uncommitted_code_is_shown(make_run, tmp_path, no_pictures):
     folder = make_run()
     change_summary(folder, commit="0123456789abcdef+dirty")
-    report.add([folder], tmp_path / "x")
+    add([folder], tmp_path / "x")
     report.write_report(tmp_path / "x")
     assert "| 012345678+dirty |" in text_of(tmp_path / "x")
 
 
 def test_methods_that_start_elsewhere_are_named(make_run, tmp_path, no_pictures):
-    report.add([make_run(name="a", seed=0)], tmp_path / "x")
+    add([make_run(name="a", seed=0)], tmp_path / "x")
     other = make_run(name="b", seed=0, offline_iterations=10, online_iterations=50)
-    report.add([other], tmp_path / "x")
+    add([other], tmp_path / "x")
     report.write_report(tmp_path / "x")
     text = text_of(tmp_path / "x")
     assert "**They do not all start from the same offline models.**" in text
@@ -713,8 +770,8 @@ def test_methods_that_start_elsewhere_are_named(make_run, tmp_path, no_pictures)
 def test_what_cannot_be_compared_is_not(
     make_run, tmp_path, no_pictures, changes, message
 ):
-    report.add([make_run(name="a")], tmp_path / "x")
-    report.add([make_run(name="b", **changes)], tmp_path / "x")
+    add([make_run(name="a")], tmp_path / "x")
+    add([make_run(name="b", **changes)], tmp_path / "x")
     with pytest.raises(ValueError, match=message):
         report.write_report(tmp_path / "x")
     groups = [{"title": label, "labels": [label]} for label in "ab"]
@@ -747,7 +804,7 @@ def test_what_cannot_be_compared_is_not(
     ],
 )
 def test_a_bad_plan_is_one_clear_line(make_run, tmp_path, text, message):
-    report.add([make_run(name="a")], tmp_path / "x")
+    add([make_run(name="a")], tmp_path / "x")
     (tmp_path / "x/experiment.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         report.write_report(tmp_path / "x")
@@ -755,16 +812,16 @@ def test_a_bad_plan_is_one_clear_line(make_run, tmp_path, text, message):
 
 
 def test_a_damaged_or_misplaced_store_is_named(make_run, tmp_path):
-    (path,) = report.add([make_run()], tmp_path / "x")
+    (path,) = add([make_run()], tmp_path / "x")
     moved = path.with_name("hopper-medium-v2-s9.json")
     path.rename(moved)
     with pytest.raises(ValueError, match="s9.json is no stored run of this place"):
-        report.read_store(tmp_path / "x")
+        read_store(tmp_path / "x")
     moved.write_text(moved.read_text()[:-100])
     with pytest.raises(ValueError, match="s9.json is damaged"):
-        report.read_store(tmp_path / "x")
+        read_store(tmp_path / "x")
     with pytest.raises(ValueError, match="holds no runs"):
-        report.read_experiment(tmp_path / "nothing")
+        read_experiment(tmp_path / "nothing")
 
 
 # ---------------------------------------------------------------- reproducible bytes
@@ -780,7 +837,8 @@ def test_the_report_is_the_same_to_the_byte(experiment, tmp_path, monkeypatch):
     (experiment / "figures/old.png").write_bytes(b"of a label that is gone")
     copy = tmp_path / "elsewhere"
     for name, data in reversed(pages(experiment).items()):
-        report.write_atomic(copy / name, data)
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(data)
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 20.0)
     monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "red")
     np.random.seed(1)
@@ -794,7 +852,7 @@ def test_other_numbers_other_bytes(experiment):
     path = experiment / "runs/dare/hopper-medium-v2-s1.json"
     record = json.loads(path.read_text())
     record["evaluations"][-1]["scores"][0] += 5.0
-    path.write_text(report.dump_json(record))
+    path.write_text(dump_json(record))
     report.write_report(experiment)
     changed = {name for name, data in pages(experiment).items() if first[name] != data}
     drawn = {"figures/both-learning.png", "figures/both-differences.png"}
@@ -844,7 +902,7 @@ def test_each_curve_has_its_color_and_lone_runs_no_band():
 @pytest.mark.parametrize("panels", [1, 3])
 def test_a_legend_of_many_long_names_stays_inside_the_figure(panels, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_png", lambda *args: drawn.append(args))
+    monkeypatch.setattr(figures, "render", lambda *args: drawn.append(args))
     x = np.arange(3.0)
     names = [f"{i}: a method with a name of forty characters" for i in range(7)]
     curves = {name: figures.Curve(x, x, x, x) for name in names}
@@ -862,7 +920,7 @@ def test_a_legend_of_many_long_names_stays_inside_the_figure(panels, monkeypatch
 
 def test_differences_stand_where_their_numbers_are(monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_png", lambda *args: drawn.append(args))
+    monkeypatch.setattr(figures, "render", lambda *args: drawn.append(args))
     sure = figures.Difference(2.0, 1.0, 3.0, np.array([1.5, 2.5]))
     alone = figures.Difference(-4.0, np.nan, np.nan, np.array([-4.0]))
     panel = {"sure": sure, "alone": alone}
@@ -886,27 +944,27 @@ def test_differences_stand_where_their_numbers_are(monkeypatch):
 
 
 def test_the_figure_of_differences_has_the_tables_numbers(experiment):
-    tree = report.read_experiment(experiment)
+    tree = read_experiment(experiment)
     both, alone = tree.groups
-    tasks = report.common_tasks(tree, both)
-    panels = report._differences(tree, both, tasks)
+    tasks = common_tasks(tree, both)
+    panels = differences(tree, both, tasks)
     assert list(panels) == ["final score"], "no training episodes were made up"
     found = panels["final score"]
     assert list(found) == ["DARE | IQL", "same"], "no line for the baseline"
     assert found["DARE | IQL"].low == pytest.approx(10.0)
     assert sorted(found["same"].runs) == pytest.approx([-1, -1, 0, 0, 1, 1])
     assert found["same"].high == pytest.approx(2.7764451 * (1.0 / 6) ** 0.5)
-    assert report._differences(tree, alone, report.common_tasks(tree, alone)) == {}
+    assert differences(tree, alone, common_tasks(tree, alone)) == {}
 
 
 def test_methods_without_common_seeds_have_no_difference_to_draw(make_run, tmp_path):
     for label, seed in (("a", 0), ("b", 1), ("c", 0)):
-        report.add([make_run(name=label, seed=seed)], tmp_path / "x")
+        add([make_run(name=label, seed=seed)], tmp_path / "x")
     report.write_report(tmp_path / "x")
     assert "no common seeds" in text_of(tmp_path / "x")
-    tree = report.read_experiment(tmp_path / "x")
+    tree = read_experiment(tmp_path / "x")
     (group,) = tree.groups
-    found = report._differences(tree, group, report.common_tasks(tree, group))
+    found = differences(tree, group, common_tasks(tree, group))
     assert list(found["final score"]) == ["c"] and np.isnan(
         found["final score"]["c"].low
     )
@@ -972,7 +1030,7 @@ def test_a_snapshot_of_a_dare_run_from_its_files_alone(toy_run, tmp_path, capsys
     assert groups["offline_moved"]["rows"] == groups["online_moved"]["rows"] == moved
     assert sum(group["rows"] for group in groups.values()) == 2 * snapshot.ROWS
 
-    report.add([folder], tmp_path / "results" / "x", "dare")
+    add([folder], tmp_path / "results" / "x", "dare")
     report.write_report(tmp_path / "results" / "x")
     name = "figures/snapshot-dare-toy-medium-v2-s0.png"
     assert name in text_of(tmp_path / "results" / "x")
@@ -999,26 +1057,24 @@ def test_advantages_of_kept_and_moved_rows_by_hand():
 def test_a_snapshot_tells_the_rows_of_one_buffer_apart(toy_run):
     """Upstream's IQL keeps both sources in one buffer; the dataset's rows come first."""
     folder = toy_run(iql)
-    module, config, state = snapshot._read(folder)
-    buffer = snapshot._online_buffer(folder, module, config, state, (2, 1))
+    files = snapshot.read_files(folder)
+    buffer = snapshot.online_buffer(files)
     assert buffer._size == 60
-    saved = state["parts"]["online_buffer"]["rows"][1]
-    assert torch.equal(buffer._actions[:60], saved)
+    saved = files.state["parts"]["online_buffer"]
+    assert torch.equal(buffer._actions[:60], saved["rows"][1])
     found = snapshot.take_snapshot(folder)
     assert found["scores"] is None
     figures.snapshot_panels(found, "t", "c")
-    full = dict(state["parts"]["online_buffer"], first=0)
+    full = {"parts": {"online_buffer": {**saved, "first": 0}}}
     with pytest.raises(ValueError, match="online rows have overwritten the dataset"):
-        snapshot._online_buffer(
-            folder, module, config, {"parts": {"online_buffer": full}}, (2, 1)
-        )
+        snapshot.online_buffer(files._replace(state=full))
 
 
 def test_a_snapshot_of_other_data_is_refused(toy_run, monkeypatch):
     folder = toy_run(iql)
     other = dataclasses.replace(toy.make_dataset())
     other.provenance["sha256"] = "other"
-    monkeypatch.setattr(snapshot.datasets, "resolve", lambda *a, **k: other)
+    monkeypatch.setattr(snapshot.sources, "resolve", lambda *a, **k: other)
     with pytest.raises(ValueError, match="is not the run's"):
         snapshot.take_snapshot(folder)
     (folder / "summary.json").unlink()

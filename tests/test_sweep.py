@@ -20,7 +20,6 @@ import traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import filelock
 import pytest
 import torch
 import yaml
@@ -28,12 +27,22 @@ import yaml
 from corl import curves
 from corl.config import ConfigError
 from experiments import sweep
+from experiments.cells import lock, read_state, write_cell, write_failed, write_state
+from experiments.plan import digest, plan, select
+from experiments.programs import load_algorithm
+from experiments.workers import (
+    REQUIREMENTS,
+    STOPPED,
+    process_arguments,
+    run_cell,
+    run_process,
+)
 from tests import toy
 
 ROOT = Path(__file__).parent.parent
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,
-    reason=f"ray is not installed ({sweep.REQUIREMENTS})",
+    reason=f"ray is not installed ({REQUIREMENTS})",
 )
 CELL_PROGRAM = """
 import os
@@ -46,10 +55,8 @@ from typing import Optional
 import numpy as np
 import torch
 
-from corl_dare import runs
-
-OTHER_BLOCKS = ("other",)
-
+from corl import checkpoints, runs
+from corl.config import FinetuneConfig, main
 
 @dataclass
 class Dare:
@@ -58,6 +65,10 @@ class Dare:
 
 @dataclass
 class TrainConfig:
+    ONLINE = {"online_iterations", "load_model", "utd", "dare"}
+    BOOKKEEPING = FinetuneConfig.BOOKKEEPING
+    RESUMABLE = FinetuneConfig.RESUMABLE
+
     device: str = "cpu"
     env: str = "toy"
     seed: int = 0
@@ -98,39 +109,45 @@ class Trainer:
         self.w = state["w"]
 
 
+def walk(run, t, phase, config, trainer):
+    if phase == "online" and t == 12 and config.trap != "none":
+        print("a trap closes")
+        mark = Path(config.runs_dir) / "trap"
+        if config.trap == "error":
+            raise ValueError("the trap is an error")
+        if config.trap == "exit137":
+            raise SystemExit(137)
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(config.pause)
+    trainer.w = trainer.w + config.lr * torch.from_numpy(np.random.randn(3))
+    run.log(t + 1, phase, {"w": trainer.w[0]})
+
+
 def train(config):
     with runs.Run(config, "walk", ["w"]) as run:
         run.dataset = {"sha256": config.data * 64, "source": "toy"}
         np.random.seed(config.seed)
         trainer = Trainer()
         if config.load_model:
-            trainer.load_state_dict(runs.load_corl_checkpoint(config.load_model, ["w"]))
+            trainer.load_state_dict(checkpoints.load_corl_checkpoint(config.load_model, ["w"]))
         print("raylet", os.environ.get("RAY_RAYLET_PID"))
         print("threads", os.environ.get("OMP_NUM_THREADS"), "start", trainer.w.tolist())
         parts = {"trainer": trainer}
         if run.checkpoint is not None:
             print("resumed at", run.step)
             run.restore(parts)
-        for t in run.progress():
-            online = t >= config.offline_iterations
-            if online and t == 12 and config.trap != "none":
-                print("a trap closes")
-                mark = Path(config.runs_dir) / "trap"
-                if config.trap == "error":
-                    raise ValueError("the trap is an error")
-                if config.trap == "exit137":
-                    raise SystemExit(137)
-                if not mark.exists():
-                    mark.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(config.pause)
-            trainer.w = trainer.w + config.lr * torch.from_numpy(np.random.randn(3))
-            run.log(t + 1, "online" if online else "offline", {"w": trainer.w[0]})
-            if (t + 1) % config.eval_freq == 0:
-                value = trainer.w.sum().numpy()[None]
-                run.evaluation(t + 1, "online" if online else "offline", value, value)
-                run.step = t + 1
-                run.save(parts)
+        first = config.offline_iterations
+        last = first + config.online_iterations
+        for phase, end in (("offline", first), ("online", last)):
+            for t in run.steps(phase, end):
+                walk(run, t, phase, config, trainer)
+                if (t + 1) % config.eval_freq == 0:
+                    value = trainer.w.sum().numpy()[None]
+                    run.evaluation(t + 1, phase, value, value)
+                    run.step = t + 1
+                    run.save(parts)
         run.save(parts)
         if run.stop_requested:
             return run.interrupted()
@@ -138,7 +155,7 @@ def train(config):
 
 
 if __name__ == "__main__":
-    runs.main(train, TrainConfig)
+    main(train, TrainConfig)
 """
 METHODS = {
     "walk": {"algorithm": "walk.py"},
@@ -184,7 +201,7 @@ class HerePool:
         code, shown = 0, io.StringIO()
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
             try:
-                sweep.work(cell.folder)
+                run_cell(cell.folder)
             except SystemExit as end:
                 code = end.code
             except Exception:
@@ -207,7 +224,7 @@ class ProcessPool:
         return True
 
     def start(self, cell):
-        return self.threads.submit(sweep.run_process, *sweep._order(cell))
+        return self.threads.submit(run_process, *process_arguments(cell))
 
     def ended(self, handles, seconds):
         done, _ = wait(handles, seconds, FIRST_COMPLETED)
@@ -216,13 +233,13 @@ class ProcessPool:
 
 def drive(file, pool=None, **options):
     """Plan and run here; returns all done?, cells, what was printed, the pool."""
-    cells, pool, stream = sweep.plan(file), pool or HerePool(), io.StringIO()
+    cells, pool, stream = plan(file), pool or HerePool(), io.StringIO()
     done = sweep.drive(cells, pool, sweep.Table(cells, stream), **options)
     return done, cells, stream.getvalue(), pool
 
 
 def states(cells):
-    return [sweep.read_state(c.folder).get("state") for c in cells]
+    return [read_state(c.folder).get("state") for c in cells]
 
 
 def numbers(folder):
@@ -246,7 +263,7 @@ def numbers(folder):
 
 def test_a_plan_is_methods_times_overrides_times_tasks_times_seeds(store):
     grid = {"dare.cap": [3, None], "lr": [0.1, 0.2]}
-    cells = sweep.plan(store(tasks=["a-v2", "b-v2"], grid=grid, share_offline=False))
+    cells = plan(store(tasks=["a-v2", "b-v2"], grid=grid, share_offline=False))
     assert len(cells) == 2 * 4 * 2 * 2 == len({c.folder for c in cells})
     seen = {
         (c.method, c.config.env, c.config.seed, c.config.dare.cap, c.config.lr)
@@ -266,7 +283,7 @@ def test_methods_share_an_offline_model_unless_their_offline_settings_differ(sto
         "alone": {"algorithm": "walk.py", "settings": {"online_iterations": 0}},
         "given": {"algorithm": "walk.py", "settings": {"load_model": "m.pt"}},
     }
-    cells = sweep.plan(store(methods=methods, seeds=[0]))
+    cells = plan(store(methods=methods, seeds=[0]))
     by_name = {c.method: c for c in cells}
     models = [c for c in cells if c.is_model]
     assert cells[:2] == models and len(models) == 2
@@ -283,7 +300,7 @@ def test_methods_share_an_offline_model_unless_their_offline_settings_differ(sto
 
 def test_another_task_seed_or_offline_length_is_another_model(store):
     def models(**fields):
-        return {c.folder for c in sweep.plan(store(**fields)) if c.is_model}
+        return {c.folder for c in plan(store(**fields)) if c.is_model}
 
     first = models(seeds=[0])
     others = (
@@ -298,7 +315,7 @@ def test_another_task_seed_or_offline_length_is_another_model(store):
 
 def test_settings_that_change_no_result_are_the_same_cell(store):
     def folders(**settings):
-        return {c.folder for c in sweep.plan(store(settings=settings))}
+        return {c.folder for c in plan(store(settings=settings))}
 
     same = {"device": "cuda", "threads": 2, "wandb_mode": "offline", "group": "x"}
     assert folders(**same) == folders() == folders(lr=0.1)
@@ -308,16 +325,84 @@ def test_settings_that_change_no_result_are_the_same_cell(store):
 def test_a_new_field_renames_no_cell():
     old = dataclasses.make_dataclass("C", [("a", int, 1), ("b", int, 2)])
     new = dataclasses.make_dataclass("C", [("a", int, 1), ("b", int, 2), ("c", int, 3)])
-    assert sweep._digest("x", old(a=5), set()) == sweep._digest("x", new(a=5), set())
-    assert sweep._digest("x", new(a=5), set()) != sweep._digest(
-        "x", new(a=5, c=4), set()
-    )
-    assert sweep._digest("x", old(), set()) != sweep._digest("y", old(), set())
+    assert digest("x", old(a=5), set()) == digest("x", new(a=5), set())
+    assert digest("x", new(a=5), set()) != digest("x", new(a=5, c=4), set())
+    assert digest("x", old(), set()) != digest("y", old(), set())
+
+
+# Folders of the offline models of two shipped sweeps as they were planned before this package
+# was split: a store of old runs is found under these names.
+OFFLINE_CELLS = {
+    "hopper_cpu": {
+        "iql-hopper-medium-v2-s0-0b0db71f",
+        "iql-hopper-medium-v2-s1-50ce8f09",
+        "iql-hopper-medium-v2-s2-cc109435",
+    },
+    "cal_ql_cpu": {
+        "cal_ql-hopper-medium-v2-s0-e649f161",
+        "cal_ql-hopper-medium-v2-s1-846be496",
+        "cal_ql-hopper-medium-v2-s2-369ac725",
+        "cql-hopper-medium-v2-s0-8722a839",
+        "cql-hopper-medium-v2-s1-a7dbd578",
+        "cql-hopper-medium-v2-s2-b8a1a22c",
+    },
+}
+# The same of some cells that start from them.
+FINE_TUNED_CELLS = {
+    "hopper_cpu": {
+        "iql-halves-hopper-medium-v2-s0-0f53bb91",
+        "policy-ratio-hopper-medium-v2-s1-110c4d4a",
+        "cap-32-hopper-medium-v2-s2-1c29ed59",
+    },
+    "cal_ql_cpu": {
+        "cal-ql-hopper-medium-v2-s0-c6b7f6ab",
+        "dare-cal-ql-hopper-medium-v2-s1-c1c542a2",
+        "cql-hopper-medium-v2-s2-025b67c1",
+    },
+}
+
+
+@pytest.mark.parametrize("name", OFFLINE_CELLS)
+def test_the_cells_of_shipped_sweeps_keep_their_folders(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    cells = plan(ROOT / f"sweeps/{name}.yaml", tmp_path)
+    assert {c.folder.name for c in cells if c.is_model} == OFFLINE_CELLS[name]
+    assert FINE_TUNED_CELLS[name] <= {c.folder.name for c in cells}
+
+
+def test_the_offline_model_is_that_of_the_baseline_a_file_names(store):
+    named = CELL_PROGRAM.replace("@dataclass", 'BASELINE = "walk"\n\n\n@dataclass', 1)
+    Path("dare_other.py").write_text(named)
+    Path("dare_walk.py").write_text(CELL_PROGRAM)  # its name says nothing
+    methods = {m: {"algorithm": f"{m}.py"} for m in ("walk", "dare_other", "dare_walk")}
+    cells = {c.method: c for c in plan(store(methods=methods, seeds=[0]))}
+    assert cells["walk"].model is cells["dare_other"].model
+    assert cells["dare_other"].model.algorithm == "walk.py"
+    assert cells["dare_walk"].model.algorithm == "dare_walk.py"
+
+
+def test_blocks_of_other_algorithms_are_left_out_and_said_once_per_place(store, capsys):
+    Path("a.yaml").write_text("other: {x: 1}\n")
+    plan(store(config="{task}.yaml", settings={"other.y": 2}, seeds=[0, 1, 2]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("'other' is not for this" in line for line in lines)
+    assert lines[0].startswith(str(Path.cwd() / "s.yaml: settings"))
+    assert lines[1].startswith("a.yaml")
+
+
+def test_a_block_that_yaml_shares_between_methods_is_not_changed_by_one(store):
+    block = {"cap": 1}  # safe_dump writes an anchor for the second use
+    first = {"algorithm": "walk.py", "settings": {"dare": block, "dare.cap": 3}}
+    second = {"algorithm": "walk.py", "settings": {"dare": block}}
+    file = store(methods={"first": first, "second": second}, seeds=[0])
+    assert "*id" in file.read_text()
+    caps = {c.method: c.config.dare.cap for c in plan(file) if not c.is_model}
+    assert caps == {"first": 3, "second": 1}
 
 
 def test_config_files_take_the_tasks_place_and_lose_against_the_sweep(store):
     Path("a.yaml").write_text("lr: 0.7\nutd: 3\nother: {x: 1}\nenv: z\n")
-    cells = sweep.plan(store(config="{task}.yaml", settings={"other.y": 2}))
+    cells = plan(store(config="{task}.yaml", settings={"other.y": 2}))
     plain = next(c for c in cells if c.method == "walk").config
     fast = next(c for c in cells if c.method == "fast").config
     assert (plain.lr, plain.utd, fast.utd, plain.env) == (0.7, 3, 4, "a-v2")
@@ -360,6 +445,14 @@ def test_config_files_take_the_tasks_place_and_lose_against_the_sweep(store):
         ({"methods": {"m": {"algorithm": "s.yaml"}}}, ["s.yaml is not a Python file"]),
         ({"methods": {"m": {"algorithm": "e.py"}}}, ["e.py is no algorithm"]),
         (
+            {"methods": {"m": {"algorithm": "g.py"}}},
+            ["methods.m: g.py does not say which fields are ONLINE"],
+        ),
+        (
+            {"methods": {"m": {"algorithm": "h.py"}}},
+            ["h.py shares the offline phase of no, but no.py does not exist"],
+        ),
+        (
             {"methods": {"m": {"algorithm": "f.py"}}},
             ["f.py cannot be imported: SyntaxError"],
         ),
@@ -379,6 +472,8 @@ def test_a_bad_sweep_is_refused_in_one_line_before_anything_starts(
 ):
     Path("e.py").write_text("")
     Path("f.py").write_text("def")
+    Path("g.py").write_text(CELL_PROGRAM.replace("    ONLINE =", "    LATER ="))
+    Path("h.py").write_text('BASELINE = "no"\n' + CELL_PROGRAM)
     assert sweep.main([str(store(**fields))]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
@@ -406,8 +501,8 @@ def test_bad_flags_are_refused_in_one_line(store, capsys, flags, words):
 def test_without_ray_the_error_names_the_requirements(store, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert sweep.main([str(store())]) == 2
-    assert f"pip install -r {sweep.REQUIREMENTS}" in capsys.readouterr().err
-    assert (ROOT / sweep.REQUIREMENTS).is_file()
+    assert f"pip install -r {REQUIREMENTS}" in capsys.readouterr().err
+    assert (ROOT / REQUIREMENTS).is_file()
 
 
 @pytest.mark.parametrize(
@@ -417,7 +512,7 @@ def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp
     monkeypatch.chdir(ROOT)
     values = yaml.safe_load(file.read_text())
     assert list(values) == sorted(values)
-    cells = sweep.plan(file, tmp_path)
+    cells = plan(file, tmp_path)
     models = [c for c in cells if c.is_model]
     # One model per baseline, task and seed, whatever the methods change online.
     families = {c.algorithm for c in models}
@@ -445,7 +540,7 @@ def test_a_sweep_runs_models_first_and_its_cells_start_from_them(store):
         summary = json.loads((cell.folder / "run" / "summary.json").read_text())
         assert summary["score_offline"] == pytest.approx(float(weights.sum()))
         assert Path(summary["offline_run"]) == model.folder / "run"
-        assert sweep.read_state(cell.folder)["score"] == summary["score_final"]
+        assert read_state(cell.folder)["score"] == summary["score_final"]
     assert "3 of 3 done" in shown
 
 
@@ -459,10 +554,10 @@ def test_only_some_methods_run_and_the_others_can_follow(store):
     grid = {"utd": [2, 3]}
     methods = {**METHODS, "more": {"algorithm": "walk.py", "grid": grid}}
     file = store(methods=methods, seeds=[0, 1])
-    cells = sweep.plan(file)
+    cells = plan(file)
 
     def chosen(*names):
-        return [c.label for c in sweep.select(cells, names)]
+        return [c.label for c in select(cells, names)]
 
     models = ["offline walk a-v2 seed 0", "offline walk a-v2 seed 1"]
     fast = ["fast a-v2 seed 0", "fast a-v2 seed 1"]
@@ -472,7 +567,7 @@ def test_only_some_methods_run_and_the_others_can_follow(store):
     assert chosen("more,utd=3") == models + more[2:]
     assert chosen("walk", "fast", "more", "more,utd=2") == [c.label for c in cells]
     alone = {"algorithm": "walk.py", "settings": {"lr": 0.3}}  # a model of its own
-    cells = sweep.plan(store(methods={**METHODS, "alone": alone}, seeds=[0]))
+    cells = plan(store(methods={**METHODS, "alone": alone}, seeds=[0]))
     assert len(chosen("walk")) == len(chosen("alone")) == 2
 
 
@@ -526,17 +621,17 @@ def test_a_cell_that_keeps_dying_is_given_up(store):
 
 def test_a_stopped_cell_goes_on_to_the_same_numbers(store, tmp_path):
     drive(store(name="whole"))
-    cells = sweep.plan(store(name="parts"))
+    cells = plan(store(name="parts"))
     for cell in cells:
-        sweep.write_cell(cell)
+        write_cell(cell)
     for after in (2, 1):  # evaluations after which SIGTERM comes
         for cell in cells:
-            if sweep.read_state(cell.folder).get("state") == "done":
+            if read_state(cell.folder).get("state") == "done":
                 continue
             timer = _StopAfter(after)
             with contextlib.redirect_stdout(timer), pytest.raises(SystemExit) as end:
-                sweep.work(cell.folder)
-            assert end.value.code == sweep.STOPPED
+                run_cell(cell.folder)
+            assert end.value.code == STOPPED
     done, *_ = drive(store(name="parts"))
     assert done
 
@@ -563,14 +658,14 @@ class _StopAfter(io.StringIO):
 
 
 def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_behind(store):
-    (cell,) = sweep.plan(store(methods={"m": METHODS["walk"]}, seeds=[0]))[1:]
+    (cell,) = plan(store(methods={"m": METHODS["walk"]}, seeds=[0]))[1:]
     cell = dataclasses.replace(cell, model=None)
     cell.config = dataclasses.replace(cell.config, load_model="")
-    sweep.write_cell(cell)
+    write_cell(cell)
     dead = cell.folder / "m-a-v2-s0-1"
     dead.mkdir()
     (dead / "config.yaml").write_text("")
-    sweep.work(cell.folder)
+    run_cell(cell.folder)
     assert not dead.exists() and (cell.folder / "run" / "summary.json").is_file()
 
 
@@ -599,7 +694,7 @@ def test_a_store_begun_with_another_default_is_refused(store, capsys):
     Path("walk.py").write_text(
         CELL_PROGRAM.replace("lr: float = 0.1", "lr: float = 0.2")
     )
-    sweep.load_algorithm.cache_clear()
+    load_algorithm.cache_clear()
     assert sweep.main([str(store())]) == 2
     line = capsys.readouterr().err
     assert "was begun with lr 0.1, now it is 0.2" in line and line.count("\n") == 1
@@ -631,13 +726,13 @@ def test_what_another_sweep_does_to_a_failed_cell_hides_no_failure(store):
 
 
 def test_a_failure_is_not_written_over_what_another_sweep_does(store):
-    cell = sweep.plan(store())[0]
-    sweep.write_cell(cell)
-    with filelock.FileLock(cell.folder / "cell.lock"):
-        sweep._write_failed(cell.folder, ["lost"])
-    assert sweep.read_state(cell.folder) == {}
-    sweep._write_state(cell.folder, state="done", score=1.0)
-    sweep._write_failed(cell.folder, ["lost"])
+    cell = plan(store())[0]
+    write_cell(cell)
+    with lock(cell.folder):
+        write_failed(cell.folder, ["lost"])
+    assert read_state(cell.folder) == {}
+    write_state(cell.folder, state="done", score=1.0)
+    write_failed(cell.folder, ["lost"])
     assert states([cell]) == ["done"]
 
 
@@ -654,41 +749,44 @@ def test_a_pool_without_room_is_asked_again_later(store, monkeypatch):
 
 
 def test_a_damaged_state_is_named(store, capsys):
-    cell = sweep.plan(store())[0]
-    sweep.write_cell(cell)
+    cell = plan(store())[0]
+    write_cell(cell)
     (cell.folder / "state.json").write_text("")
     assert sweep.main([str(store())]) == 2
-    assert "state.json is damaged; remove it" in capsys.readouterr().err
+    assert (
+        "state.json is damaged (Expecting value: line 1 column 1 (char 0)); remove it"
+        in capsys.readouterr().err
+    )
 
 
 def test_one_process_at_a_time_runs_a_cell_and_the_second_finds_it_done(store):
-    cell = sweep.plan(store())[0]
-    sweep.write_cell(cell)
+    cell = plan(store())[0]
+    write_cell(cell)
     held, released = threading.Event(), []
 
     def other():
-        with filelock.FileLock(cell.folder / "cell.lock"):
+        with lock(cell.folder):
             held.set()
             time.sleep(0.3)
-            sweep._write_state(cell.folder, state="done", score=1.0)
+            write_state(cell.folder, state="done", score=1.0)
             released.append(time.monotonic())
 
     thread = threading.Thread(target=other)
     thread.start()
     held.wait()
-    sweep.work(cell.folder)
+    run_cell(cell.folder)
     assert released, "it waited for the other"
     thread.join()
     assert not list(cell.folder.glob("*/config.yaml")), "it was not run"
 
 
 def test_the_table_shows_every_cell_once(store):
-    cells = sweep.plan(store())
+    cells = plan(store())
     model, walk0, walk1, *_ = [cells[0], *[c for c in cells if c.method == "walk"]]
     for cell in (model, walk0, walk1):
-        sweep.write_cell(cell)
-    sweep._write_state(model.folder, state="done", score=12.34)
-    sweep._write_state(walk0.folder, state="failed", error=["x"])
+        write_cell(cell)
+    write_state(model.folder, state="done", score=12.34)
+    write_state(walk0.folder, state="failed", error=["x"])
     (walk1.folder / "r").mkdir()
     (walk1.folder / "r" / "metrics.csv").write_text("step,phase\n4,online\n9,online\n")
     stream = io.StringIO()
@@ -736,7 +834,7 @@ def test_fine_tuning_a_shared_model_starts_where_an_unbroken_run_switches(
     assert model.algorithm == str(
         ROOT / "algorithms" / f"{name.removeprefix('dare_')}.py"
     )
-    program = sweep.load_algorithm(algorithm)
+    program = load_algorithm(algorithm)
     whole = dataclasses.replace(
         cell.config, offline_iterations=20, load_model="", runs_dir="whole"
     )
@@ -774,12 +872,12 @@ def test_a_baseline_leaves_out_shared_dare_settings_and_refuses_its_own(
         "methods": {"iql": iql, "dare": {"algorithm": "algorithms/dare_iql.py"}},
     }
     file = store(**fields)
-    cells = {c.method: c for c in sweep.plan(file)}
+    cells = {c.method: c for c in plan(file)}
     assert cells["dare"].config.dare.cap == 3 and cells["iql"].config.online_iterations
     assert cells["iql"].model is cells["dare"].model
     fields["methods"]["iql"] = {**iql, "settings": {"dare.cap": 3}}
     with pytest.raises(ConfigError, match="methods.iql.settings: unknown field dare"):
-        sweep.plan(store(**fields))
+        plan(store(**fields))
 
 
 # ---------------------------------------------------------------- processes
@@ -799,13 +897,13 @@ def test_a_killed_process_is_started_again_from_its_checkpoint(store):
 
 
 def test_a_cell_saves_and_ends_when_its_worker_is_gone(store):
-    cell = sweep.plan(store(settings={"online_iterations": 9999, "pause": 0.01}))[2]
+    cell = plan(store(settings={"online_iterations": 9999, "pause": 0.01}))[2]
     cell.config = dataclasses.replace(cell.config, load_model="", offline_iterations=5)
-    sweep.write_cell(cell)
-    words, cwd, path, variables, log = sweep._order(cell)
+    write_cell(cell)
+    words, cwd, path, variables, log = process_arguments(cell)
     program = (
-        "import sys, json; from corl_dare import sweep; "
-        "sweep.run_process(*json.loads(sys.argv[1]))"
+        "import sys, json; from experiments.workers import run_process; "
+        "run_process(*json.loads(sys.argv[1]))"
     )
     order = json.dumps([words, cwd, path, variables, log])
     worker = subprocess.Popen(
@@ -816,10 +914,10 @@ def test_a_cell_saves_and_ends_when_its_worker_is_gone(store):
     finally:
         worker.kill()
         worker.wait()
-    with filelock.FileLock(cell.folder / "cell.lock", timeout=20):
+    with lock(cell.folder, timeout=20):
         text = Path(log).read_text()  # the process that held it has ended
     assert "saved at step" in text and "stopping after this step" in text
-    assert sweep.read_state(cell.folder) == {}
+    assert read_state(cell.folder) == {}
 
 
 def _wait_for(condition, process, seconds=300):
@@ -895,12 +993,15 @@ def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, monkeypatch):
     address = f"127.0.0.1:{port}"
     head = ["--head", "--port", str(port), "--include-dashboard", "false"]
     nodes = []
+    # Its workers cannot import this repository; the cells' processes are told where it is.
+    elsewhere = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     try:
         for words in (head, ["--address", address]):
             log = Path(f"node{len(nodes)}.txt")
             with open(log, "w") as file:
                 words = [*ray, *words, *one]
-                node = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+                output = {"stdout": file, "stderr": subprocess.STDOUT}
+                node = subprocess.Popen(words, env=elsewhere, **output)
             nodes.append(node)
             _wait_for(lambda log=log: "--block" in log.read_text(), node)
         file = store(seeds=[0], settings={"pause": 0.1})

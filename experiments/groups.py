@@ -1,0 +1,177 @@
+"""An experiment: a folder of stored runs, and how `experiment.yaml` groups and names them.
+
+docs/report.md explains that file.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from experiments.store import check_settings, online_steps, read_store
+
+EXPERIMENT_FIELDS = {
+    "title": str,
+    "note": str,
+    "baseline": str,
+    "names": dict,
+    "groups": list,
+}
+GROUP_FIELDS = {"title": str, "note": str, "labels": list, "baseline": str}
+
+
+class Group(NamedTuple):
+    """Methods that are compared: one set of tables and figures."""
+
+    title: str
+    note: str
+    labels: tuple[str, ...]  # those that have runs
+    missing: tuple[str, ...]  # those that have none yet
+    baseline: str | None
+
+    @property
+    def slug(self) -> str:
+        """What its figures' names begin with."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") or "group"
+
+
+class Experiment(NamedTuple):
+    """A folder of results. runs: label -> task -> seed -> stored run."""
+
+    folder: Path
+    title: str
+    note: str
+    names: dict[str, str]
+    groups: list[Group]
+    runs: dict[str, dict[str, dict[int, dict]]]
+
+    def name(self, label: str) -> str:
+        """What tables and figures call a method."""
+        return self.names.get(label, label)
+
+    def records(self, labels: Iterable[str]) -> Iterator[Mapping]:
+        """The stored runs of some methods, by task and seed."""
+        for label in labels:
+            for _, by_seed in sorted(self.runs[label].items()):
+                for _, record in sorted(by_seed.items()):
+                    yield record
+
+    def data_labels(self, labels: Iterable[str]) -> list[str]:
+        """What the data of some methods' runs is called."""
+        return sorted({record["dataset"]["label"] for record in self.records(labels)})
+
+
+def read_experiment(folder: Path | str) -> Experiment:
+    """An experiment's stored runs and how `experiment.yaml` groups them.
+
+    Without that file all labels are one group, compared with the first.
+
+    Raises:
+        ValueError: no runs, unknown fields, or runs of a group that cannot be compared.
+    """
+    folder = Path(folder)
+    records = read_store(folder)
+    if not records:
+        raise ValueError(
+            f"{folder} holds no runs; put some in with `add RUN --to {folder}`"
+        )
+    check_settings(records)
+    runs: dict[str, dict[str, dict[int, dict]]] = {}
+    for r in records:
+        runs.setdefault(r["label"], {}).setdefault(r["env"], {})[r["seed"]] = r
+    file = folder / "experiment.yaml"
+    values = _read_fields(file)
+    groups: list[Group] = []
+    mentioned: set[str] = set()
+    everything = {"title": "All methods", "labels": sorted(runs)}
+    for entry in values.get("groups") or [everything]:
+        group = _read_group(entry, values, runs, file)
+        if group.slug in [other.slug for other in groups]:
+            raise ValueError(
+                f"{file}: group {group.title!r}: another group's figures have the name "
+                f"{group.slug}, too; give them titles that differ in letters a-z or digits"
+            )
+        groups.append(group)
+        mentioned |= {*group.labels, *group.missing}
+        _check_comparable(group.title, {label: runs[label] for label in group.labels})
+    if values.get("baseline") and values["baseline"] not in mentioned:
+        raise ValueError(f"{file}: baseline {values['baseline']} is in no group")
+    note = (values.get("note") or "").strip()
+    title = values.get("title") or folder.name
+    return Experiment(folder, title, note, values.get("names") or {}, groups, runs)
+
+
+def _read_fields(file: Path) -> dict[str, Any]:
+    """The fields of experiment.yaml, checked; {} where there is none."""
+    values = {}
+    if file.is_file():
+        try:
+            values = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+    _check_fields(values, EXPERIMENT_FIELDS, str(file))
+    return values
+
+
+def _read_group(entry: Any, values: Mapping, runs: Mapping, file: Path) -> Group:
+    """One entry of `groups`; what it does not say is taken from the whole file's values."""
+    _check_fields(entry, GROUP_FIELDS, f"{file}: a group")
+    if not entry.get("title") or not entry.get("labels"):
+        raise ValueError(f"{file}: a group needs a title and labels")
+    where = f"{file}: group {entry['title']!r}"
+    labels = [str(label) for label in entry["labels"]]
+    if entry.get("baseline") and entry["baseline"] not in labels:
+        raise ValueError(f"{where}: baseline {entry['baseline']} is not in labels")
+    names = values.get("names") or {}
+    shown = [names.get(label, label) for label in labels]
+    if len(set(shown)) < len(shown):
+        raise ValueError(f"{where}: two labels have the same name; see names")
+    present = tuple(label for label in labels if label in runs)
+    baseline = entry.get("baseline") or values.get("baseline") or labels[0]
+    return Group(
+        entry["title"],
+        (entry.get("note") or "").strip(),
+        present,
+        tuple(label for label in labels if label not in runs),
+        baseline if baseline in present else None,
+    )
+
+
+def _check_fields(values: Any, fields: Mapping[str, type], where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold `field: value` lines")
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(
+                f"{where}: unknown field {name}; known: {', '.join(fields)}"
+            )
+        kind = fields[name]
+        if value is not None and not isinstance(value, kind):
+            word = {str: "text", list: "a list", dict: "a block"}[kind]
+            raise ValueError(f"{where}: {name} must be {word}, not {value!r}")
+        if kind is dict and any(not isinstance(v, str) for v in (value or {}).values()):
+            raise ValueError(f"{where}: {name} must give each label a text")
+
+
+def _check_comparable(title: str, tree: Mapping[str, Mapping[str, Mapping]]) -> None:
+    """Same data, same evaluations: what a comparison on a task takes for granted."""
+    first: dict[str, tuple] = {}
+    for label, tasks in tree.items():
+        for env, by_seed in tasks.items():
+            for record in by_seed.values():
+                online = [e for e in record["evaluations"] if e["phase"] == "online"]
+                facts = {
+                    "the data (sha256)": record["dataset"]["sha256"][:12],
+                    "the evaluations' steps": online_steps(record),
+                    "episodes per evaluation": len(online[0]["returns"]),
+                    "eval_seed": record["config"].get("eval_seed"),
+                }
+                other, theirs = first.setdefault(env, (label, facts))
+                for name, value in facts.items():
+                    if value != theirs[name]:
+                        raise ValueError(
+                            f"group {title!r}, {env}: {name} of {label} and {other} differ "
+                            f"({value} and {theirs[name]}); put them in different groups"
+                        )

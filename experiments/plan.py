@@ -1,0 +1,401 @@
+"""The plan of a sweep file: methods × overrides × tasks × seeds, a cell each.
+
+Fine-tuning starts from shared offline models, one per (baseline, task, seed, offline settings).
+They are cells, too. The name of a cell's folder ends in a hash of its settings, so changed settings
+are a new cell, and cells that differ in nothing that changes a result are the same one.
+
+docs/sweep.md explains the sweep file.
+"""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corl.config import ConfigError, make_config, read_yaml, without_foreign_blocks
+from experiments.cells import OFFLINE, Cell, check_begun
+from experiments.programs import baseline_of, load_algorithm
+from experiments.values import flatten
+
+SWEEP_FIELDS = {
+    "name": str,
+    "config": str,
+    "tasks": list,
+    "seeds": list,
+    "settings": dict,
+    "grid": dict,
+    "methods": dict,
+    "share_offline": bool,
+    "offline_settings": dict,
+}
+METHOD_FIELDS = {
+    "algorithm": str,
+    "config": str,
+    "settings": dict,
+    "grid": dict,
+    "offline": str,
+}
+# Config fields that the sweep fills itself, and what to write in the sweep file instead.
+FILLED_BY_SWEEP = {
+    "env": "tasks: [...]",
+    "seed": "seeds: [...]",
+    "name": "the method's name",
+    "runs_dir": "--runs_dir",
+    "resume": "the same command again",
+}
+# Values of settings, later ones over earlier ones: (where they come from, nested values).
+Layers = list[tuple[str, dict[str, Any]]]
+
+
+@dataclass
+class Method:
+    """A method of a sweep file.
+
+    Attributes:
+        name: its key in the file.
+        origin: its place in the file, for errors.
+        algorithm: path of the algorithm file.
+        config: settings file with `{task}` in its name; none: the defaults.
+        settings: its own, over those that all methods share.
+        grid: every combination of field values; at least one, which may be empty.
+        offline: algorithm file of its offline model; none: the algorithm's baseline.
+    """
+
+    name: str
+    origin: str
+    algorithm: str
+    config: str | None
+    settings: dict[str, Any]
+    grid: list[dict[str, Any]]
+    offline: str | None
+
+
+@dataclass
+class Sweep:
+    """A sweep file, checked. name: of its folder; settings, offline_settings: nested."""
+
+    path: Path
+    name: str
+    tasks: list[str]
+    seeds: list[int]
+    methods: list[Method]
+    settings: dict[str, Any]
+    offline_settings: dict[str, Any]
+    share_offline: bool
+
+
+def plan(path: Path | str, runs_dir: Path | str = "runs") -> list[Cell]:
+    """The cells of a sweep file, offline cells first; nothing is written.
+
+    Raises:
+        ValueError: unknown or missing fields, wrong types, an algorithm, a config or a setting
+            that does not exist, settings that an algorithm refuses, a store that was begun
+            with other settings. One line that names the place.
+    """
+    runs_dir = Path(runs_dir)
+    sweep = read_sweep(path)
+    shared = _SharedSettings(sweep)
+    cells: dict[Path, Cell] = {}
+    models: dict[Path, Cell] = {}
+    for method in sweep.methods:
+        points = itertools.product(method.grid, sweep.tasks, sweep.seeds)
+        for overrides, task, seed in points:
+            layers = shared.layers(method, task)
+            cell = _cell(sweep, method, layers, overrides, task, seed, runs_dir)
+            if sweep.share_offline and _needs_model(cell.config):
+                model = _offline_cell(sweep, method, cell, runs_dir)
+                cell.model = models.setdefault(model.folder, model)
+                cell.config = dataclasses.replace(
+                    cell.config,
+                    offline_iterations=0,
+                    load_model=str(cell.model.folder / "model.pt"),
+                )
+            if cell.folder in cells:
+                raise ConfigError(f"{sweep.path}: {cell.label} is there twice")
+            cells[cell.folder] = cell
+    ordered = [*models.values(), *cells.values()]
+    for cell in ordered:
+        check_begun(cell)
+    return ordered
+
+
+def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
+    """The cells of some methods, in the order of their names, after the models that they need.
+
+    Args:
+        cells: of `plan`.
+        methods: names; that of a method with a grid stands for all its combinations.
+
+    Raises:
+        ValueError: a name that no cell has.
+    """
+    named: dict[str, list[Cell]] = {}
+    for cell in (c for c in cells if not c.is_model):
+        for name in {cell.method, cell.method.split(",")[0]}:
+            named.setdefault(name, []).append(cell)
+    for method in methods:
+        if method not in named:
+            raise ConfigError(
+                f"--only: the sweep has no method {method}; it has {', '.join(sorted(named))}"
+            )
+    taken = {c.folder: c for method in methods for c in named[method]}
+    needed = {c.model.folder for c in taken.values() if c.model}
+    return [*(c for c in cells if c.folder in needed), *taken.values()]
+
+
+def digest(algorithm: str, config: Any, leave_out: AbstractSet[str]) -> str:
+    """Hash of the settings that are not defaults: a new field does not rename old cells.
+
+    Args:
+        algorithm: name of the algorithm file without `.py`.
+        config: an instance of its dataclass.
+        leave_out: fields that do not count.
+    """
+    default = flatten(dataclasses.asdict(type(config)()))
+    values = {
+        name: value
+        for name, value in flatten(dataclasses.asdict(config)).items()
+        if name.split(".")[0] not in leave_out and value != default[name]
+    }
+    text = json.dumps([algorithm, values], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------- the sweep file
+
+
+def read_sweep(path: Path | str) -> Sweep:
+    """A sweep file, its fields checked; the settings are checked where a cell is made of them.
+
+    Raises:
+        ConfigError: an unknown or missing field, a wrong type, a bad name.
+    """
+    path = Path(path)
+    values = _checked_fields(read_yaml(path), SWEEP_FIELDS, str(path))
+    for name in ("tasks", "seeds", "methods"):
+        if not values.get(name):
+            raise ConfigError(f"{path}: {name} is missing or empty")
+    name = values.get("name", path.stem)
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name == OFFLINE:
+        raise ConfigError(f"{path}: {name!r} cannot be the name of a sweep's folder")
+    for task in values["tasks"]:
+        if not isinstance(task, str):
+            raise ConfigError(f"{path}: tasks must be D4RL names, not {task!r}")
+    for seed in values["seeds"]:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ConfigError(f"{path}: seeds must be whole numbers, not {seed!r}")
+    return Sweep(
+        path,
+        name,
+        values["tasks"],
+        values["seeds"],
+        [
+            _read_method(key, method, f"{path}: methods.{key}", values)
+            for key, method in values["methods"].items()
+        ],
+        _nested(values.get("settings", {}), f"{path}: settings"),
+        _nested(values.get("offline_settings", {}), f"{path}: offline_settings"),
+        values.get("share_offline", True),
+    )
+
+
+def _read_method(key: Any, values: Any, origin: str, sweep: Mapping) -> Method:
+    if not re.fullmatch(r"\w[\w.+-]*", str(key)):
+        raise ConfigError(f"{origin}: use letters, digits and . + - _ only")
+    values = _checked_fields(values, METHOD_FIELDS, origin)
+    if "algorithm" not in values:
+        raise ConfigError(f"{origin}: algorithm is missing")
+    return Method(
+        str(key),
+        origin,
+        values["algorithm"],
+        values.get("config", sweep.get("config")),
+        _nested(values.get("settings", {}), f"{origin}.settings"),
+        _combinations({**sweep.get("grid", {}), **values.get("grid", {})}, origin),
+        values.get("offline"),
+    )
+
+
+def _checked_fields(values: Any, known: dict[str, type], origin: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} must be a block of fields, not {values!r}")
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"{origin}: unknown field {name}{hint} (known: {', '.join(known)})"
+            )
+        if not isinstance(value, known[name]):
+            kinds = {
+                list: "a list",
+                dict: "a block of fields",
+                str: "a text",
+                bool: "true or false",
+            }
+            raise ConfigError(
+                f"{origin}: {name} must be {kinds[known[name]]}, not {value!r}"
+            )
+    return values
+
+
+def _combinations(grid: dict[str, list], origin: str) -> list[dict[str, Any]]:
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(
+                f"{origin}: grid.{name} must be a list of values, not {values!r}"
+            )
+    points = itertools.product(*grid.values())
+    return [dict(zip(grid, point, strict=True)) for point in points]
+
+
+def _nested(values: dict, origin: str) -> dict[str, Any]:
+    """`dare.cap: 3` as `dare: {cap: 3}`; fields that the sweep fills itself raise."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in FILLED_BY_SWEEP:
+            raise ConfigError(f"{origin}: {name} is given by {FILLED_BY_SWEEP[name]}")
+        *blocks, last = str(name).split(".")
+        target = nested
+        for block in blocks:
+            target = target.setdefault(block, {})
+            if not isinstance(target, dict):
+                raise ConfigError(
+                    f"{origin}: {name} is set, but {block} is {target!r} and not a block"
+                )
+        if isinstance(value, dict) and isinstance(target.get(last), dict):
+            target[last].update(value)
+        else:
+            target[last] = copy.deepcopy(value)  # YAML's anchors share one block
+    return nested
+
+
+# ---------------------------------------------------------------- cells
+
+
+class _SharedSettings:
+    """The settings files and the sweep's own settings, which several algorithms read.
+
+    Each algorithm gets them without the blocks that only others have; what is left out is
+    printed once per algorithm and place, not once per cell.
+    """
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+        self.found: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def layers(self, method: Method, task: str) -> Layers:
+        """The settings file of the task, if the method has one, and the sweep's settings."""
+        layers = [self._layer(method, f"{self.sweep.path}: settings", None)]
+        if method.config is not None:
+            short = re.sub(r"-v\d+$", "", task).replace("-", "_")
+            file = method.config.replace("{task}", short)
+            layers.insert(0, self._layer(method, file, Path(file)))
+        return layers
+
+    def _layer(
+        self, method: Method, origin: str, file: Path | None
+    ) -> tuple[str, dict[str, Any]]:
+        key = (method.algorithm, origin)
+        if key not in self.found:
+            with _errors_name(method.origin):
+                program = load_algorithm(method.algorithm)
+            values = read_yaml(file) if file else self.sweep.settings
+            self.found[key] = without_foreign_blocks(program.TrainConfig, values, origin)
+        return origin, self.found[key]
+
+
+def _cell(
+    sweep: Sweep,
+    method: Method,
+    shared: Layers,
+    overrides: dict[str, Any],
+    task: str,
+    seed: int,
+    runs_dir: Path,
+) -> Cell:
+    label = ",".join([method.name, *(f"{k}={_text(v)}" for k, v in overrides.items())])
+    layers = [
+        *shared,
+        (f"{method.origin}.settings", method.settings),
+        (f"{method.origin}.grid", _nested(overrides, f"{method.origin}.grid")),
+        (str(sweep.path), {"env": task, "seed": seed, "name": _file_name(label)}),
+    ]
+    config = _make(method.algorithm, layers, f"{method.origin} on {task}")
+    stem = Path(method.algorithm).stem
+    ending = f"{task}-s{seed}-{digest(stem, config, config.BOOKKEEPING)}"
+    folder = runs_dir / sweep.name / f"{_file_name(label)}-{ending}"
+    config = dataclasses.replace(config, runs_dir=str(folder))
+    return Cell(folder, label, task, seed, method.algorithm, config, overrides)
+
+
+def _needs_model(config: Any) -> bool:
+    trained = config.offline_iterations > 0 and config.online_iterations > 0
+    return trained and not config.load_model
+
+
+def _offline_cell(sweep: Sweep, method: Method, cell: Cell, runs_dir: Path) -> Cell:
+    """The offline cell whose model a fine-tuning cell starts from."""
+    path = sweep.path
+    with _errors_name(f"{path}: offline"):
+        algorithm = method.offline or baseline_of(method.algorithm)
+        config_class = load_algorithm(algorithm).TrainConfig
+    known = {field.name for field in dataclasses.fields(config_class)}
+    # Only what the offline phase reads: what else a cell sets must not make another model.
+    unread = config_class.ONLINE | {"runs_dir", "resume", "name", "checkpoints_path"}
+    values = dataclasses.asdict(cell.config)
+    values = {k: v for k, v in values.items() if k in known - unread}
+    stem = Path(algorithm).stem
+    layers = [
+        (str(path), {**values, "name": f"offline-{stem}"}),
+        (f"{path}: offline_settings", sweep.offline_settings),
+        (str(path), {"online_iterations": 0}),
+    ]
+    config = _make(algorithm, layers, f"{path}: the offline phase of {cell.label}")
+    if config.offline_iterations % config.eval_freq:
+        raise ConfigError(
+            f"{path}: eval_freq {config.eval_freq} does not divide offline_iterations "
+            f"{config.offline_iterations}, so the score before fine-tuning would be unknown; "
+            "set offline_settings: {eval_freq: ...}"
+        )
+    ending = digest(stem, config, config.BOOKKEEPING | config.ONLINE)
+    folder = runs_dir / OFFLINE / f"{stem}-{cell.task}-s{cell.seed}-{ending}"
+    config = dataclasses.replace(config, runs_dir=str(folder))
+    return Cell(folder, f"offline {stem}", cell.task, cell.seed, algorithm, config, {})
+
+
+def _make(algorithm: str, layers: Layers, origin: str) -> Any:
+    """A config; settings that the algorithm refuses are an error that names the origin."""
+    try:
+        return make_config(load_algorithm(algorithm).TrainConfig, layers)
+    except ConfigError:
+        raise  # it names its place already
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+@contextmanager
+def _errors_name(origin: str) -> Iterator[None]:
+    """Errors inside the block begin with the place that they are about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def _file_name(label: str) -> str:
+    """A label as the first part of a folder's name; file names end at 255 bytes."""
+    return re.sub(r"[^\w.,=+-]", "_", label)[:100]

@@ -1,0 +1,301 @@
+"""Stored runs: what a publication needs out of finished run folders, as small text files.
+
+`results/EXPERIMENT/runs/LABEL/ENV-sSEED.json` holds raw episode returns, thinned metrics, settings
+and provenance of one run. A label is one method. docs/report.md says what is refused, and why.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corl import files
+from corl.config import FinetuneConfig, read_yaml
+from corl.curves import read_csv
+from experiments import stats
+from experiments.values import dump_json, flatten, read_json
+
+# Version of the form of a stored run.
+FORMAT = 1
+# Points of a metric's stored curve, at most.
+POINTS = 100
+# Columns of metrics.csv that are stored, of those that a run has. The first rows are what DARE
+# says of its exchange and its energy network. Kept as a list of names: a stored run must stay the
+# same text when a file logs one number more.
+METRICS = (
+    *("exchanged", "separation_point", "candidates_off", "candidates_on"),
+    *("score_off_mean", "score_off_std", "score_on_mean", "score_on_std"),
+    *("amplitude_before", "amplitude_after", "inverted"),
+    *("references_clipped", "energy_loss"),
+    *("q_loss", "value_loss", "actor_loss", "policy_loss"),
+    *("success_rate", "train_score"),
+)
+# Config fields that are not stored as settings of the method. A stored run says elsewhere which
+# task, seed, data and offline model it is of, so runs that differ in these share a label; to a
+# sweep's plan they are different cells, so its list is shorter: bookkeeping alone.
+NOT_SETTINGS = FinetuneConfig.BOOKKEEPING | {
+    *("dataset_path", "env", "load_model", "log_freq", "seed"),
+}
+# What a finished run's files hold in any case: file -> fields.
+REQUIRED = {
+    "summary.json": (
+        *("algorithm", "env", "machine", "versions", "score_final"),
+        *("updates", "updates_per_second", "wall_seconds"),
+    ),
+    "config.yaml": ("name", "offline_iterations"),
+}
+
+
+# ---------------------------------------------------------------- from a run folder
+
+
+def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
+    """What the store keeps of a finished run folder, as numbers and text.
+
+    Args:
+        folder: run folder.
+        label: name of the method in tables; default: the config's `name`.
+
+    Raises:
+        ValueError: an unfinished run, one without a known commit, dataset source or seed,
+            without online evaluations, or with files that are damaged or disagree.
+    """
+    folder = Path(folder)
+    summary = read_json(folder / "summary.json", "the run is not finished; resume it")
+    config = read_yaml(folder / "config.yaml")
+    data = _check_provenance(folder, summary, config)
+    label = label or str(config["name"])
+    if not re.fullmatch(r"\w[\w.,+=-]*", label):
+        raise ValueError(
+            f"label {label!r} must be letters, digits and . , _ + = -, no sign first; give "
+            "another one with --as"
+        )
+    evaluations = _read_evaluations(folder / "evaluations.csv")
+    _check_final_score(folder, evaluations, summary)
+    settings = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
+    record = {
+        "format": FORMAT,
+        "label": label,
+        **{name: summary[name] for name in ("algorithm", "env", "seed", "commit")},
+        "dataset": data,
+        "machine": summary["machine"],
+        "versions": summary["versions"],
+        "config": _plain(settings),
+        "before": _before(evaluations, _offline_runs(summary, config)),
+        "evaluations": evaluations,
+        "metrics": _thin_metrics(folder / "metrics.csv", config["offline_iterations"]),
+        "updates": summary["updates"],
+        "updates_per_second": _digits(summary["updates_per_second"]),
+        "wall_seconds": _digits(summary["wall_seconds"]),
+    }
+    if (folder / "snapshot.json").is_file():
+        record["snapshot"] = read_json(folder / "snapshot.json")
+    return record
+
+
+def _check_provenance(folder: Path, summary: Mapping, config: Mapping) -> dict[str, Any]:
+    """What the summary says of the dataset, without its path; a run nobody could repeat raises."""
+    for file, values in (("summary.json", summary), ("config.yaml", config)):
+        for name in REQUIRED[file]:
+            if name not in values:
+                raise ValueError(f"{folder / file} lacks {name}; run it again")
+    data = summary.get("dataset")
+    if not isinstance(data, dict):
+        data = {}
+    needed = {
+        "commit": summary.get("commit") not in (None, "", "unknown"),
+        "dataset source": bool(data.get("source") and data.get("label")),
+        "dataset sha256": bool(data.get("sha256")),
+        "seed": isinstance(summary.get("seed"), int),
+    }
+    for name, known in needed.items():
+        if not known:
+            raise ValueError(
+                f"{folder}: summary.json does not say the run's {name}, so nobody could "
+                "repeat it; run it again from a git checkout with the data at hand"
+            )
+    return {name: value for name, value in data.items() if name != "path"}
+
+
+def _check_final_score(folder: Path, evaluations: list[dict], summary: Mapping) -> None:
+    """The evaluations must be those that the summary was made of."""
+    scores = [np.mean(e["scores"]) for e in evaluations if e["phase"] == "online"]
+    if not scores:
+        raise ValueError(
+            f"{folder} has no online evaluation; there is nothing to compare"
+        )
+    final = stats.final_score(scores)
+    if not math.isclose(final, summary["score_final"], abs_tol=1e-6):
+        raise ValueError(
+            f"{folder}: evaluations.csv gives the final score {final:.3f}, summary.json says "
+            f"{summary['score_final']:.3f}; one of them belongs to another run"
+        )
+
+
+def _read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """Per evaluation its phase, step and raw episodes, in the order of the file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    found: dict[tuple, dict[str, Any]] = {}
+    try:
+        columns = read_csv(path)
+        names = ("phase", "step", "return", "score")
+        rows = list(zip(*(columns[n] for n in names), strict=True))
+        for phase, step, total, score in rows:
+            entry = {"phase": phase, "step": int(step), "returns": [], "scores": []}
+            entry = found.setdefault((phase, int(step)), entry)
+            entry["returns"].append(float(total))
+            entry["scores"].append(float(score))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    for (phase, step), entry in found.items():
+        if not np.isfinite(entry["returns"] + entry["scores"]).all():
+            raise ValueError(
+                f"{path}: {phase} step {step} has a return that is no number"
+            )
+    if len({len(e["returns"]) for e in found.values()}) > 1:
+        raise ValueError(f"{path}: evaluations have different numbers of episodes")
+    return list(found.values())
+
+
+def _offline_runs(summary: Mapping, config: Mapping) -> list[tuple[Path, float]]:
+    """Folders where the run of the loaded model may be, and the step it was loaded at."""
+    found = []
+    if summary.get("offline_run"):  # a sweep says it
+        found.append((Path(summary["offline_run"]).expanduser(), math.inf))
+    if config.get("load_model"):
+        file = Path(str(config["load_model"])).expanduser()
+        number = re.fullmatch(r"checkpoint_(\d+)\.pt", file.name)
+        step = int(number.group(1)) + 1 if number else math.inf
+        for folder in (file.parent, file.parent / "run", file.parent.parent):
+            found.append((folder, step))
+    return found
+
+
+def _before(evaluations: list[dict], sources: list) -> dict[str, Any] | None:
+    """The evaluation of the offline model: of this run, or of the run it was loaded from."""
+    offline = [e for e in evaluations if e["phase"] == "offline"]
+    for folder, step in sources:
+        if not offline and (folder / "evaluations.csv").is_file():
+            entries = _read_evaluations(folder / "evaluations.csv")
+            offline = [e for e in entries if e["phase"] == "offline"]
+            offline = [e for e in offline if e["step"] <= step]
+    return offline[-1] if offline else None
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON can hold them: an infinite bound as text."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _thin_metrics(path: Path, switch: int) -> dict[str, list]:
+    """Means of the online rows in at most POINTS bins; `step` counts from the switch."""
+    try:
+        columns = read_csv(path)
+        rows = [i for i, phase in enumerate(columns["phase"]) if phase == "online"]
+        bins = np.array_split(rows, min(POINTS, len(rows))) if rows else []
+        thin = {"step": [int(columns["step"][b[-1]]) - switch for b in bins]}
+        curves = {n: [float(v or "nan") for v in columns.get(n, [])] for n in METRICS}
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    for name, curve in curves.items():
+        values = np.array(curve)
+        values = np.where(np.isfinite(values), values, np.nan)
+        parts = [values[b][np.isfinite(values[b])] for b in bins if len(values)]
+        if any(len(p) for p in parts):
+            thin[name] = [_digits(p.mean()) if len(p) else None for p in parts]
+    return thin
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+# ---------------------------------------------------------------- the store
+
+
+def add(
+    folders: Iterable[Path | str], experiment: Path | str, label: str | None = None
+) -> list[Path]:
+    """Put finished runs into `experiment`/runs; returns their files. All or nothing.
+
+    Adding a run again renews its file. Raises ValueError as `read_run` does, where another run
+    has the same label, task and seed, or where runs of one label differ in a setting.
+    """
+    experiment = Path(experiment)
+    stored = {_store_path(experiment, r): r for r in read_store(experiment)}
+    new: dict[Path, dict] = {}
+    for folder in folders:
+        record = read_run(folder, label)
+        path = _store_path(experiment, record)
+        old = new.get(path) or stored.get(path)
+        if old is not None and _identity(old) != _identity(record):
+            raise ValueError(
+                f"{folder}: {path} already holds another run of this label, task and seed; "
+                "give this one another label with --as, or remove that file"
+            )
+        new[path] = record
+    check_settings({**stored, **new}.values())
+    for path, record in new.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, dump_json(record))
+    return list(new)
+
+
+def _store_path(experiment: Path, record: Mapping) -> Path:
+    name = f"{record['env']}-s{record['seed']}.json"
+    return experiment / "runs" / record["label"] / name
+
+
+def _identity(record: Mapping) -> str:
+    return dump_json({k: record[k] for k in ("commit", "evaluations", "wall_seconds")})
+
+
+def read_store(experiment: Path | str) -> list[dict[str, Any]]:
+    """The stored runs of an experiment, by label, task and seed."""
+    records = []
+    for path in sorted(Path(experiment).glob("runs/*/*.json")):
+        record = read_json(path)
+        if record.get("format") != FORMAT or path != _store_path(
+            Path(experiment), record
+        ):
+            raise ValueError(
+                f"{path} is no stored run of this place and format {FORMAT}; make it with "
+                "`python -m experiments.report add`"
+            )
+        records.append(record)
+    return sorted(records, key=lambda r: (r["label"], r["env"], r["seed"]))
+
+
+def check_settings(records: Iterable[Mapping]) -> None:
+    """Runs that share label and task may differ in nothing but the seed; else ValueError."""
+    first: dict[tuple, Mapping] = {}
+    for record in records:
+        other = first.setdefault((record["label"], record["env"]), record)
+        mine, theirs = flatten(record["config"]), flatten(other["config"])
+        for field in sorted(mine.keys() | theirs.keys()):
+            if mine.get(field) != theirs.get(field):
+                raise ValueError(
+                    f"label {record['label']} on {record['env']}: {field} is "
+                    f"{theirs.get(field)} for seed {other['seed']} and {mine.get(field)} for "
+                    f"seed {record['seed']}; one label is one method, use --as"
+                )
+
+
+def online_steps(record: Mapping) -> list[int]:
+    """Steps of a stored run's online evaluations, counted from the switch."""
+    switch = record["config"]["offline_iterations"]
+    return [e["step"] - switch for e in record["evaluations"] if e["phase"] == "online"]
+
+
+def online_scores(record: Mapping) -> np.ndarray:
+    """Mean scores (T,) of a stored run's online evaluations."""
+    online = [e["scores"] for e in record["evaluations"] if e["phase"] == "online"]
+    return np.array([np.mean(scores) for scores in online])

@@ -1,0 +1,328 @@
+"""The numbers of an experiment's runs, and the tables of its page.
+
+The unit is a run, one seed of one task. docs/report.md says what each number is.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import stats
+from experiments.groups import Experiment, Group
+from experiments.store import online_scores
+from experiments.values import flatten
+
+# Measures on which methods are compared -> their titles in figures.
+MEASURES = {
+    "after": "final score",
+    "training": "training episodes",
+}
+
+# ---------------------------------------------------------------- numbers of runs
+
+
+def measures(record: Mapping) -> dict[str, float | None]:
+    """A run's scores (D4RL-normalized): before, after (last four), last, best; its regret.
+
+    training: mean over the logged online steps of the score of the last training episode.
+    """
+    scores = online_scores(record)
+    return {
+        "before": float(np.mean(record["before"]["scores"]))
+        if record["before"]
+        else None,
+        "after": stats.final_score(scores),
+        "last": float(scores[-1]),
+        "best": float(scores.max()),
+        "regret": stats.regret(scores),
+        "training": _metric_mean(record, "train_score"),
+        "exchanged": _metric_mean(record, "exchanged"),
+    }
+
+
+def _metric_mean(record: Mapping, name: str) -> float | None:
+    values = [v for v in record["metrics"].get(name, []) if v is not None]
+    return float(np.mean(values)) if values else None
+
+
+def common_tasks(experiment: Experiment, group: Group) -> list[str]:
+    """The tasks that every method of the group has runs of."""
+    sets = [set(experiment.runs[label]) for label in group.labels]
+    return sorted(set.intersection(*sets)) if sets else []
+
+
+def _values(
+    experiment: Experiment, label: str, tasks: Sequence[str], measure: str
+) -> list[dict]:
+    """Per task: seed -> a measure of the run."""
+    runs_of = experiment.runs[label]
+    return [
+        {seed: measures(r)[measure] for seed, r in sorted(runs_of[env].items())}
+        for env in tasks
+    ]
+
+
+def values_of_all(
+    experiment: Experiment, group: Group, tasks: Sequence[str], measure: str
+) -> dict[str, list[dict]]:
+    """method -> per task seed -> a measure; empty if a run of the group lacks the measure."""
+    found = {x: _values(experiment, x, tasks, measure) for x in group.labels}
+    lacking = any(None in s.values() for scores in found.values() for s in scores)
+    return {} if lacking else found
+
+
+def paired(
+    scores: Sequence[Mapping], reference: Sequence[Mapping]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per task the values (R,) of both, for the seeds that both have."""
+    x, y = [], []
+    for mine, theirs in zip(scores, reference, strict=True):
+        seeds = sorted(mine.keys() & theirs.keys())
+        x.append(np.array([mine[s] for s in seeds]))
+        y.append(np.array([theirs[s] for s in seeds]))
+    return x, y
+
+
+def spread_over_runs(values: np.ndarray) -> np.ndarray:
+    """Sample standard deviation over the first axis; nan where there is one run."""
+    if len(values) < 2:
+        return np.full(values.shape[1:], np.nan)
+    return values.std(0, ddof=1)
+
+
+def snapshots(experiment: Experiment) -> dict[tuple[str, str], list[Mapping]]:
+    """(label, env) -> the records that have a snapshot, by seed."""
+    found: dict[tuple[str, str], list[Mapping]] = {}
+    for record in experiment.records(sorted(experiment.runs)):
+        if "snapshot" in record:
+            found.setdefault((record["label"], record["env"]), []).append(record)
+    return found
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+
+
+def _number(value: float, digits: int = 1) -> str:
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0.0 else text  # no -0.0
+
+
+def _spread(values: Sequence[float | None], digits: int = 1) -> str:
+    """Mean ± sample standard deviation over runs."""
+    known = np.array([v for v in values if v is not None])
+    if len(known) == 0:
+        return "–"
+    text = _number(known.mean(), digits)
+    if len(known) > 1:
+        text += f" ± {_number(spread_over_runs(known), digits)}"
+    return text
+
+
+def _interval(estimate: stats.Estimate, digits: int = 1) -> str:
+    text = _number(float(estimate.value), digits)
+    if math.isnan(estimate.low):
+        return f"{text} [no interval]"
+    ends = _number(estimate.low, digits), _number(estimate.high, digits)
+    return f"{text} [{ends[0]}, {ends[1]}]"
+
+
+def _seeds(by_seed: Mapping[int, Any]) -> str:
+    """Seeds in short: `0–2, 5`."""
+    parts: list[list[int]] = []
+    for seed in sorted(by_seed):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+
+
+def task_table(experiment: Experiment, group: Group) -> str:
+    """Per task and method: scores before, after, last, best; regret, training, exchange count."""
+    header = ["task", "method", "seeds", "before → after", "last", "best", "regret"]
+    header += ["training", "pairs exchanged"]
+    tasks = sorted({env for label in group.labels for env in experiment.runs[label]})
+    rows = []
+    for env in tasks:
+        for label in group.labels:
+            by_seed = experiment.runs[label].get(env, {})
+            if not by_seed:
+                continue
+            found = [measures(r) for _, r in sorted(by_seed.items())]
+            column = {name: [m[name] for m in found] for name in found[0]}
+            both = f"{_spread(column['before'])} → {_spread(column['after'])}"
+            rest = [_spread(column["last"]), _spread(column["best"])]
+            rest += [_spread(column["regret"], 3), _spread(column["training"])]
+            rest += [_spread(column["exchanged"])]
+            rows.append([env, experiment.name(label), _seeds(by_seed), both, *rest])
+    return _table(header, rows)
+
+
+def aggregate_table(
+    experiment: Experiment, group: Group, tasks: Sequence[str], measure: str = "after"
+) -> str:
+    """Over the common tasks: IQM, difference to the baseline, probability of improvement.
+
+    Empty if a run lacks the measure.
+    """
+    base = group.baseline
+    found = values_of_all(experiment, group, tasks, measure)
+    if not found:
+        return ""
+    header = ["method", "runs", f"IQM of {measure} [95 %]", f"mean of {measure}"]
+    if base is not None:
+        name = experiment.name(base)
+        header += [f"difference to {name} [95 %]", f"P(better than {name}) [95 %]", "so"]
+    rows = []
+    for label, scores in found.items():
+        values = [np.array(list(s.values())) for s in scores]
+        row = [experiment.name(label), str(sum(map(len, values)))]
+        row += [_interval(stats.aggregate_iqm(values))]
+        row += [_number(np.mean([v.mean() for v in values]))]
+        if base is not None:
+            row += (
+                ["–", "–", "–"]
+                if label == base
+                else _difference_cells(scores, found[base])
+            )
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _difference_cells(
+    scores: Sequence[Mapping], reference: Sequence[Mapping]
+) -> list[str]:
+    """Difference to the baseline, chance to be better, verdict; paired by common seeds."""
+    x, y = paired(scores, reference)
+    all_x = [np.array(list(s.values())) for s in scores]
+    all_y = [np.array(list(s.values())) for s in reference]
+    chance = _interval(stats.probability_of_improvement(all_x, all_y), 2)
+    if not all(len(v) for v in x):
+        return ["no common seeds", chance, "cannot be told"]
+    estimate = stats.mean_difference(x, y)
+    verdict = "inside the interval"
+    if math.isnan(estimate.low):
+        verdict = "cannot be told: one seed"
+    elif estimate.low > 0:
+        verdict = "better"
+    elif estimate.high < 0:
+        verdict = "worse"
+    return [_interval(estimate), chance, verdict]
+
+
+def settings_table(experiment: Experiment, group: Group) -> str:
+    """The settings in which the group's methods differ; several values: one per task."""
+    configs: dict[str, dict[str, list]] = {}
+    for label in group.labels:
+        for by_seed in experiment.runs[label].values():
+            record = next(iter(by_seed.values()))
+            fields = {"algorithm": record["algorithm"], **flatten(record["config"])}
+            for name, value in fields.items():
+                values = configs.setdefault(name, {}).setdefault(label, [])
+                if value not in values:
+                    values.append(value)
+
+    def show(values: list | None) -> str:
+        if values is None:
+            return "–"
+        return " / ".join("none" if v is None else str(v) for v in values)
+
+    rows = []
+    for name in sorted(configs):
+        by_label = configs[name]
+        shown = [show(by_label.get(label)) for label in group.labels]
+        if len({show(values) for values in by_label.values()}) > 1:
+            rows.append([f"`{name}`", *shown])
+    if not rows:
+        return ""
+    names = [experiment.name(label) for label in group.labels]
+    return _table(["setting", *names], rows)
+
+
+def provenance_table(experiment: Experiment) -> str:
+    """Where the runs of each label come from."""
+    header = "label,tasks,seeds,data,rows,commit,machine,updates/s".split(",")
+    rows = []
+    for label, tasks in sorted(experiment.runs.items()):
+        records = list(experiment.records([label]))
+        seeds = {r["seed"]: r for r in records}
+        data = {(r["dataset"]["label"], r["dataset"]["rows"]) for r in records}
+        machines = set()
+        for r in records:
+            gpu = f", {r['machine']['gpu']}" if r["machine"]["gpu"] else ""
+            machines.add(
+                f"{r['machine']['processor']}, {r['machine']['cores']} cores{gpu}"
+            )
+        commits = sorted({_short_commit(r["commit"]) for r in records})
+        rows.append(
+            [
+                f"`{label}`",
+                str(len(tasks)),
+                _seeds(seeds),
+                "; ".join(sorted({d[0] for d in data})),
+                ", ".join(sorted({f"{d[1]:,}" for d in data})),
+                ", ".join(commits),
+                "; ".join(sorted(machines)),
+                _spread([r["updates_per_second"] for r in records], 0),
+            ]
+        )
+    return _table(header, rows)
+
+
+def _short_commit(commit: str) -> str:
+    return commit[:9] + ("+dirty" if commit.endswith("+dirty") else "")
+
+
+def scores_csv(experiment: Experiment) -> str:
+    """A row per run, for other people's analysis; raw episode returns are in runs/."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = ("before", "after", "last", "best", "regret", "training", "exchanged")
+    head = ["label", "env", "seed", *names, "dataset_source", "dataset_sha256", "commit"]
+    writer.writerow(head)
+    for record in experiment.records(sorted(experiment.runs)):
+        about = [record[name] for name in ("label", "env", "seed")]
+        found = measures(record)
+        numbers = ["" if found[n] is None else f"{found[n]:.6g}" for n in names]
+        data = record["dataset"]
+        row = [*about, *numbers, data["source"], data["sha256"], record["commit"]]
+        writer.writerow(row)
+    return out.getvalue()
+
+
+def advantage_table(experiment: Experiment) -> str:
+    """Which rows the exchange moves, by their advantage; empty when no snapshot has it."""
+    rows = []
+    for (label, env), records in snapshots(experiment).items():
+        for record in records:
+            groups = record["snapshot"].get("advantages")
+            if groups:
+                cells = [
+                    "–"
+                    if group["advantage"] is None
+                    else f"{group['advantage']:.2f} ({_number(group['weight'])})"
+                    for group in groups.values()
+                ]
+                auc = f"{record['snapshot']['scores']['auc']:.2f}"
+                about = [experiment.name(label), env, str(record["seed"]), auc]
+                rows.append([*about, *cells])
+    if not rows:
+        return ""
+    header = ["method", "task", "seed", "AUC", "offline, stays", "offline, moved"]
+    return (
+        _table([*header, "online, stays", "online, moved"], rows)
+        + "\nAUC: how often the alignment score of an online row is above that of an offline one. "
+        "Then the mean advantage of the drawn rows that the threshold rule would leave in their half "
+        "and of those that it would exchange, whatever the run's own rule; in brackets their mean "
+        "weight in IQL's policy loss.\n"
+    )

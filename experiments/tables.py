@@ -322,7 +322,7 @@ def advantage_table(experiment: Experiment) -> str:
     return (
         _table([*header, "online, stays", "online, moved"], rows)
         + "\nAUC: how often the alignment score of an online row is above that of an offline one. "
-        "Then the mean advantage of the drawn rows that the threshold rule would leave in their half "
-        "and of those that it would exchange, whatever the run's own rule; in brackets their mean "
-        "weight in IQL's policy loss.\n"
+        "Then the mean advantage of the drawn rows that the threshold rule would leave in their "
+        "half and of those that it would exchange, whatever the run's own rule; in brackets their "
+        "mean weight in IQL's policy loss.\n"
     )

@@ -1,0 +1,205 @@
+"""Acting in environments: seeds, wrappers, exploration, collection and evaluation."""
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+
+from corl import envs, physics, runs, tasks
+from corl.buffers import ReplayBuffer
+from corl.config import FinetuneConfig
+
+ENVS_WITH_GOAL = ("antmaze", "pen", "door", "hammer", "relocate")
+
+
+def wrap_env(
+    env: gym.Env,
+    state_mean: Union[np.ndarray, float] = 0.0,
+    state_std: Union[np.ndarray, float] = 1.0,
+    reward_scale: float = 1.0,
+) -> gym.Env:
+    """The environment with normalized states and scaled rewards."""
+    env = gym.wrappers.TransformObservation(
+        env, lambda state: (state - state_mean) / state_std, env.observation_space
+    )
+    if reward_scale != 1.0:
+        env = gym.wrappers.TransformReward(env, lambda reward: reward_scale * reward)
+    return env
+
+
+def set_env_seed(env: Optional[gym.Env], seed: int) -> None:
+    """Seed an environment's resets and its action space."""
+    envs.seed(env, seed)
+
+
+def set_seed(seed: int, env: Optional[gym.Env] = None) -> None:
+    """Seed the global random streams, and an environment."""
+    if env is not None:
+        set_env_seed(env, seed)
+    for seed_stream in (random.seed, np.random.seed, torch.manual_seed):
+        seed_stream(seed)
+    os.environ["PYTHONHASHSEED"] = str(seed)
+
+
+def add_noise(
+    action: np.ndarray, max_action: float, scale: float, clip: float
+) -> np.ndarray:
+    """An action (A,) with clipped normal noise, clipped to the bounds: TD3's exploration."""
+    noise = (torch.randn(action.shape) * scale).clamp(-clip, clip)
+    return np.clip(action + max_action * noise.numpy(), -max_action, max_action)
+
+
+def is_goal_reached(reward: float, info: Dict) -> bool:
+    """Has a goal task been solved in this step?"""
+    return bool(info["goal_achieved"] if "goal_achieved" in info else reward > 0)
+
+
+@torch.no_grad()
+def eval_actor(
+    env: gym.Env, actor: nn.Module, device: str, n_episodes: int, seed: int
+) -> Tuple[np.ndarray, float]:
+    """Raw returns (n_episodes,) of the deterministic policy, and the share of successes."""
+    actor.eval()
+    returns, successes = [], []
+    for episode in range(n_episodes):
+        state, _ = env.reset(seed=seed if episode == 0 else None)
+        total, success, done = 0.0, False, False
+        while not done:
+            state, reward, terminated, truncated, info = env.step(
+                actor.act(state, device)
+            )
+            done = terminated or truncated
+            total += float(reward)
+            success = success or is_goal_reached(reward, info)
+        returns.append(total)
+        successes.append(float(success))
+    actor.train()
+    return np.asarray(returns), float(np.mean(successes))
+
+
+class OnlineCollector:
+    """Acts with the exploring policy, one environment step a call, into a replay buffer.
+
+    Args:
+        env: training environment, seeded.
+        buffer: gets the transitions.
+        task: the environment's task.
+        device: of the policy.
+        reward: reward -> reward to store.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        buffer: ReplayBuffer,
+        task: tasks.Task,
+        device: str,
+        reward: Callable[[float], float] = float,
+    ):
+        self.env, self.buffer, self.task = env, buffer, task
+        self.device, self.reward = device, reward
+        self.state, _ = env.reset()
+        self.episode_step, self.episode_return, self.success = 0, 0.0, False
+        self.successes: List[float] = []  # one for each finished episode
+        self.episode: Dict[str, float] = {}  # numbers of the last finished episode
+
+    def step(
+        self,
+        actor: nn.Module,
+        explore: Optional[Callable[[np.ndarray], np.ndarray]] = None,
+    ) -> None:
+        """One environment step of the actor, which is in training mode.
+
+        `explore` maps its action (A,) to the one that is executed.
+        """
+        action = actor.act(self.state, self.device)
+        if explore is not None:
+            action = explore(action)
+        next_state, reward, terminated, truncated, info = self.env.step(action)
+        self.episode_step += 1
+        self.episode_return += float(reward)
+        self.success = self.success or is_goal_reached(reward, info)
+        # A time-out is not an end: the value of the next state still counts.
+        real_done = bool(terminated) and self.episode_step < self.task.horizon
+        self.buffer.add_transition(
+            self.state, action, self.reward(reward), next_state, real_done
+        )
+        self.state = next_state
+        if terminated or truncated:
+            self._finish_episode()
+
+    def _finish_episode(self) -> None:
+        self.successes.append(float(self.success))
+        self.episode = {
+            "train_return": self.episode_return,
+            "train_score": float(
+                tasks.normalized_score(self.task.name, self.episode_return)
+            ),
+            "train_length": float(self.episode_step),
+        }
+        self.state, _ = self.env.reset()
+        self.episode_step, self.episode_return, self.success = 0, 0.0, False
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The environment's state and the running episode's numbers."""
+        return {
+            "env": physics.get_state(self.env),
+            "state": self.state,
+            "unfinished": [self.episode_step, self.episode_return, self.success],
+            "successes": self.successes,
+            "episode": self.episode,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restore a `state_dict`."""
+        physics.set_state(self.env, state["env"])
+        self.state = state["state"]
+        self.episode_step, self.episode_return, self.success = state["unfinished"]
+        self.successes, self.episode = list(state["successes"]), dict(state["episode"])
+
+
+class Evaluator:
+    """Evaluates the deterministic policy; for goal tasks also success rate and regret."""
+
+    def __init__(
+        self,
+        env: gym.Env,
+        config: FinetuneConfig,
+        device: str,
+        collector: OnlineCollector,
+    ):
+        self.env, self.config, self.device = env, config, device
+        self.collector = collector
+        self.successes: List[float] = []  # success rate of every online evaluation
+
+    def evaluate(
+        self, run: runs.Run, actor: nn.Module, step: int, phase: str
+    ) -> Dict[str, float]:
+        """Write the episodes down; returns the metrics of this evaluation."""
+        config = self.config
+        seed = config.seed if config.compat else config.eval_seed
+        returns, success = eval_actor(
+            self.env, actor, self.device, config.n_episodes, seed
+        )
+        scores = tasks.normalized_score(config.env, returns)
+        logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
+        if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
+            self.successes.append(success)
+            # Upstream's regret is that of the training episodes.
+            counted = self.collector.successes if config.compat else self.successes
+            logs["success_rate"] = success
+            logs["regret"] = 1.0 - float(np.mean(counted)) if counted else float("nan")
+        return logs
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The success rates so far."""
+        return {"successes": self.successes}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restore a `state_dict`."""
+        self.successes = list(state["successes"])

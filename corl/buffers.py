@@ -1,0 +1,159 @@
+"""Replay buffers under CORL's names."""
+
+import math
+from typing import Any, Dict, List
+
+import numpy as np
+import torch
+
+TensorBatch = List[torch.Tensor]
+
+
+class ReplayBuffer:
+    """A ring of transitions on the device.
+
+    Args:
+        state_dim, action_dim: sizes of a state and an action.
+        buffer_size: transitions it can hold.
+        device: of its tensors.
+        compat: upstream's faults: a dataset that fills the buffer leaves the write pointer out
+            of range, and rows collected online have a return-to-go of 0.
+        mc_returns: keeps the return-to-go of a row as a sixth field.
+
+    A batch holds states (B, S), actions (B, A), rewards (B, 1), next states (B, S), dones (B, 1)
+    and, where they are kept, returns-to-go (B, 1).
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        buffer_size: int,
+        device: str = "cpu",
+        compat: bool = False,
+        mc_returns: bool = False,
+    ):
+        self._buffer_size = buffer_size
+        self._pointer = 0
+        self._size = 0
+        # Rows of the dataset. They are not part of a checkpoint.
+        self._loaded = 0
+        self._compat = compat
+        self._device = device
+
+        # Zeros of the whole capacity: the operating system hands out pages on first write.
+        def column(width: int) -> torch.Tensor:
+            return torch.zeros((buffer_size, width), device=device)
+
+        self._states = column(state_dim)
+        self._actions = column(action_dim)
+        self._rewards = column(1)
+        self._next_states = column(state_dim)
+        self._dones = column(1)
+        if mc_returns:
+            self._mc_returns = column(1)
+
+    def _storage(self) -> TensorBatch:
+        fields = [
+            self._states,
+            self._actions,
+            self._rewards,
+            self._next_states,
+            self._dones,
+        ]
+        return fields + ([self._mc_returns] if hasattr(self, "_mc_returns") else [])
+
+    def _to_tensor(self, data: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(data, dtype=torch.float32, device=self._device)
+
+    def load_d4rl_dataset(self, data: Dict[str, np.ndarray]) -> None:
+        """Fill an empty buffer with q-learning arrays of N rows.
+
+        Raises:
+            ValueError: the buffer is not empty, or too small.
+        """
+        if self._size != 0:
+            raise ValueError("a dataset can only be loaded into an empty buffer")
+        rows = len(data["observations"])
+        if rows > self._buffer_size:
+            raise ValueError(
+                f"buffer_size {self._buffer_size} is smaller than the dataset of {rows} "
+                f"rows; set buffer_size to at least {rows}"
+            )
+        self._states[:rows] = self._to_tensor(data["observations"])
+        self._actions[:rows] = self._to_tensor(data["actions"])
+        self._rewards[:rows] = self._to_tensor(data["rewards"][..., None])
+        self._next_states[:rows] = self._to_tensor(data["next_observations"])
+        self._dones[:rows] = self._to_tensor(data["terminals"][..., None])
+        if hasattr(self, "_mc_returns"):
+            self._mc_returns[:rows] = self._to_tensor(data["mc_returns"][..., None])
+        self._size = self._loaded = rows
+        self._pointer = rows if self._compat else rows % self._buffer_size
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """Row numbers (batch_size,), uniform with replacement."""
+        # The legacy global generator on the host, as upstream: same seed, same batches.
+        return np.random.randint(0, self._size, size=batch_size)
+
+    def gather(self, indices: np.ndarray) -> TensorBatch:
+        """The rows of these numbers (B,)."""
+        rows = torch.from_numpy(indices).to(self._device)
+        return [field[rows] for field in self._storage()]
+
+    def sample(self, batch_size: int) -> TensorBatch:
+        """A batch of random rows."""
+        return self.gather(self.draw(batch_size))
+
+    def add_transition(
+        self,
+        state: np.ndarray,
+        action: np.ndarray,
+        reward: float,
+        next_state: np.ndarray,
+        done: bool,
+    ) -> None:
+        """Write one row over the oldest."""
+        # Nobody knows the return of a running episode: -inf bounds no value. Upstream says 0.
+        mc_return = 0.0 if self._compat else -math.inf
+        row = (state, action, reward, next_state, done, mc_return)
+        for field, value in zip(self._storage(), row, strict=False):
+            field[self._pointer] = self._to_tensor(value)
+        self._pointer = (self._pointer + 1) % self._buffer_size
+        self._size = min(self._size + 1, self._buffer_size)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The rows that do not come back from the dataset."""
+        # Once the ring has overwritten some of the dataset's rows, that is all of them.
+        wrapped = self._size == self._buffer_size
+        first = 0 if wrapped else self._loaded
+        return {
+            "first": first,
+            "pointer": self._pointer,
+            "rows": [field[first : self._size].cpu() for field in self._storage()],
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restore a `state_dict` into a buffer with the same dataset in it."""
+        first, last = state["first"], state["first"] + len(state["rows"][0])
+        if last > self._buffer_size:
+            raise ValueError(
+                f"the checkpoint's buffer holds {last} rows, buffer_size is "
+                f"{self._buffer_size}; use the run's own config"
+            )
+        for field, rows in zip(self._storage(), state["rows"], strict=True):
+            field[first:last] = rows.to(self._device)
+        self._pointer, self._size = state["pointer"], max(last, self._loaded)
+
+
+class MixedBuffer:
+    """Batches of two sources: offline rows first, then online rows."""
+
+    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, mixing_ratio: float):
+        self.offline, self.online, self.mixing_ratio = offline, online, mixing_ratio
+
+    def sample(self, batch_size: int) -> TensorBatch:
+        """A batch with `mixing_ratio` of its rows from the offline buffer."""
+        n_offline = int(batch_size * self.mixing_ratio)
+        offline = self.offline.sample(n_offline)
+        online = self.online.sample(batch_size - n_offline)
+        return [torch.cat(rows) for rows in zip(offline, online, strict=True)]

@@ -1,0 +1,146 @@
+"""What `normalize_reward` does, offline and online, and returns of a dataset's episodes."""
+
+from collections.abc import Callable
+from typing import Any, Dict, NamedTuple, Tuple
+
+import numpy as np
+
+from corl import tasks
+
+
+def is_locomotion(env_name: str) -> bool:
+    """Is this one of the tasks whose rewards D4RL's users scale by the span of returns?"""
+    return any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d"))
+
+
+def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, float]:
+    """Smallest and largest return of the dataset's finished episodes.
+
+    An episode ends at a terminal or after `max_episode_steps` rows, which is upstream's rule;
+    D4RL drops the time-out rows, so long episodes drift against each other.
+
+    Raises:
+        ValueError: no episode is finished.
+    """
+    returns, total, length = [], 0.0, 0
+    for reward, done in zip(
+        dataset["rewards"].tolist(), dataset["terminals"].tolist(), strict=True
+    ):
+        total, length = total + reward, length + 1
+        if done or length == max_episode_steps:
+            returns.append(total)
+            total, length = 0.0, 0
+    if not returns:
+        raise ValueError(
+            "the dataset holds no finished episode, so its return range is unknown"
+        )
+    return min(returns), max(returns)
+
+
+def _scale_by_span(dataset: Dict, env_name: str, max_episode_steps: int) -> Dict:
+    if not is_locomotion(env_name):
+        return {}
+    low, high = return_reward_range(dataset, max_episode_steps)
+    dataset["rewards"] /= high - low  # two roundings, as upstream
+    dataset["rewards"] *= max_episode_steps
+    return {"min_ret": low, "max_ret": high, "max_episode_steps": max_episode_steps}
+
+
+def modify_reward(dataset: Dict, env_name: str, max_episode_steps: int = 1000) -> Dict:
+    """Change `dataset["rewards"]` (N,) in place; returns what online rewards need.
+
+    Locomotion: scaled so that returns span `max_episode_steps`. Antmaze: reward - 1.
+    """
+    args = _scale_by_span(dataset, env_name, max_episode_steps)
+    if "antmaze" in env_name:
+        dataset["rewards"] -= 1.0
+    return args
+
+
+def modify_reward_online(reward: float, env_name: str, **kwargs) -> float:
+    """The same for one reward; `kwargs` is what `modify_reward` returned."""
+    if is_locomotion(env_name):
+        span = kwargs["max_ret"] - kwargs["min_ret"]
+        return reward / span * kwargs["max_episode_steps"]
+    return reward - 1.0 if "antmaze" in env_name else reward
+
+
+def modify_reward_linear(
+    dataset: Dict,
+    env_name: str,
+    max_episode_steps: int = 1000,
+    reward_scale: float = 1.0,
+    reward_bias: float = 0.0,
+) -> Dict:
+    """The rule of the CQL family: `modify_reward` for locomotion, then scale and bias."""
+    args = _scale_by_span(dataset, env_name, max_episode_steps)
+    dataset["rewards"] = dataset["rewards"] * reward_scale + reward_bias
+    return {**args, "reward_scale": reward_scale, "reward_bias": reward_bias}
+
+
+def modify_reward_linear_online(
+    reward: float,
+    env_name: str,
+    reward_scale: float = 1.0,
+    reward_bias: float = 0.0,
+    **kwargs,
+) -> float:
+    """The same for one reward; `kwargs` is what `modify_reward_linear` returned."""
+    if is_locomotion(env_name):
+        reward = modify_reward_online(reward, env_name, **kwargs)
+    return reward * reward_scale + reward_bias
+
+
+class RewardRule(NamedTuple):
+    """How `normalize_reward` changes rewards.
+
+    offline: (dataset, task name, config) -> arguments of `online`; changes the dataset.
+    online: (reward, task name, **arguments) -> reward.
+    """
+
+    offline: Callable[[Dict, str, Any], Dict]
+    online: Callable[..., float]
+
+
+SPAN_REWARDS = RewardRule(
+    lambda dataset, env, config: modify_reward(dataset, env), modify_reward_online
+)
+LINEAR_REWARDS = RewardRule(
+    lambda dataset, env, config: modify_reward_linear(
+        dataset,
+        env,
+        reward_scale=config.reward_scale,
+        reward_bias=config.reward_bias,
+    ),
+    modify_reward_linear_online,
+)
+
+
+def get_return_to_go(dataset: Dict, task: tasks.Task, config: Any) -> np.ndarray:
+    """Discounted return from every row to the end of its episode, (N,), float64.
+
+    Raw observations, rewards as trained on. An episode ends at a terminal, where the next row
+    does not go on from this one, and after the task's horizon. With `is_sparse_reward` an episode
+    whose last reward is that of failure never ends: each of its rows gets r / (1 - discount).
+    """
+    rewards = dataset["rewards"]
+    jump = dataset["observations"][1:] - dataset["next_observations"][:-1]
+    ends = np.append(np.linalg.norm(jump, axis=1) > 1e-6, True)
+    ends |= dataset["terminals"].astype(bool)
+    first = np.append(0, np.flatnonzero(ends)[:-1] + 1)  # row where each stretch begins
+    lengths = np.diff(np.append(first, len(rewards)))
+    position = np.arange(len(rewards)) - np.repeat(first, lengths)
+    ends |= (position + 1) % task.horizon == 0
+
+    failure = task.ref_min * config.reward_scale + config.reward_bias
+    returns = np.empty(len(rewards))
+    values, lasts = rewards.tolist(), ends.tolist()
+    total, endless = 0.0, False
+    for row in range(len(values) - 1, -1, -1):
+        if lasts[row]:
+            endless = config.is_sparse_reward and bool(rewards[row] == failure)
+            total = values[row] / (1 - config.discount) if endless else 0.0
+        if not endless:
+            total = values[row] + config.discount * total
+        returns[row] = total
+    return returns

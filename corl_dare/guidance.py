@@ -14,6 +14,7 @@ Shapes: B states, K support actions per state, S state dimension, A action dimen
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -31,6 +32,8 @@ class EnergyNetwork(nn.Module):
     207 137 + 256 (A + S) trainable parameters and 16 frozen frequencies at hidden_dim
     256. The weights are a function of `seed`; the global random stream is left alone.
     """
+
+    frequencies: torch.Tensor
 
     def __init__(
         self, state_dim: int, action_dim: int, *, hidden_dim: int = 256, seed: int = 0
@@ -116,7 +119,10 @@ def contrastive_loss(
             f"support actions {shape}, Q-values {tuple(q_values.shape)} and states "
             f"{tuple(states.shape)} do not fit; expected (B, K, A), (B, K), (B, S)"
         )
-    options = {"device": support_actions.device, "dtype": support_actions.dtype}
+    options: dict[str, Any] = {
+        "device": support_actions.device,
+        "dtype": support_actions.dtype,
+    }
     uniform = torch.rand(shape[0], generator=generator, **options)
     t = T_MIN + (1.0 - T_MIN) * uniform  # (B,)
     noise = torch.randn(shape, generator=generator, **options)

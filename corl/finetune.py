@@ -7,7 +7,7 @@ stands in the algorithm file.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Union
@@ -160,7 +160,7 @@ class Session:
 
     # -- parts ----------------------------------------------------------------------------
 
-    def keep(self, name: str, part: Any, loads: Sequence[str] = ()) -> Any:
+    def keep(self, name: str, part: Any, loads: Collection[str] = ()) -> Any:
         """Put a part into every checkpoint; returns it.
 
         Args:

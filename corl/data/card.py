@@ -11,6 +11,7 @@ another format. The last makes every stand-in and compares it with what D4RL pub
 """
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +157,15 @@ def overview(cache_dir: Path | str | None = None) -> str:
 
 def _would_come_from(task: tasks.Task, cache_dir: Path | str | None) -> tuple[str, str]:
     """Source and rows of a task, as text."""
-    try:
+    path = None
+    with suppress(sources.NotFound):
         path = sources.in_d4rl_folder(task)
-        with h5py.File(path) as file:
-            return f"{path}", str(len(file["rewards"]))
-    except sources.NotFound:
-        pass
-    except (OSError, KeyError, TypeError) as error:
-        return f"{path}: unreadable ({error})", "-"
+    if path is not None:
+        try:
+            with h5py.File(path) as file:
+                return f"{path}", str(len(file["rewards"]))
+        except (OSError, KeyError, TypeError) as error:
+            return f"{path}: unreadable ({error})", "-"
     try:
         found = sources.stand_in_path(task, cache_dir)
     except policies.NotCollectable:
@@ -201,6 +203,7 @@ def export(dataset: sources.Dataset, form: str, target: str) -> None:
 
 
 def main() -> None:
+    """The command line that the top of this file shows."""
     args = _parse_arguments()
     try:
         if args.all:

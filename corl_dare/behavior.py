@@ -244,6 +244,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """x (..., in_dim), condition (..., condition_dim) -> (..., out_dim)"""
         hidden = F.silu(self.first(x)) + self.condition(condition)
         return F.silu(self.second(hidden)) + self.skip(x)
 
@@ -448,6 +449,7 @@ class MixtureBehavior(BehaviorModel):
                 nn.init.uniform_(means, -1.0, 1.0)
 
     def normalize_to(self, states: torch.Tensor) -> None:
+        """Take mean and standard deviation from the training states (N, S)."""
         var, mean = torch.var_mean(states, dim=0, correction=0)
         std = var.sqrt()
         self.state_mean.copy_(mean)
@@ -497,6 +499,7 @@ class MixtureBehavior(BehaviorModel):
         *,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Actions (B, n, A) for raw states (B, S); see `BehaviorModel.sample`."""
         noise = self._noise(states, n, generator, noise)
         log_weight, mean, log_std = self.distribution(states)
         if self.components == 1:
@@ -611,60 +614,26 @@ def fit(
     actions = torch.as_tensor(actions).to(device, dtype)
     _check_rows(model, states, actions)
     model.normalize_to(states)
-
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    batches = _ShuffledBatches(states, actions, batch_size, generator)
-    first, total, means = 0, torch.zeros((), device=device, dtype=dtype), []
+    training = _Training(model, states, actions, batch_size, lr, generator)
     if resume is not None:
-        first, means = resume["updates"], list(resume["means"])
-        total.copy_(resume["total"])
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        batches.order = resume["order"].to(device)
-        batches.start = resume["start"]
-        generator.set_state(resume["generator"])
-    saved = time.perf_counter()
+        training.load_state_dict(resume)
+    first, saved = training.updates, time.perf_counter()
+    title = f"behavior {model.kind}"
     with bar(
-        desc=f"behavior {model.kind}",
-        total=updates,
-        initial=first,
-        unit="update",
-        disable=not progress,
+        desc=title, total=updates, initial=first, unit="update", disable=not progress
     ) as shown:
         for update in range(first + 1, updates + 1):
-            loss = model.loss(*next(batches), generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
+            training.step()
             shown.update()
             if update % 200 == 0 or update == updates:
-                # One bad update spoils the whole sum.
-                means.append(total.item() / (update - 200 * len(means)))
-                if not math.isfinite(means[-1]):
-                    raise RuntimeError(
-                        f"behavior loss is {means[-1]} after {update} updates; "
-                        f"lower its lr ({lr}) or check the scale of the data"
-                    )
-                shown.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
-                total.zero_()
+                loss = training.take_mean()
+                shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if update % 50:
                 continue
             stop = should_stop is not None and should_stop()
             late = time.perf_counter() - saved >= SAVE_SECONDS
             if save is not None and (stop or late):
-                save(
-                    {
-                        "updates": update,
-                        "means": means,
-                        "total": total,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "order": batches.order,
-                        "start": batches.start,
-                        "generator": generator.get_state(),
-                    }
-                )
+                save(training.state_dict())
                 saved = time.perf_counter()
             if stop:
                 how = "" if save is None else "; the same call goes on from there"
@@ -672,7 +641,75 @@ def fit(
                     f"behavior training stopped after {update} of {updates} updates{how}"
                 )
     model.eval()
-    return np.array(means)
+    return np.array(training.means)
+
+
+class _Training:
+    """The updates of `fit`, and everything that they go on from."""
+
+    def __init__(
+        self,
+        model: BehaviorModel,
+        states: torch.Tensor,
+        actions: torch.Tensor,
+        batch_size: int,
+        lr: float,
+        generator: torch.Generator,
+    ):
+        self.model, self.lr, self.generator = model, lr, generator
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+        self.batches = _ShuffledBatches(states, actions, batch_size, generator)
+        self.updates = 0
+        self.means: list[float] = []  # of each 200 losses
+        # Sum of the losses since the last mean.
+        self.total = torch.zeros((), device=states.device, dtype=states.dtype)
+
+    def step(self) -> None:
+        """One update."""
+        loss = self.model.loss(*next(self.batches), self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.total += loss.detach()
+        self.updates += 1
+
+    def take_mean(self) -> float:
+        """The mean of the losses since the last mean, which is kept.
+
+        Raises:
+            RuntimeError: it is not finite.
+        """
+        # One bad update spoils the whole sum.
+        mean = self.total.item() / (self.updates - 200 * len(self.means))
+        if not math.isfinite(mean):
+            raise RuntimeError(
+                f"behavior loss is {mean} after {self.updates} updates; "
+                f"lower its lr ({self.lr}) or check the scale of the data"
+            )
+        self.means.append(mean)
+        self.total.zero_()
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "updates": self.updates,
+            "means": self.means,
+            "total": self.total,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.batches.order,
+            "start": self.batches.start,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates, self.means = state["updates"], list(state["means"])
+        self.total.copy_(state["total"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.order = state["order"].to(self.total.device)
+        self.batches.start = state["start"]
+        self.generator.set_state(state["generator"])
 
 
 def _check_rows(

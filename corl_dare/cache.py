@@ -70,12 +70,11 @@ def fit_cached(
     model = make_behavior_model(
         kind, state_dim, action_dim, seed=seed, **(options or {})
     )
+    settings: dict[str, Any] = {"updates": updates, "batch_size": batch_size, "lr": lr}
     path, text = cached_file(
         model,
         len(states),
-        updates=updates,
-        batch_size=batch_size,
-        lr=lr,
+        **settings,
         seed=seed,
         dataset_hash=dataset_hash,
         cache_dir=cache_dir,
@@ -90,9 +89,7 @@ def fit_cached(
             model,
             states,
             actions,
-            updates=updates,
-            batch_size=batch_size,
-            lr=lr,
+            **settings,
             generator=torch.Generator(device).manual_seed(seed),
             device=device,
             progress=progress,

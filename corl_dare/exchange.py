@@ -304,18 +304,8 @@ def exchange(
 
     # Offline rows leave from the highest key down, online rows from the lowest up, so a
     # rule only has to say how many of them are misplaced.
-    key = scores
-    leaves_off, leaves_on = scores[:n_off] >= tau, scores[n_off:] < tau
-    if rule == "posterior":
-        key = -_log_odds(scores, *moments)
-        leaves_off, leaves_on = key[:n_off] > 0, key[n_off:] <= 0
-    elif rule == "direct":
-        # The sort is stable and offline rows come first, so on a tie they stay.
-        leaves_off, leaves_on = index[n_off:] < n_off, index[:n_off] >= n_off
-    elif rule == "share":
-        off, on = scores[:n_off], -scores[n_off:]  # log-odds of being misplaced
-        leaves_off = off + misplaced_share(off).logit() > 0
-        leaves_on = on + misplaced_share(on).logit() > 0
+    key = -_log_odds(scores, *moments) if rule == "posterior" else scores
+    leaves_off, leaves_on = _misplaced(rule, key, tau, index, n_off)
     if rule == "random":
         rank_off = torch.randperm(n_off, generator=generator, device=device)
         rank_on = torch.randperm(n_on, generator=generator, device=device)
@@ -354,6 +344,31 @@ def exchange(
         "inverted": inverted,
     }
     return Exchange(order, weight, {k: v.to(scores.dtype) for k, v in stats.items()})
+
+
+def _misplaced(
+    rule: str, key: torch.Tensor, tau: torch.Tensor, index: torch.Tensor, n_off: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which offline rows (N_off,) and which online rows (N_on,) a rule calls misplaced.
+
+    `random` counts as many as `threshold`. `direct` tells only how many, not which: its
+    marks are in the order of the scores.
+
+    Args:
+        key: (N_off + N_on,), minus the log-odds for `posterior`, else the scores.
+        index: the order that sorts the scores.
+    """
+    if rule == "posterior":
+        return key[:n_off] > 0, key[n_off:] <= 0
+    if rule == "direct":
+        # The sort is stable and offline rows come first, so on a tie they stay.
+        return index[n_off:] < n_off, index[:n_off] >= n_off
+    if rule == "share":
+        off, on = key[:n_off], -key[n_off:]  # log-odds of being misplaced
+        leaves_off = off + misplaced_share(off).logit() > 0
+        leaves_on = on + misplaced_share(on).logit() > 0
+        return leaves_off, leaves_on
+    return key[:n_off] >= tau, key[n_off:] < tau
 
 
 def misplaced_share(log_odds: torch.Tensor, strength: float = 10.0) -> torch.Tensor:

@@ -108,6 +108,8 @@ CHECKPOINT_PARTS = {
 
 @dataclass
 class TrainConfig(FinetuneConfig):
+    """Cal-QL's fields; those of every algorithm are in `FinetuneConfig`."""
+
     # Other defaults than the common ones
     env: str = "halfcheetah-medium-expert-v2"  # D4RL task name
     group: str = "Cal-QL-D4RL"  # wandb group

@@ -102,6 +102,8 @@ CHECKPOINT_PARTS = {
 
 @dataclass
 class TrainConfig(FinetuneConfig):
+    """CQL's fields; those of every algorithm are in `FinetuneConfig`."""
+
     # Other defaults than the common ones
     env: str = "halfcheetah-medium-expert-v2"  # D4RL task name
     group: str = "CQL-D4RL"  # wandb group

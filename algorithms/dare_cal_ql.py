@@ -128,12 +128,16 @@ CHECKPOINT_PARTS = {
 
 @dataclass
 class DareCalQLConfig(DareConfig):
+    """The block `dare:` of DARE-Cal-QL."""
+
     cap: Optional[int] = 32  # n, most pairs exchanged per batch; none: no cap
     keep_calibration: bool = False  # keep Cal-QL's lower bounds online, where known
 
 
 @dataclass
 class TrainConfig(FinetuneConfig):
+    """Cal-QL's fields; those of every algorithm are in `FinetuneConfig`."""
+
     # Other defaults than the common ones
     env: str = "halfcheetah-medium-expert-v2"  # D4RL task name
     group: str = "Cal-QL-D4RL"  # wandb group

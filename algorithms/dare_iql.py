@@ -96,6 +96,8 @@ CHECKPOINT_PARTS = (
 
 @dataclass
 class DareIQLConfig(DareConfig):
+    """The block `dare:` of DARE-IQL."""
+
     # The released losses of DARE-IQL
     entropy_alpha: float = 0.2  # weight of log pi (paper: 0.2 locomotion, 0.01 antmaze)
     backup_actions: int = 10  # policy actions under the maximum of Eq. 15
@@ -117,6 +119,8 @@ class DareIQLConfig(DareConfig):
 
 @dataclass
 class TrainConfig(FinetuneConfig):
+    """IQL's fields; those of every algorithm are in `FinetuneConfig`."""
+
     # Other defaults than the common ones
     env: str = "antmaze-umaze-v2"  # D4RL task name
     eval_freq: int = 50000  # updates between two evaluations

@@ -70,6 +70,8 @@ CHECKPOINT_PARTS = (
 
 @dataclass
 class TrainConfig(FinetuneConfig):
+    """IQL's fields; those of every algorithm are in `FinetuneConfig`."""
+
     # Other defaults than the common ones
     env: str = "antmaze-umaze-v2"  # D4RL task name
     eval_freq: int = 50000  # updates between two evaluations

@@ -67,17 +67,23 @@ class TaskEnv(Env):
         return [self._seed]
 
     def reset(self) -> np.ndarray:
+        """Begin an episode; the observation (S,)."""
         observation, _ = self.env.reset(seed=self._seed)
         self._seed = None
         return observation
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, dict[str, Any]]:
+        """Take an action (A,): observation (S,), reward, done, info.
+
+        As in old gym, a time-out is `done`, with `TimeLimit.truncated` in the info.
+        """
         observation, reward, terminated, truncated, info = self.env.step(action)
         if truncated:
             info["TimeLimit.truncated"] = not terminated
         return observation, reward, bool(terminated or truncated), info
 
     def close(self) -> None:
+        """Free what the environment holds."""
         self.env.close()
 
     def get_normalized_score(self, score: Any) -> Any:
@@ -110,9 +116,11 @@ class TransformObservation(Wrapper):
         self.f = f
 
     def reset(self) -> Any:
+        """Begin an episode; the changed observation."""
         return self.f(self.env.reset())
 
     def step(self, action: np.ndarray) -> tuple:
+        """The inner environment's step, its observation changed."""
         observation, *rest = self.env.step(action)
         return self.f(observation), *rest
 
@@ -125,6 +133,7 @@ class TransformReward(Wrapper):
         self.f = f
 
     def step(self, action: np.ndarray) -> tuple:
+        """The inner environment's step, its reward changed."""
         observation, reward, *rest = self.env.step(action)
         return observation, self.f(reward), *rest
 
@@ -200,20 +209,25 @@ class WandbRun:
     def init(
         self, config: Any = None, name: str = "", id: str = "", **options: Any
     ) -> "WandbRun":
+        """`wandb.init`: takes config and names over; returns this run."""
         self.config.update(config or {})
         self.name, self.id = name, id
         return self
 
     def log(self, data: dict[str, Any], step: int | None = None, **options: Any) -> None:
+        """`wandb.log`: one line of the file, and the last values in `summary`."""
         self.summary.update(data)
         if self.file is not None:
             self.file.write(json.dumps({"_step": step, **data}, default=_number) + "\n")
 
-    def save(self, *args: Any, **options: Any) -> None: ...
+    def save(self, *args: Any, **options: Any) -> None:
+        """`wandb.save`: does nothing, there is no account to send files to."""
 
-    def mark_preempting(self) -> None: ...
+    def mark_preempting(self) -> None:
+        """`wandb.mark_preempting`: does nothing."""
 
     def finish(self, *args: Any, **options: Any) -> None:
+        """`wandb.finish`: brings what was logged to the disk."""
         if self.file is not None:
             self.file.flush()
 
@@ -323,6 +337,7 @@ def run_file(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line that the top of this file shows."""
     parser = argparse.ArgumentParser(
         prog="python -m corl.d4rl_shim",
         description="Run an unmodified CORL script.",

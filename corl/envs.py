@@ -28,6 +28,7 @@ class ClipAction(gym.ActionWrapper):
     """
 
     def action(self, action: np.ndarray) -> np.ndarray:
+        """The action (A,) inside the box."""
         space: Any = self.action_space
         return np.clip(action, space.low, space.high)
 
@@ -121,6 +122,7 @@ class OldGymEnv(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict | None = None
     ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode: observation (S,) and an empty dict."""
         super().reset(seed=seed)
         self.steps = 0
         if seed is not None:
@@ -129,6 +131,7 @@ class OldGymEnv(gym.Env):
         return (result[0] if isinstance(result, tuple) else result), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Take an action (A,): observation (S,), reward, terminated, truncated, info."""
         self.steps += 1
         result = self.old.step(action)
         if len(result) == 5:
@@ -146,6 +149,7 @@ class OldGymEnv(gym.Env):
         )
 
     def close(self) -> None:
+        """Close the old environment."""
         self.old.close()
 
 

@@ -442,6 +442,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """The command line that the top of this file shows."""
     args = _parse_arguments()
     mixed = f"-{args.mix}-{args.share:g}" if args.mix else ""
     out = args.out or Path(f"{args.task}{mixed}-self-collected.hdf5")

@@ -133,6 +133,7 @@ class SAC:
             )
 
     def state_dict(self) -> dict:
+        """Networks, temperature, optimizers and the random stream."""
         return {
             "policy": self.policy.state_dict(),
             "critic": self.critic.state_dict(),
@@ -143,6 +144,7 @@ class SAC:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore a `state_dict`."""
         for name in ("policy", "critic", "target"):
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
@@ -336,6 +338,7 @@ def _to_manifest(
 
 
 def main() -> None:
+    """The command line that the top of this file shows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("robot", choices=["hopper", "halfcheetah", "walker2d"])
     parser.add_argument("--steps", type=int, default=1_000_000)

@@ -327,6 +327,7 @@ def ship(out: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
+    """The command line that the top of this file shows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the training")
     parser.add_argument("--seed", type=int, default=0)

@@ -328,15 +328,121 @@ MAKE_HOOK = [
     ),
 ]
 HOOK_MUTANTS = [
-    *RELEASE,
-    *PATCHED,
-    *HOOK_MUTANTS,
-    *MAKE_HOOK,
-    *LOOP,
-    *EVALUATION,
-    *COLLECTOR,
-    *DATA,
-    *RESUME,
+    Mutant(
+        HOOK,
+        "n_offline = int(batch_size * self.mixing_ratio)\n        offline_rows",
+        "n_offline = batch_size // 2\n        offline_rows",
+    ),
+    Mutant(HOOK, "                cap=self.config.cap,\n", ""),
+    Mutant(HOOK, "                rule=self.config.rule,\n", ""),
+    Mutant(HOOK, "                weights=self.config.weights,\n", ""),
+    Mutant(HOOK, "            batch = reorder(batch, result.order)\n", ""),
+    Mutant(
+        HOOK,
+        "return batch, result.weight, {**result",
+        "return batch, 1 - result.weight, {**result",
+    ),
+    Mutant(
+        HOOK,
+        "return int(batch_size * self.mixing_ratio) if hard",
+        "return int(batch_size * (1 - self.mixing_ratio)) if hard",
+    ),
+    Mutant(
+        HOOK,
+        'self.config.enabled and self.config.weights == "hard"',
+        "self.config.enabled",
+    ),
+    Mutant(
+        HOOK,
+        "clipped = references.clamp(-self.max_action, self.max_action)",
+        "clipped = references",
+    ),
+    Mutant(HOOK, "return states * self.state_std + self.state_mean", "return states"),
+    Mutant(
+        HOOK,
+        "return states * self.state_std + self.state_mean",
+        "return (states + self.state_mean) * self.state_std",
+    ),
+    Mutant(HOOK, "self.behavior.sample(self.raw(states)", "self.behavior.sample(states"),
+    Mutant(
+        HOOK,
+        "self.config.references, guided=True",
+        "self.config.references, guided=False",
+    ),
+    Mutant(
+        HOOK,
+        "self.config.support_actions, guided=False",
+        "self.config.support_actions, guided=True",
+    ),
+    Mutant(
+        HOOK,
+        "bounds = [self.max_action] if self.clipped_policy else []",
+        "bounds = [self.max_action]",
+    ),
+    Mutant(
+        HOOK,
+        "self.policy_log_prob(states, actions) - behavior",
+        "self.policy_log_prob(self.raw(states), actions) - behavior",
+    ),
+    Mutant(
+        HOOK,
+        "self.calls % self.config.energy_update_freq",
+        "(self.calls + 1) % self.config.energy_update_freq",
+    ),
+    Mutant(HOOK, "self.last = states, rows", "self.last = states.flip(0), rows"),
+    Mutant(
+        HOOK,
+        "picked[picked >= n_offline] - n_offline",
+        "picked[picked >= n_offline] - 1",
+    ),
+    Mutant(
+        HOOK,
+        "rows[0][from_offline], rows[1][from_online]",
+        "rows[0][from_offline], rows[1][: len(from_online)]",
+    ),
+    Mutant(HOOK, "            self.q_scale * q,\n", "            q,\n"),
+    Mutant(
+        HOOK,
+        "            self.raw(states),\n            self.config.energy_beta",
+        "            states,\n            self.config.energy_beta",
+    ),
+    Mutant(
+        HOOK,
+        "repeated = states.unsqueeze(1)",
+        "repeated = self.raw(states).unsqueeze(1)",
+    ),
+    Mutant(HOOK, "            self.config.energy_beta,\n", "            1.0,\n"),
+    Mutant(HOOK, "        self.energy_optimizer.step()\n", ""),
+    Mutant(HOOK, "        self.energy_optimizer.zero_grad()\n", ""),
+    Mutant(HOOK, 'q_scale if config.q_scale == "returns" else 1.0', "q_scale"),
+    Mutant(HOOK, "range(first + 1, last + 1)", "range(first + 1, last)"),
+    Mutant(HOOK, "                if should_stop():\n                    return\n", ""),
+    Mutant(
+        HOOK, "states = storage(self.offline)[0]", "states = storage(self.offline)[3]"
+    ),
+    Mutant(
+        HOOK, "[rows.numpy(), rows[:0].numpy()])", "[rows[:0].numpy(), rows.numpy()])"
+    ),
+    Mutant(HOOK, "        self.forget_overwritten()\n", ""),
+    Mutant(HOOK, "now - made >= self.max_age", "now - made > self.max_age"),
+    Mutant(
+        HOOK,
+        "self.support_caches = self._make_caches(None)",
+        "self.support_caches = self._make_caches(1)",
+    ),
+    Mutant(HOOK, "            first += len(slots)\n", ""),
+    Mutant(
+        HOOK,
+        "        batch_size=config.behavior_batch_size,\n        lr",
+        "        batch_size=config.energy_batch_states,\n        lr",
+    ),
+    Mutant(
+        HOOK,
+        "        lr=config.behavior_lr,\n        seed",
+        "        lr=config.energy_lr,\n        seed",
+    ),
+    Mutant(HOOK, "return 1.0 / reward_scale", "return reward_scale"),
+    Mutant(HOOK, "lr=config.energy_lr\n", "lr=config.behavior_lr\n"),
 ]
 RELEASE = [
     Mutant(DIQL, "source.first_released(len(weight))", "None"),
@@ -478,15 +584,15 @@ PATCHED = [
     ),
 ]
 MUTANTS = [
-    *COLLECTOR,
-    *EVALUATION,
-    *LOOP,
-    *DATA,
-    *RESUME,
-    *MAKE_HOOK,
-    *HOOK_MUTANTS,
     *RELEASE,
     *PATCHED,
+    *HOOK_MUTANTS,
+    *MAKE_HOOK,
+    *LOOP,
+    *EVALUATION,
+    *COLLECTOR,
+    *DATA,
+    *RESUME,
 ]
 
 

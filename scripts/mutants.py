@@ -328,6 +328,19 @@ MAKE_HOOK = [
     ),
 ]
 HOOK_MUTANTS = [
+    Mutant(HOOK, "                skip_inverted=self.config.skip_inverted,\n", ""),
+    Mutant(
+        HOOK,
+        "self.config.alignment, self.config.alignment_sigma",
+        "self.config.alignment",
+    ),
+    Mutant(
+        HOOK,
+        "actions, clipped, self.config.alignment,",
+        'actions, clipped, "gaussian_kl",',
+    ),
+    Mutant(HOOK, 'options["steps"] = self.config.sampler_steps', 'options["steps"] = 3'),
+    Mutant(HOOK, "= self.config.guidance_scale\n", "= 1.0\n"),
     Mutant(
         HOOK,
         "n_offline = int(batch_size * self.mixing_ratio)\n        offline_rows",
@@ -583,16 +596,20 @@ PATCHED = [
         "rows = np.random.randint(0, buffer._buffer_size, size=n)",
     ),
 ]
+# Words of the tests that come first: what a group of mistakes most likely breaks.
+HINTS = (
+    (RELEASE, "weights or gap or iql_have or proposals or follows"),
+    (PATCHED, "True or patched"),
+    (HOOK_MUTANTS, "exchange or energy or references or support or ratio or weights"),
+    (MAKE_HOOK, "fitted or energy or exchange or ratio or clipped or cache_of"),
+    (EVALUATION, "evaluation or regret or explores or training_mode"),
+    (COLLECTOR, "online_buffer or terminal or explores or metrics or noise or regret"),
+    (DATA, "buffer or explores or batches or seeded or known_return"),
+    (RESUME, "stopped"),
+)
 MUTANTS = [
-    *RELEASE,
-    *PATCHED,
-    *HOOK_MUTANTS,
-    *MAKE_HOOK,
-    *LOOP,
-    *EVALUATION,
-    *COLLECTOR,
-    *DATA,
-    *RESUME,
+    *(*RELEASE, *PATCHED, *HOOK_MUTANTS, *MAKE_HOOK),
+    *(*LOOP, *EVALUATION, *COLLECTOR, *DATA, *RESUME),
 ]
 
 
@@ -655,15 +672,13 @@ def run_tests(root: Path, arguments: list[str]) -> str | None:
     return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else f"exit status {code}"
 
 
-def stages(name: str, tests: list[str]) -> list[list[str]]:
+def stages(mutant: Mutant, name: str, tests: list[str]) -> list[list[str]]:
     """Arguments of pytest, the quickest first; given tests replace all."""
     if tests:
         return [tests]
-    focus = FOCUS.get(Path(name).stem)
-    if focus is None:  # the plugin's own files: what is quick, then the rest
-        quick = [[WIRING[1], "-k", name] for name in ("dare_iql", "not dare_iql")]
-        return [*quick, WIRING[:1], OLDER]
-    return [[*WIRING, "-k", focus], WIRING, OLDER]
+    focus = FOCUS.get(Path(name).stem, "dare_iql")
+    hint = next((hint for group, hint in HINTS if mutant in group), "test")
+    return [[*WIRING, "-k", f"({focus}) and ({hint})"], WIRING, OLDER]
 
 
 def try_mutant(mutant: Mutant, name: str, root: Path, tests: list[str]) -> str | None:
@@ -672,7 +687,7 @@ def try_mutant(mutant: Mutant, name: str, root: Path, tests: list[str]) -> str |
     text = path.read_text()
     path.write_text(text.replace(mutant.old, mutant.new, 1))
     try:
-        for arguments in stages(name, tests):
+        for arguments in stages(mutant, name, tests):
             failed = run_tests(root, arguments)
             if failed:
                 return failed

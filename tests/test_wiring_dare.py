@@ -12,6 +12,15 @@ from corl_dare.exchange import alignment_score, exchange, reorder
 
 NAMES = wiring.DARE
 SOFT = {"dare": {"weights": "soft", "cap": None}}
+OTHER = {
+    "dare": {
+        "rule": "posterior",
+        "cap": 3,
+        "skip_inverted": True,
+        "alignment": "kernel",
+        "alignment_sigma": 30.0,
+    }
+}
 RATIO = {
     "score": "policy_ratio",
     "behavior": "gaussian",
@@ -135,7 +144,7 @@ def test_references_are_guided_samples_at_the_raw_states_as_drawn(
 
 
 @both
-@pytest.mark.parametrize("options", [{}, SOFT])
+@pytest.mark.parametrize("options", [{}, SOFT, OTHER])
 @patched_too
 def test_the_batch_is_the_exchange_of_the_rows_as_drawn(
     name, options, patched, recorded
@@ -146,9 +155,15 @@ def test_the_batch_is_the_exchange_of_the_rows_as_drawn(
     for update in online_updates(record):
         event = references_of(record, update)
         rows = drawn(record, event.states)
-        scores = alignment_score(rows[1], event.out.clamp(-bound, bound))
+        clipped = event.out.clamp(-bound, bound)
+        scores = alignment_score(rows[1], clipped, dare.alignment, dare.alignment_sigma)
         result = exchange(
-            scores[:N_OFFLINE], scores[N_OFFLINE:], cap=dare.cap, weights=dare.weights
+            scores[:N_OFFLINE],
+            scores[N_OFFLINE:],
+            cap=dare.cap,
+            rule=dare.rule,
+            weights=dare.weights,
+            skip_inverted=dare.skip_inverted,
         )
         moved += int(result.stats["exchanged"])
         for found, expected in zip(
@@ -408,6 +423,23 @@ def test_the_energy_is_given_raw_states_and_scaled_q_of_the_targets(
         assert event.support.shape == (6, 3, 2)
         assert (event.states[:, 0] - 50).abs().max() < 31
     assert differs > 1
+
+
+@both
+@patched_too
+def test_every_energy_step_is_one_of_adam_on_the_gradient_of_its_loss(
+    name, patched, recorded
+):
+    record = recorded(name, patched=patched)
+    first, *later = record.of("energy")
+    weights = [torch.nn.Parameter(w.clone()) for w in first.weights]
+    optimizer = torch.optim.Adam(weights, lr=record.config.dare.energy_lr)
+    for before, after in zip([first, *later], later, strict=False):
+        for weight, gradient in zip(weights, before.gradient, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+        for weight, expected in zip(weights, after.weights, strict=True):
+            torch.testing.assert_close(weight.detach(), expected, atol=1e-6, rtol=1e-4)
 
 
 def expected_scale(record, patched):

@@ -179,7 +179,7 @@ class Record:
         fit: what the behavior model was fitted on.
         behavior: actions that the behavior model was asked for; `density`: log-densities.
         energy: one step of the energy network: what its loss was given, Q of the target
-            networks and of the trained ones at the same places.
+            networks and of the trained ones at the same places, the weights before the step.
         save: a checkpoint was written.
     """
 
@@ -413,6 +413,10 @@ def watch_hook(patch: Any, record: Record) -> None:
         record.add(
             "energy",
             network=type(energy).__name__,
+            weights=[w.detach().clone() for w in energy.parameters()],
+            gradient=torch.autograd.grad(
+                loss, list(energy.parameters()), retain_graph=True
+            ),
             support=support.clone(),
             q=q_values.clone(),
             states=states.clone(),

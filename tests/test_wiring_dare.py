@@ -311,7 +311,7 @@ def test_released_rows_of_iql_have_the_maximum_over_the_policys_actions(
         first = 0 if options else N_OFFLINE
         _, _, rewards, following, dones = update.batch
         released = 16 - first
-        (given, q), (whole, _) = calls(update, "q_target")
+        (whole, _), (given, q) = calls(update, "q_target")
         assert len(q) == 3 * released and len(whole[0]) == 16
         assert torch.equal(given[0], following[first:].repeat(3, 1))
         mean, std = calls(update, "actor")[0][1]
@@ -345,7 +345,7 @@ def test_released_rows_of_iql_have_the_sac_policy_loss(options, patched, recorde
         torch.testing.assert_close(acted, bounded[first:])
         log_pi = policy.log_prob(sample).sum(-1)
         free = F.pad(config.dare.entropy_alpha * log_pi[first:] - q, (first, 0))
-        target_q, v = calls(update, "q_target")[1][1], calls(update, "vf")[1][1]
+        target_q, v = calls(update, "q_target")[0][1], calls(update, "vf")[1][1]
         factor = (config.beta * (target_q - v)).exp().clamp(max=100)
         cloned = factor * -policy.log_prob(actions).sum(-1)
         loss = (update.weight * cloned + (1 - update.weight) * free).mean()

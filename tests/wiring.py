@@ -25,12 +25,15 @@ import numpy as np
 import pytest
 import torch
 
-from corl_dare import datasets, envs, hook, runs
+from corl import buffers, checkpoints, curves, envs, files, finetune, machine, tasks
+from corl.data import sources
+from corl_dare import hook
+from corl_dare.upstream import ExchangedBuffer, dare_for_corl
 
 ALGORITHMS = {
-    "iql": "corl.iql",
-    "cql": "corl.cql",
-    "cal_ql": "corl.cal_ql",
+    "iql": "algorithms.iql",
+    "cql": "algorithms.cql",
+    "cal_ql": "algorithms.cal_ql",
     "dare_iql": "algorithms.dare_iql",
     "dare_cal_ql": "algorithms.dare_cal_ql",
 }
@@ -336,8 +339,9 @@ def watch_trainer(trainer: Any, record: Record) -> None:
         )
         return action
 
-    def recorded_train(batch, weight=None, kept=None):
+    def recorded_train(batch, release=None):
         record.calls = []
+        weight, kept = release or (None, None)
         before = SimpleNamespace(
             batch=[field.clone() for field in batch],
             weight=None if weight is None else weight.clone(),
@@ -348,7 +352,7 @@ def watch_trainer(trainer: Any, record: Record) -> None:
             actor_training=actor.training,
             stream=stream_of(trainer),
         )
-        logs = train(batch, weight, kept) if weight is not None else train(batch)
+        logs = train(batch) if release is None else train(batch, release)
         fields = {**vars(before), "calls": record.calls}
         record.calls = []
         record.add("update", logs={k: v.item() for k, v in logs.items()}, **fields)
@@ -366,6 +370,7 @@ def stream_of(trainer: Any) -> torch.Tensor | None:
 def watch_hook(patch: Any, record: Record) -> None:
     """Record the behavior model's fit and samples, and the energy's steps."""
     fit_cached, contrastive_loss = hook.fit_cached, hook.contrastive_loss
+    make_behavior_model = hook.make_behavior_model
 
     def recorded_fit(kind, states, actions, **settings):
         record.add(
@@ -375,7 +380,10 @@ def watch_hook(patch: Any, record: Record) -> None:
             actions=actions.clone(),
             settings=settings,
         )
-        model, *rest = fit_cached(kind, states, actions, **settings)
+        return fit_cached(kind, states, actions, **settings)
+
+    def recorded_model(*args, **options):
+        model = make_behavior_model(*args, **options)
         sample, log_prob = model.sample, model.log_prob
 
         def recorded_sample(states, n, generator, scale=0.0, **options):
@@ -389,13 +397,14 @@ def watch_hook(patch: Any, record: Record) -> None:
         def recorded_log_prob(states, actions, *bounds):
             out = log_prob(states, actions, *bounds)
             fields = {"states": states.clone(), "actions": actions.clone()}
-            record.add("density", bounds=bounds, out=out.clone(), **fields)
+            finite = tuple(b for b in bounds if np.isfinite(b))
+            record.add("density", bounds=finite, out=out.clone(), **fields)
             if not record.muted:
                 record.events[-1].policy = policy_log_prob(record, states, actions)
             return out
 
         model.sample, model.log_prob = recorded_sample, recorded_log_prob
-        return (model, *rest)
+        return model
 
     def recorded_loss(energy, support, q_values, states, beta, *rest):
         loss = contrastive_loss(energy, support, q_values, states, beta, *rest)
@@ -427,6 +436,7 @@ def watch_hook(patch: Any, record: Record) -> None:
         return loss
 
     patch.setattr(hook, "fit_cached", recorded_fit)
+    patch.setattr(hook, "make_behavior_model", recorded_model)
     patch.setattr(hook, "contrastive_loss", recorded_loss)
 
 
@@ -453,9 +463,9 @@ def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
 
 def make_known(patch: Any) -> None:
     """The names of the two tasks: one with locomotion's reward rule, one with a goal."""
-    robot = envs.Robot("Toy", 2, 2, REF_MIN, REF_MAX, HORIZON)
+    robot = tasks.Robot("Toy", 2, 2, REF_MIN, REF_MAX, HORIZON)
     for name in ("toyhopper", "antmazetoy"):
-        patch.setitem(envs.ROBOTS, name, robot)
+        patch.setitem(tasks.ROBOTS, name, robot)
 
 
 def install(
@@ -471,23 +481,24 @@ def install(
     def resolve(*args, **kwargs):
         about = {"source": "toy", "sha256": "toy-data", "rows": ROWS, "label": "toy"}
         arrays = copy.deepcopy(record.arrays)
-        return datasets.Dataset(record.config.env, arrays, {**about, "path": ""}, {})
+        task = tasks.task(record.config.env)
+        return sources.Dataset(task, arrays, {**about, "path": ""}, {})
 
     patch.setattr(envs, "make", make)
-    patch.setattr(datasets, "resolve", resolve)
+    patch.setattr(sources, "resolve", resolve)
     patch.setenv("CORL_DARE_CACHE", str(cache))
     # A picture costs more than the run.
-    patch.setattr(runs, "plot_curves", lambda *args: None)
-    patch.setattr(runs, "git_commit", lambda: "unknown")
-    patch.setattr(runs, "versions", dict)
-    patch.setattr(runs.os, "fsync", lambda file: None)
-    save = runs.save_checkpoint
+    patch.setattr(curves, "plot_curves", lambda *args: None)
+    patch.setattr(machine, "git_commit", lambda: "unknown")
+    patch.setattr(machine, "versions", dict)
+    patch.setattr(files.os, "fsync", lambda file: None)
+    save = checkpoints.save_checkpoint
 
     def recorded_save(path, state):
         record.add("save", name=Path(path).name, step=state.get("step"))
         save(path, state)
 
-    patch.setattr(runs, "save_checkpoint", recorded_save)
+    patch.setattr(checkpoints, "save_checkpoint", recorded_save)
     if module is not None:
         watch_module(patch, record, module, estimate)
     watch_hook(patch, record)
@@ -495,7 +506,7 @@ def install(
 
 def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> None:
     """Record trainer and buffers; the time estimate is left out, or runs unrecorded."""
-    make_trainer, buffer = module.make_trainer, module.ReplayBuffer
+    make_trainer, buffer = module.make_trainer, buffers.ReplayBuffer
     init = buffer.__init__
 
     def recorded_make(*args, **kwargs):
@@ -510,13 +521,9 @@ def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> Non
 
     patch.setattr(module, "make_trainer", recorded_make)
     patch.setattr(buffer, "__init__", recorded_init)
-    for name, nothing in (("seconds_per_update", 0.0), ("seconds_to_prepare", {})):
-        if not hasattr(module, name):
-            continue
-        if estimate:
-            patch.setattr(module, name, record.muting(getattr(module, name)))
-        else:
-            patch.setattr(module, name, lambda *args, nothing=nothing: nothing)
+    estimated = finetune.Session._estimate
+    quiet = record.muting(estimated) if estimate else (lambda *args: {})
+    patch.setattr(finetune.Session, "_estimate", quiet)
 
 
 def make_config(algorithm: str, folder: Path, dare: dict | None = None, **fields):
@@ -601,7 +608,7 @@ def run_patched(
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
     trainer = module.make_trainer(config, 2, 2, MAX_ACTION, "cpu")
-    trainer.dare_weight = trainer.dare_first = None
+    trainer.dare_release = None
     watch_trainer(trainer, record)
     data = copy.deepcopy(record.arrays)
     for key in ("observations", "next_observations"):
@@ -612,7 +619,7 @@ def run_patched(
     for i in range(ROWS):
         offline.add_transition(*(data[key][i] for key in keys))
     iql = algorithm == "dare_iql"
-    made = hook.dare_for_corl(
+    made = dare_for_corl(
         config,
         trainer,
         offline,
@@ -633,7 +640,7 @@ def run_patched(
     if made is None:
         return record
     made.pretrain(progress=False)
-    buffer, rng = made.as_buffer(trainer), np.random.default_rng(5)
+    buffer, rng = ExchangedBuffer(made, trainer), np.random.default_rng(5)
     for _ in range(steps):
         state, following = rng.normal(size=(2, 2))
         row = (state, rng.uniform(-2, 2, 2), 0.5, following, False)
@@ -641,5 +648,5 @@ def run_patched(
         batch = buffer.sample(config.batch_size)
         if not iql:  # Cal-QL's batches carry returns
             batch = [*batch, torch.full_like(batch[2], -np.inf)]
-        trainer.train(batch, trainer.dare_weight, trainer.dare_first)
+        trainer.train(batch, trainer.dare_release)
     return record

@@ -39,8 +39,10 @@ run: $(READY)  ## the main job: DARE-IQL on hopper, minutes on a laptop
 test: $(DEV_READY)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-lint: $(DEV_READY)  ## ruff: lint, imports, format
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(DEV_READY)  ## ruff and mypy: lint, imports, format, types of corl_dare and corl
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(DEV_READY)  ## ruff: mend what it can
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -70,5 +72,5 @@ report: $(READY)  ## every table and figure of results/ from stored runs
 	$(BIN)/python -m experiments.report write $(ARGS)
 
 clean:  ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,18 +3,30 @@
 import os
 import random
 from collections.abc import Callable
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Protocol, Tuple, Union
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 
 from corl import envs, physics, runs, tasks
 from corl.buffers import ReplayBuffer
 from corl.config import FinetuneConfig
 
 ENVS_WITH_GOAL = ("antmaze", "pen", "door", "hammer", "relocate")
+
+
+class Actor(Protocol):
+    """A network that acts, as those of the algorithm files do."""
+
+    def act(self, state: np.ndarray, device: str) -> np.ndarray:
+        """State (S,) -> action (A,); in evaluation mode without noise."""
+
+    def train(self) -> Any:
+        """Switch to training mode, in which it explores."""
+
+    def eval(self) -> Any:
+        """Switch to evaluation mode."""
 
 
 def wrap_env(
@@ -28,11 +40,15 @@ def wrap_env(
         env, lambda state: (state - state_mean) / state_std, env.observation_space
     )
     if reward_scale != 1.0:
-        env = gym.wrappers.TransformReward(env, lambda reward: reward_scale * reward)
+
+        def scaled(reward: Any) -> Any:
+            return reward_scale * reward
+
+        env = gym.wrappers.TransformReward(env, scaled)
     return env
 
 
-def set_env_seed(env: Optional[gym.Env], seed: int) -> None:
+def set_env_seed(env: gym.Env, seed: int) -> None:
     """Seed an environment's resets and its action space."""
     envs.seed(env, seed)
 
@@ -61,7 +77,7 @@ def is_goal_reached(reward: float, info: Dict) -> bool:
 
 @torch.no_grad()
 def eval_actor(
-    env: gym.Env, actor: nn.Module, device: str, n_episodes: int, seed: int
+    env: gym.Env, actor: Actor, device: str, n_episodes: int, seed: int
 ) -> Tuple[np.ndarray, float]:
     """Raw returns (n_episodes,) of the deterministic policy, and the share of successes."""
     actor.eval()
@@ -75,7 +91,7 @@ def eval_actor(
             )
             done = terminated or truncated
             total += float(reward)
-            success = success or is_goal_reached(reward, info)
+            success = success or is_goal_reached(float(reward), info)
         returns.append(total)
         successes.append(float(success))
     actor.train()
@@ -99,7 +115,7 @@ class OnlineCollector:
         buffer: ReplayBuffer,
         task: tasks.Task,
         device: str,
-        reward: Callable[[float], float] = float,
+        reward: Callable[[Any], float] = float,
     ):
         self.env, self.buffer, self.task = env, buffer, task
         self.device, self.reward = device, reward
@@ -110,7 +126,7 @@ class OnlineCollector:
 
     def step(
         self,
-        actor: nn.Module,
+        actor: Actor,
         explore: Optional[Callable[[np.ndarray], np.ndarray]] = None,
     ) -> None:
         """One environment step of the actor, which is in training mode.
@@ -123,7 +139,7 @@ class OnlineCollector:
         next_state, reward, terminated, truncated, info = self.env.step(action)
         self.episode_step += 1
         self.episode_return += float(reward)
-        self.success = self.success or is_goal_reached(reward, info)
+        self.success = self.success or is_goal_reached(float(reward), info)
         # A time-out is not an end: the value of the next state still counts.
         real_done = bool(terminated) and self.episode_step < self.task.horizon
         self.buffer.add_transition(
@@ -178,7 +194,7 @@ class Evaluator:
         self.successes: List[float] = []  # success rate of every online evaluation
 
     def evaluate(
-        self, run: runs.Run, actor: nn.Module, step: int, phase: str
+        self, run: runs.Run, actor: Actor, step: int, phase: str
     ) -> Dict[str, float]:
         """Write the episodes down; returns the metrics of this evaluation."""
         config = self.config

@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import mujoco
@@ -167,15 +168,21 @@ def maze_xml(maze: Maze | None, asset: str) -> str:
     `maze_env.py`.
     """
     root = ElementTree.parse(asset).getroot()
-    root.find("option").set("timestep", str(TIMESTEP))
-    root.find("default/geom").attrib.update(solref=".02 1", solimp=".8 .8 .01")
+
+    def part(path: str) -> ElementTree.Element:
+        found = root.find(path)
+        assert found is not None, f"{asset} has no {path}"
+        return found
+
+    part("option").set("timestep", str(TIMESTEP))
+    part("default/geom").attrib.update(solref=".02 1", solimp=".8 .8 .01")
     for motor in root.iterfind("actuator/motor"):
         motor.set("ctrlrange", f"{-TORQUE} {TORQUE}")
         motor.set("gear", "1")
-    world = root.find("worldbody")
+    world = part("worldbody")
     half = CELL / 2, CELL / 2, WALL_HEIGHT / 2
-    for i, j in maze.cells("#") if maze else ():
-        x, y = maze.position((i, j))
+    walls = [(cell, maze.position(cell)) for cell in maze.cells("#")] if maze else []
+    for (i, j), (x, y) in walls:
         ElementTree.SubElement(
             world,
             "geom",
@@ -238,13 +245,14 @@ class AntMaze(MujocoEnv):
         space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
         super().__init__("ant.xml", FRAME_SKIP, space, render_mode=render_mode)
 
-    def _initialize_simulation(self):
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
         model = load_model(self.maze)
         return model, mujoco.MjData(model)
 
-    def _set_action_space(self):
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.model.nu,), np.float32)
-        return self.action_space
+    def _set_action_space(self) -> gym.spaces.Box:
+        space = gym.spaces.Box(-1.0, 1.0, (self.model.nu,), np.float32)
+        self.action_space = space
+        return space
 
     @property
     def goal(self) -> np.ndarray:
@@ -258,7 +266,7 @@ class AntMaze(MujocoEnv):
     def draw_goal(self) -> np.ndarray:
         """A goal (2,) by D4RL's rule: a goal cell's centre plus one-sided noise."""
         cells = self.maze.cells("G") if self.goals is None else self.goals
-        cell = cells[self.np_random.integers(len(cells))]
+        cell = cells[int(self.np_random.integers(len(cells)))]
         noise = sum(self.np_random.uniform(0.0, width, 2) for width in GOAL_NOISE)
         return np.maximum(self.maze.position(cell) + noise, 0.0)
 
@@ -268,7 +276,8 @@ class AntMaze(MujocoEnv):
         qpos = self.init_qpos + rng.uniform(-POSE_NOISE, POSE_NOISE, self.model.nq)
         qvel = self.init_qvel + POSE_NOISE * rng.standard_normal(self.model.nv)
         if self.starts is not None:
-            start = self.maze.position(self.starts[rng.integers(len(self.starts))])
+            drawn = int(rng.integers(len(self.starts)))
+            start = self.maze.position(self.starts[drawn])
             qpos[:2] = np.maximum(start + rng.uniform(0.0, START_NOISE, 2), 0.0)
         self.set_state(qpos, qvel)
         return self._observation()
@@ -280,7 +289,7 @@ class AntMaze(MujocoEnv):
         """Whether the torso is within the goal's radius, border included."""
         return bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= GOAL_RADIUS)
 
-    def step(self, action: np.ndarray):
+    def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self.do_simulation(TORQUE * np.asarray(action, np.float64), self.frame_skip)
         if self.render_mode == "human":
             self.render()

@@ -1,7 +1,7 @@
 """Replay buffers under CORL's names."""
 
 import math
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple, Union
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class ReplayBuffer:
         ]
         return fields + ([self._mc_returns] if hasattr(self, "_mc_returns") else [])
 
-    def _to_tensor(self, data: np.ndarray) -> torch.Tensor:
+    def _to_tensor(self, data: Union[np.ndarray, float]) -> torch.Tensor:
         return torch.as_tensor(data, dtype=torch.float32, device=self._device)
 
     def load_d4rl_dataset(self, data: Dict[str, np.ndarray]) -> None:
@@ -115,7 +115,7 @@ class ReplayBuffer:
         """Write one row over the oldest."""
         # Nobody knows the return of a running episode: -inf bounds no value. Upstream says 0.
         mc_return = 0.0 if self._compat else -math.inf
-        row = (state, action, reward, next_state, done, mc_return)
+        row: Tuple[Any, ...] = (state, action, reward, next_state, done, mc_return)
         for field, value in zip(self._storage(), row, strict=False):
             field[self._pointer] = self._to_tensor(value)
         self._pointer = (self._pointer + 1) % self._buffer_size

@@ -115,10 +115,10 @@ class _PickledScalar:
     def __init__(self, state: dict[str, Any] | None = None):
         self.state = state
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any] | None:
         return self.state
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any] | None) -> None:
         self.state = state
 
 
@@ -160,7 +160,7 @@ def _scalar_state(value: Any, name: str) -> Any:
     if not isinstance(value, _PickledScalar):
         return value
     try:
-        constant = value.state["_parameters"]["constant"].detach()
+        constant = (value.state or {})["_parameters"]["constant"].detach()
         return {"constant": constant.reshape(())}
     except (TypeError, KeyError, AttributeError, RuntimeError):
         raise ValueError(f"{name} is no module with one number 'constant'") from None
@@ -181,7 +181,8 @@ def save_corl_checkpoint(path: Path, state: dict[str, Any]) -> None:
         return _PickledScalar(vars(module))
 
     # Pickle writes a class only under a name where it finds that very class.
-    main_module, absent = sys.modules["__main__"], object()
+    main_module: Any = sys.modules["__main__"]
+    absent = object()
     before = getattr(main_module, "Scalar", absent)
     main_module.Scalar = _PickledScalar
     try:

@@ -19,7 +19,7 @@ import torch
 
 COMPILERS = ("g++", "clang++")
 # Eager's random draws; fewer microseconds around a graph with the wrapper in C++.
-OPTIONS = {"fallback_random": True, "cpp_wrapper": True}
+OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True}
 
 
 def check() -> None:
@@ -43,7 +43,9 @@ def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
     parameter that the loss does not depend on stays as it is. One parameter group per optimizer.
     """
     traced = torch.compiler.is_compiling()
-    groups = [o.traced_group if traced else o.param_groups[0] for o in optimizers]
+    # `CompiledUpdate` gives its optimizers the attribute `traced_group`.
+    marked: tuple[Any, ...] = optimizers
+    groups = [o.traced_group if traced else o.param_groups[0] for o in marked]
     parameters = [parameter for group in groups for parameter in group["params"]]
     gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
     for optimizer, group in zip(optimizers, groups, strict=True):
@@ -99,8 +101,8 @@ class CompiledUpdate:
     ):
         # Lets the graph go through `autograd.grad`; off by default.
         torch._dynamo.config.trace_autograd_ops = True
-        self.optimizers = optimizers
-        for optimizer in optimizers:
+        self.optimizers: list[Any] = list(optimizers)
+        for optimizer in self.optimizers:
             group = optimizer.param_groups[0]
             more = [k for k in ("weight_decay", "amsgrad", "maximize") if group.get(k)]
             if type(optimizer) is not torch.optim.Adam:

@@ -94,7 +94,7 @@ class FinetuneConfig:
     # What a long run names for a first look in minutes.
     QUICK_START: ClassVar[str] = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tasks.task(self.env)
         self.check_at_least(
             1, "eval_freq", "n_episodes", "batch_size", "buffer_size", "utd", "log_freq"
@@ -115,7 +115,8 @@ class FinetuneConfig:
 
     def check_mixing_ratio(self, or_else: str = "") -> None:
         """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""
-        ratio = self.mixing_ratio
+        # A field of the algorithms that have two buffers.
+        ratio = vars(self)["mixing_ratio"]
         if not 0.0 < ratio < 1.0:
             raise ValueError(f"mixing_ratio must lie in (0, 1), not {ratio}{or_else}")
         if not (self.batch_size * ratio).is_integer():
@@ -160,9 +161,11 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
         raise SystemExit(2) from None
 
 
-def _parse(config_class: type, argv: list[str]) -> Any:
+def _parse(config_class: Any, argv: list[str]) -> Any:
     flags = _read_flags(argv)
-    files = [flags.pop(name) for name in ("config", "config_path") if name in flags]
+    files: list[str] = [
+        flags.pop(name) for name in ("config", "config_path") if name in flags
+    ]
     origin = "the command line"
     values: dict[str, Any] = {}
     if flags.get("resume"):
@@ -262,7 +265,7 @@ def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> d
             hint = f"; did you mean {prefix}{close[0]}?" if close else ""
             raise ConfigError(f"{origin}: unknown field {prefix}{name}{hint}")
         kind = known[name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict | None):
                 raise ConfigError(f"{origin}: {prefix}{name} must be a block of fields")
             checked[name] = _check(kind, value or {}, origin, f"{prefix}{name}.")

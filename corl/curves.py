@@ -93,14 +93,21 @@ def _draw_phases(axes: np.ndarray, config: Any, label: str) -> None:
     )
 
 
-def _draw_line(axis: Any, x: np.ndarray, y: np.ndarray, color: str, **options) -> None:
+def _draw_line(
+    axis: Any, x: np.ndarray, y: np.ndarray, color: str, **options: Any
+) -> None:
     # With markers a single point is seen, too.
     options["marker"] = "o" if np.isfinite(y).sum() <= 50 else None
     axis.plot(x, y, color=color, linewidth=1.2, markersize=3, **options)
 
 
 def _draw_band(
-    axis: Any, x: np.ndarray, mean: np.ndarray, std: np.ndarray, color: str, **options
+    axis: Any,
+    x: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    color: str,
+    **options: Any,
 ) -> None:
     """A line with one standard deviation on either side."""
     axis.fill_between(x, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)

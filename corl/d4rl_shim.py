@@ -71,7 +71,7 @@ class TaskEnv(Env):
         self._seed = None
         return observation
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         if truncated:
             info["TimeLimit.truncated"] = not terminated
@@ -93,7 +93,7 @@ class TaskEnv(Env):
 class Wrapper(Env):
     """Old gym's wrapper: what it does not define is the inner environment's."""
 
-    def __init__(self, env: Env):
+    def __init__(self, env: Any):
         self.env = env
 
     def __getattr__(self, name: str) -> Any:
@@ -105,7 +105,7 @@ class Wrapper(Env):
 class TransformObservation(Wrapper):
     """Applies `f` to every observation."""
 
-    def __init__(self, env: Env, f: Callable):
+    def __init__(self, env: Any, f: Callable):
         super().__init__(env)
         self.f = f
 
@@ -120,7 +120,7 @@ class TransformObservation(Wrapper):
 class TransformReward(Wrapper):
     """Applies `f` to every reward."""
 
-    def __init__(self, env: Env, f: Callable):
+    def __init__(self, env: Any, f: Callable):
         super().__init__(env)
         self.f = f
 
@@ -152,7 +152,7 @@ def find_dataset(task: tasks.Task) -> sources.Dataset:
 
 
 def qlearning_dataset(
-    env: Env | None,
+    env: Any,
     dataset: dict[str, np.ndarray] | None = None,
     terminate_on_end: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -197,7 +197,9 @@ class WandbRun:
         self.config: dict[str, Any] = {}
         self.name = self.id = ""
 
-    def init(self, config: Any = None, name: str = "", id: str = "", **options: Any):
+    def init(
+        self, config: Any = None, name: str = "", id: str = "", **options: Any
+    ) -> "WandbRun":
         self.config.update(config or {})
         self.name, self.id = name, id
         return self
@@ -228,7 +230,9 @@ MODULES = ("gym", "gym.spaces", "gym.wrappers", "d4rl", "d4rl.infos", "wandb")
 
 def make_modules(run: WandbRun) -> dict[str, types.ModuleType]:
     """The stand-ins by name, ready for `sys.modules`; every log call goes to `run`."""
-    made = {name: types.ModuleType(name, "Stand-in, see d4rl_shim.") for name in MODULES}
+    made: dict[str, Any] = {
+        name: types.ModuleType(name, "Stand-in, see d4rl_shim.") for name in MODULES
+    }
     made["gym.spaces"] = gymnasium.spaces
     gym, d4rl, wandb = made["gym"], made["d4rl"], made["wandb"]
     gym.__version__, gym.make = "0.23.1", TaskEnv

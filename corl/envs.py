@@ -11,6 +11,8 @@ A time-out is not an end: `terminated` says that the episode is over, `truncated
 stopped looking. Only `terminated` may cut the bootstrap.
 """
 
+from typing import Any
+
 import gymnasium as gym
 import numpy as np
 
@@ -26,7 +28,8 @@ class ClipAction(gym.ActionWrapper):
     """
 
     def action(self, action: np.ndarray) -> np.ndarray:
-        return np.clip(action, self.action_space.low, self.action_space.high)
+        space: Any = self.action_space
+        return np.clip(action, space.low, space.high)
 
 
 def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
@@ -67,7 +70,8 @@ def make_robot(robot: str) -> gym.Env:
         env = gym.make(tasks.ROBOTS[robot].env_id)
     finally:
         gym.logger.min_level = logger_level
-    physics.restore_contact_margin(env.unwrapped.model)
+    base: Any = env.unwrapped
+    physics.restore_contact_margin(base.model)
     return ClipAction(env)
 
 
@@ -114,7 +118,9 @@ class OldGymEnv(gym.Env):
             gym.spaces.Box(s.low, s.high, dtype=s.dtype.type) for s in spaces
         )
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.steps = 0
         if seed is not None:
@@ -122,7 +128,7 @@ class OldGymEnv(gym.Env):
         result = self.old.reset()
         return (result[0] if isinstance(result, tuple) else result), {}
 
-    def step(self, action):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.steps += 1
         result = self.old.step(action)
         if len(result) == 5:
@@ -139,7 +145,7 @@ class OldGymEnv(gym.Env):
             info,
         )
 
-    def close(self):
+    def close(self) -> None:
         self.old.close()
 
 

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from corl import checkpoints, compiled, envs, machine, runs, tasks
 from corl.acting import (  # noqa: F401
+    Actor,
     Evaluator,
     OnlineCollector,
     add_noise,
@@ -119,8 +119,8 @@ class Session:
             raise
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        self.run.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self.run.__exit__(*error)
 
     def _open(self) -> None:
         config, task, device = self.config, self.task, self.device
@@ -132,12 +132,14 @@ class Session:
         eval_env = wrap_env(self._eval_env, mean, std)
         self.offline_buffer = new_buffer(config, task, device)
         self.offline_buffer.load_d4rl_dataset(data.arrays)
-        self.online_buffer = self.mixed = self.offline_buffer
+        self.online_buffer = self.offline_buffer
+        self.mixed: Union[ReplayBuffer, MixedBuffer] = self.offline_buffer
         ratio = getattr(config, "mixing_ratio", None)
         if ratio is not None:
             self.online_buffer = new_buffer(config, task, device)
             self.mixed = MixedBuffer(self.offline_buffer, self.online_buffer, ratio)
-        max_action = float(env.action_space.high[0])
+        space: Any = env.action_space
+        max_action = float(space.high[0])
         self.sizes = Sizes(task.state_dim, task.action_dim, max_action)
         # Here begin the random streams: networks, batches, exploration.
         set_seed(config.seed, env)
@@ -292,7 +294,7 @@ class Session:
         """Has somebody asked the run to stop?"""
         return self.run.stop_requested
 
-    def offline(self, actor: nn.Module) -> Iterator[int]:
+    def offline(self, actor: Actor) -> Iterator[int]:
         """The offline steps that are left, one update each; `actor` is evaluated."""
         self._phase, self._actor = "offline", actor
         for t in self.run.steps("offline", self.config.offline_iterations):
@@ -316,7 +318,7 @@ class Session:
 
     def online(
         self,
-        actor: nn.Module,
+        actor: Actor,
         explore: Optional[Callable[[np.ndarray], np.ndarray]] = None,
     ) -> Iterator[int]:
         """The online steps that are left, one environment step each, made before the body.

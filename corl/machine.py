@@ -87,8 +87,9 @@ def describe() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     try:
         text = Path("/proc/cpuinfo").read_text()
-        model = re.search(r"model name\s*:\s*(.+)", text).group(1)
-    except (OSError, AttributeError):
+        if found := re.search(r"model name\s*:\s*(.+)", text):
+            model = found.group(1)
+    except OSError:
         pass
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"processor": model, "cores": os.cpu_count(), "gpu": gpu}

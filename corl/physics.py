@@ -28,7 +28,7 @@ def get_state(env: gym.Env) -> dict[str, Any]:
     Raises:
         TypeError: the environment has neither MuJoCo's state nor a `get_state`.
     """
-    base = env.unwrapped
+    base: Any = env.unwrapped
     if hasattr(base, "get_state"):
         physics = base.get_state()
     elif hasattr(base, "model") and hasattr(base, "data"):
@@ -53,7 +53,7 @@ def get_state(env: gym.Env) -> dict[str, Any]:
 def set_state(env: gym.Env, state: dict[str, Any]) -> None:
     """Put an environment into a state of `get_state`; the next steps are bit-identical."""
     env.reset()
-    base = env.unwrapped
+    base: Any = env.unwrapped
     if hasattr(base, "set_state") and hasattr(base, "get_state"):
         base.set_state(state["physics"])
     else:
@@ -65,7 +65,7 @@ def set_state(env: gym.Env, state: dict[str, Any]) -> None:
         # versions write a fresh warm start in forward, so the saved one is put back.
         mujoco.mj_forward(base.model, base.data)
         mujoco.mj_setState(base.model, base.data, state["physics"], spec)
-    wrapper = env
+    wrapper: Any = env
     while not isinstance(wrapper, gym.wrappers.TimeLimit):
         wrapper = wrapper.env
     wrapper._elapsed_steps = state["elapsed_steps"]

@@ -15,7 +15,11 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
     before its first line was due.
     """
     if sys.stderr.isatty():
-        pace = {"mininterval": 0.5, "maxinterval": 1.0, "dynamic_ncols": True}
+        pace: dict[str, Any] = {
+            "mininterval": 0.5,
+            "maxinterval": 1.0,
+            "dynamic_ncols": True,
+        }
     else:
         # tqdm's monitor thread adds lines where miniters adapts itself, so it stays 1.
         pace = {"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "miniters": 1}

@@ -57,7 +57,7 @@ def modify_reward(dataset: Dict, env_name: str, max_episode_steps: int = 1000) -
     return args
 
 
-def modify_reward_online(reward: float, env_name: str, **kwargs) -> float:
+def modify_reward_online(reward: float, env_name: str, **kwargs: Any) -> float:
     """The same for one reward; `kwargs` is what `modify_reward` returned."""
     if is_locomotion(env_name):
         span = kwargs["max_ret"] - kwargs["min_ret"]
@@ -83,7 +83,7 @@ def modify_reward_linear_online(
     env_name: str,
     reward_scale: float = 1.0,
     reward_bias: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> float:
     """The same for one reward; `kwargs` is what `modify_reward_linear` returned."""
     if is_locomotion(env_name):

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from corl.checkpoints import rng_state, set_rng_state
 
 PLAIN = (int, float, bool, str, bytes, type(None))
-Undo = Callable[[], None]
+Undo = Callable[[], object]
 
 
 class Snapshot:
@@ -62,7 +62,7 @@ class Snapshot:
             self._undo.append(lambda: np.copyto(value, array))
         elif isinstance(value, dict):
             entries = dict(value)
-            self._undo.append(lambda: (value.clear(), value.update(entries)))
+            self._undo.append(lambda: _refill(value, entries))
             self._each(entries.values())
         elif isinstance(value, list):
             items = list(value)
@@ -81,6 +81,11 @@ class Snapshot:
 @torch.no_grad()
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source)
+
+
+def _refill(target: dict[Any, Any], entries: dict[Any, Any]) -> None:
+    target.clear()
+    target.update(entries)
 
 
 def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Run:
         self.config, self.algorithm = config, algorithm
         self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
         self.total = config.offline_iterations + config.online_iterations
-        self.panels: list = []
+        self.panels: Sequence[Mapping[str, Any]] = []
         self.means: dict[str, str] = {}
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
         # Asked at the start, since the files may have changed by the end of a long run.
@@ -76,7 +76,7 @@ class Run:
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
-        self.scores: list = []  # [step, phase, mean normalized score]
+        self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
         self.switched = False  # has the switch to the online phase been made?
@@ -151,7 +151,7 @@ class Run:
     # -- stopping -------------------------------------------------------------------------
 
     def __enter__(self) -> "Run":
-        def ask_to_stop(number, frame):
+        def ask_to_stop(number: int, frame: Any) -> None:
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
@@ -165,7 +165,7 @@ class Run:
         }
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.bar is not None:
@@ -299,6 +299,7 @@ class Run:
             ConfigError: the dataset is not the one that the run began with.
         """
         state = self.checkpoint
+        assert state is not None
         if state["dataset_sha256"] != self.dataset.get("sha256"):
             raise ConfigError(
                 f"the dataset {self.dataset.get('path')} is not the one this run began with "

@@ -16,7 +16,9 @@ def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.nda
     return states.mean(0), states.std(0) + eps
 
 
-def normalize_states(states: np.ndarray, mean: np.ndarray, std: np.ndarray):
+def normalize_states(
+    states: np.ndarray, mean: np.ndarray, std: np.ndarray
+) -> np.ndarray:
     """(states - mean) / std, of the shape of the states."""
     return (states - mean) / std
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ T_MIN = 1e-3  # smallest diffusion time, in training and at the end of sampling
 # Seconds of training that a killed process may lose.
 SAVE_SECONDS = 60.0
 
+Number = TypeVar("Number", float, torch.Tensor)
 DataPrediction = Callable[[torch.Tensor, float], torch.Tensor]
 Guidance = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 
@@ -53,7 +54,7 @@ class BehaviorModel(nn.Module):
     kind: str
     has_log_prob = False
 
-    def __init__(self, state_dim: int, action_dim: int, **options):
+    def __init__(self, state_dim: int, action_dim: int, **options: Any):
         super().__init__()
         if state_dim < 1 or action_dim < 1:
             raise ValueError(
@@ -138,7 +139,7 @@ def _seeded(seed: int) -> Iterator[None]:
 # ---------------------------------------------------------------- process and sampler
 
 
-def noise_schedule(t):
+def noise_schedule(t: Number) -> tuple[Number, Number]:
     """(alpha_t, sigma_t) of a_t = alpha_t a_0 + sigma_t noise.
 
     t in [0, 1] is a float (two floats come back) or a tensor (two tensors of its shape).
@@ -146,7 +147,7 @@ def noise_schedule(t):
     would cancel. Song et al. 2021, arXiv 2011.13456.
     """
     log_alpha = -0.25 * t * t * (BETA_1 - BETA_0) - 0.5 * t * BETA_0
-    lib = torch if isinstance(t, torch.Tensor) else math
+    lib: Any = torch if isinstance(t, torch.Tensor) else math
     return lib.exp(log_alpha), lib.sqrt(-lib.expm1(2.0 * log_alpha))
 
 
@@ -169,7 +170,8 @@ def _solver_plan(steps: int) -> tuple[tuple[float, ...], ...]:
         h = half_log_snr[q] - half_log_snr[p]
         return sigmas[q] / sigmas[p], -alphas[q] * math.expm1(-h)
 
-    plan, first_order = [], 1 if steps % 2 else 2
+    plan: list[tuple[float, ...]] = []
+    first_order = 1 if steps % 2 else 2
     for i in range(0, steps - first_order, 2):
         r = (half_log_snr[i + 1] - half_log_snr[i]) / (
             half_log_snr[i + 2] - half_log_snr[i]
@@ -217,6 +219,8 @@ def dpm_solver_sample(
 
 class FourierTime(nn.Module):
     """Random Fourier features of the time, frozen, and a linear layer."""
+
+    frequencies: torch.Tensor
 
     def __init__(self, dim: int = 32, scale: float = 30.0):
         super().__init__()
@@ -303,12 +307,14 @@ class DiffusionBehavior(BehaviorModel):
         with _seeded(seed):
             self.network = ScoreNetwork(state_dim, action_dim, width)
 
-    def loss(self, states, actions, generator):
+    def loss(
+        self, states: torch.Tensor, actions: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
         """Denoising loss, summed over action dimensions, mean over rows.
 
         One t ~ U(T_MIN, 1) per row. A network that answers 0 has expected loss A.
         """
-        options = {"device": actions.device, "dtype": actions.dtype}
+        options: dict[str, Any] = {"device": actions.device, "dtype": actions.dtype}
         uniform = torch.rand(len(actions), generator=generator, **options)
         t = T_MIN + (1.0 - T_MIN) * uniform  # (B,)
         noise = torch.randn(actions.shape, generator=generator, **options)
@@ -352,16 +358,16 @@ class DiffusionBehavior(BehaviorModel):
         """
         noise = self._noise(states, n, generator, noise)
         embedding = self.network.embed_states(states).unsqueeze(1)  # (B, 1, 32)
-        guided = guidance is not None and scale != 0.0
-        if guided:
+        guide = guidance if scale != 0.0 else None
+        if guide is not None:
             repeated = states.repeat_interleave(n, 0)  # (B n, S)
 
         def data_prediction(x: torch.Tensor, t: float) -> torch.Tensor:
             alpha, sigma = noise_schedule(t)
             time = torch.full((1, 1), t, device=x.device, dtype=x.dtype)
             clean = (x + sigma * self.network(x, time, embedding)) / alpha
-            if guided:
-                gradient = guidance(x.flatten(0, 1), t, repeated).view_as(x)
+            if guide is not None:
+                gradient = guide(x.flatten(0, 1), t, repeated).view_as(x)
                 clean = clean + (scale * sigma * sigma / alpha) * gradient
             return clean
 
@@ -405,6 +411,8 @@ class MixtureBehavior(BehaviorModel):
     kind = "mixture"
     has_log_prob = True
     LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+    state_mean: torch.Tensor
+    state_std: torch.Tensor
 
     def __init__(
         self,
@@ -435,7 +443,8 @@ class MixtureBehavior(BehaviorModel):
             )
             if components > 1:
                 # Components that start in one place tend to stay together.
-                means = self.net[-1].bias.view(components, -1)[:, 1 : 1 + action_dim]
+                last = cast(nn.Linear, self.net[-1])
+                means = last.bias.view(components, -1)[:, 1 : 1 + action_dim]
                 nn.init.uniform_(means, -1.0, 1.0)
 
     def normalize_to(self, states: torch.Tensor) -> None:
@@ -473,12 +482,21 @@ class MixtureBehavior(BehaviorModel):
         )  # (B, C, A)
         return (log_weight + normal.sum(-1)).logsumexp(-1)
 
-    def loss(self, states, actions, generator):
+    def loss(
+        self, states: torch.Tensor, actions: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
         """Mean negative log-likelihood in nats; draws nothing."""
         return -self.log_prob(states, actions).mean()
 
     @torch.no_grad()
-    def sample(self, states, n=1, generator=None, *, noise=None):
+    def sample(
+        self,
+        states: torch.Tensor,
+        n: int = 1,
+        generator: torch.Generator | None = None,
+        *,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         noise = self._noise(states, n, generator, noise)
         log_weight, mean, log_std = self.distribution(states)
         if self.components == 1:
@@ -517,7 +535,7 @@ KINDS = {m.kind: m for m in (DiffusionBehavior, GaussianBehavior, MixtureBehavio
 
 
 def make_behavior_model(
-    kind: str, state_dim: int, action_dim: int, *, seed: int = 0, **options
+    kind: str, state_dim: int, action_dim: int, *, seed: int = 0, **options: Any
 ) -> BehaviorModel:
     """A fresh behavior model on the CPU, its weights a function of `seed` alone.
 
@@ -694,8 +712,10 @@ class _ShuffledBatches:
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.start + self.size > len(self.order):
-            options = {"generator": self.generator, "device": self.states.device}
-            self.order, self.start = torch.randperm(len(self.states), **options), 0
+            self.order = torch.randperm(
+                len(self.states), generator=self.generator, device=self.states.device
+            )
+            self.start = 0
         rows = self.order[self.start : self.start + self.size]
         self.start += self.size
         return self.states[rows], self.actions[rows]

@@ -82,7 +82,7 @@ class DareConfig:
     # returns: Q as if the dataset's returns spanned 1000; literal: Q as it is
     q_scale: str = "returns"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_choices()
         self._check_ranges()
         self._check_combinations()

@@ -192,7 +192,13 @@ def posterior_offline(
     return _log_odds(scores, mean_off, std_off, mean_on, std_on).sigmoid()
 
 
-def _log_odds(scores, mean_off, std_off, mean_on, std_on) -> torch.Tensor:
+def _log_odds(
+    scores: torch.Tensor,
+    mean_off: torch.Tensor | float,
+    std_off: torch.Tensor | float,
+    mean_on: torch.Tensor | float,
+    std_on: torch.Tensor | float,
+) -> torch.Tensor:
     """Log of density_off / density_on (B,), nats; unlike the posterior not saturating."""
     scores, mean_off, std_off, mean_on, std_on = _tensors(
         scores, mean_off, std_off, mean_on, std_on
@@ -392,7 +398,7 @@ def reorder(batch: Iterable[torch.Tensor], order: torch.Tensor) -> list[torch.Te
     return [tensor.index_select(0, order) for tensor in batch]
 
 
-def _amplitude(values, offline, n_off) -> torch.Tensor:
+def _amplitude(values: torch.Tensor, offline: torch.Tensor, n_off: int) -> torch.Tensor:
     """sup - inf of F_off - F_on, from sorted scores and which of them are offline."""
     cdf_off = offline.cumsum(0).to(values.dtype) / n_off
     cdf_on = (~offline).cumsum(0).to(values.dtype) / (len(values) - n_off)
@@ -422,7 +428,9 @@ def _check_scores(scores: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_choices(cap, rule, weights, generator) -> None:
+def _check_choices(
+    cap: int | None, rule: str, weights: str, generator: torch.Generator | None
+) -> None:
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
     if weights not in WEIGHTS:

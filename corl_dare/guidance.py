@@ -14,6 +14,7 @@ Shapes: B states, K support actions per state, S state dimension, A action dimen
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 T_MIN = 1e-3  # smallest diffusion time the energy is trained on
 
 NoiseSchedule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class EnergyNetwork(nn.Module):
@@ -31,6 +31,8 @@ class EnergyNetwork(nn.Module):
     207 137 + 256 (A + S) trainable parameters and 16 frozen frequencies at hidden_dim
     256. The weights are a function of `seed`; the global random stream is left alone.
     """
+
+    frequencies: torch.Tensor
 
     def __init__(
         self, state_dim: int, action_dim: int, *, hidden_dim: int = 256, seed: int = 0
@@ -116,7 +118,10 @@ def contrastive_loss(
             f"support actions {shape}, Q-values {tuple(q_values.shape)} and states "
             f"{tuple(states.shape)} do not fit; expected (B, K, A), (B, K), (B, S)"
         )
-    options = {"device": support_actions.device, "dtype": support_actions.dtype}
+    options: dict[str, Any] = {
+        "device": support_actions.device,
+        "dtype": support_actions.dtype,
+    }
     uniform = torch.rand(shape[0], generator=generator, **options)
     t = T_MIN + (1.0 - T_MIN) * uniform  # (B,)
     noise = torch.randn(shape, generator=generator, **options)

@@ -263,8 +263,10 @@ class DareHook:
             self._density_scores = compile(self.density_scores)
             if config.rule != "random":  # a graph takes no generator
                 self._exchange = compile(exchange)
-        self.energy, self.energy_optimizer = None, None
-        self.reference_caches = self.support_caches = None
+        self.energy: EnergyNetwork | None = None
+        self.energy_optimizer: torch.optim.Adam | None = None
+        self.reference_caches: list[SlotCache] | None = None
+        self.support_caches: list[SlotCache] | None = None
         if config.reference_max_age > 0 and config.score == "reference":
             self.reference_caches = self._make_caches(config.reference_max_age)
         if config.guided:
@@ -334,6 +336,7 @@ class DareHook:
             return -self.behavior.log_prob(raw, actions)
         bound = self.max_action if self.clipped_policy else math.inf
         behavior = self.behavior.log_prob(raw, actions, bound)
+        assert self.policy_log_prob is not None
         return self.policy_log_prob(states, actions) - behavior
 
     def references(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -354,15 +357,24 @@ class DareHook:
                 states, self.config.support_actions, guided=False
             )
 
+        assert self.support_caches is not None
         return self._cached(self.support_caches, states, rows, make)
 
-    def _cached(self, caches, states, rows, make) -> torch.Tensor:
+    def _cached(
+        self,
+        caches: list[SlotCache],
+        states: torch.Tensor,
+        rows: Rows,
+        make: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         parts, first = [], 0
         for cache, slots in zip(caches, rows, strict=True):
             part = states[first : first + len(slots)]
             first += len(slots)
 
-            def make_missing(missing: np.ndarray, part=part) -> torch.Tensor:
+            def make_missing(
+                missing: np.ndarray, part: torch.Tensor = part
+            ) -> torch.Tensor:
                 return make(part[torch.from_numpy(missing).to(part.device)])
 
             if len(slots):
@@ -376,11 +388,10 @@ class DareHook:
         options: dict[str, Any] = {}
         if self.config.behavior == "diffusion":
             options["steps"] = self.config.sampler_steps
-            if guided and self.energy is not None:
+            energy = self.energy
+            if guided and energy is not None:
                 options["scale"] = self.config.guidance_scale
-                options["guidance"] = lambda x, t, s: energy_gradient(
-                    self.energy, x, t, s
-                )
+                options["guidance"] = lambda x, t, s: energy_gradient(energy, x, t, s)
         with torch.no_grad():
             raw = self.unnormalize(states)
             return self.behavior.sample(raw, n, self.generator, **options)
@@ -405,6 +416,8 @@ class DareHook:
 
     def energy_step(self, states: torch.Tensor, rows: Rows) -> Log:
         """One contrastive step (CEP, arXiv 2304.12824) on states (B, S) as in the buffers."""
+        assert self.q_function is not None and self.energy is not None
+        assert self.energy_optimizer is not None
         support = self.support(states, rows)  # (B, K, A)
         b, k, a = support.shape
         with torch.no_grad():
@@ -493,7 +506,7 @@ class DareHook:
         puts it back.
         """
         config, seconds = self.config, {}
-        if self.data is not None and not self._behavior_file().exists():
+        if self.data is not None and not self._behavior_file(self.data).exists():
             batch = [x[: config.behavior_batch_size] for x in self.data[:2]]
             self._fit_steps(batch, 1)  # warms up
             two = seconds_of(lambda: self._fit_steps(batch, 2))
@@ -512,16 +525,16 @@ class DareHook:
             seconds["energy"] = left * warm + new * max(cold - warm, 0.0)
         return seconds
 
-    def _behavior_file(self) -> Path:
+    def _behavior_file(self, data: BehaviorData) -> Path:
         return cached_file(
             self.behavior,
-            len(self.data.states),
+            len(data.states),
             updates=self.config.behavior_updates,
             batch_size=self.config.behavior_batch_size,
             lr=self.config.behavior_lr,
             seed=self.seed,
-            dataset_hash=self.data.dataset_hash,
-            cache_dir=self.data.cache_dir,
+            dataset_hash=data.dataset_hash,
+            cache_dir=data.cache_dir,
         )[0]
 
     def _fit_steps(self, batch: list[torch.Tensor], count: int) -> None:
@@ -556,7 +569,7 @@ class DareHook:
             "energy_steps": self.energy_steps,
             "caches": caches,
         }
-        if self.energy is not None:
+        if self.energy is not None and self.energy_optimizer is not None:
             state["energy"] = self.energy.state_dict()
             state["energy_optimizer"] = self.energy_optimizer.state_dict()
         return state
@@ -568,9 +581,11 @@ class DareHook:
         self.samples, self.energy_steps = state["calls"], state["energy_steps"]
         named = {"reference": self.reference_caches, "support": self.support_caches}
         for name, saved in state["caches"].items():
-            for cache, part in zip(named[name], saved, strict=True):
+            caches = named[name]
+            assert caches is not None
+            for cache, part in zip(caches, saved, strict=True):
                 cache.load_state_dict(part, self.device)
-        if self.energy is not None:
+        if self.energy is not None and self.energy_optimizer is not None:
             self.energy.load_state_dict(state["energy"])
             self.energy_optimizer.load_state_dict(state["energy_optimizer"])
 
@@ -606,7 +621,9 @@ def prepare(
     """
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
-    if states is None:
+    if (states is None) != (actions is None):
+        raise ValueError("prepare needs states and actions, or neither of them")
+    if states is None or actions is None:
         states, actions = (field[: offline._size] for field in storage(offline)[:2])
         states = unnormalize(states)
     behavior = make_behavior_model(

@@ -81,6 +81,7 @@ class SlotCache:
             slots = torch.from_numpy(rows[missing]).to(fresh.device)
             self.values[slots] = fresh
             self.made[rows[missing]] = now
+        assert self.values is not None
         return self.values[torch.from_numpy(rows).to(self.values.device)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from corl_dare import behavior
+from corl_dare import behavior, cache
 from corl_dare.behavior import (
     T_MIN,
     BehaviorModel,
     clipped_normal_log_prob,
     dpm_solver_sample,
     fit,
-    fit_cached,
     make_behavior_model,
     noise_schedule,
 )
+from corl_dare.cache import fit_cached
 
 ROBOTS = {"halfcheetah": (17, 6), "hopper": (11, 3), "antmaze": (29, 8)}
 KINDS = ("diffusion", "gaussian", "mixture")
@@ -876,7 +876,7 @@ def test_default_options_and_the_same_options_spelled_out_are_one_model(tmp_path
 
 def test_a_new_format_does_not_read_old_files(tmp_path, monkeypatch):
     _, path, _ = cached(tmp_path)
-    monkeypatch.setattr(behavior, "FORMAT", behavior.FORMAT + 1)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     _, other, loaded = cached(tmp_path)
     assert not loaded and other != path
 
@@ -1051,7 +1051,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(behavior.os, "replace", full_disk)
+    monkeypatch.setattr(cache.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         cached(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ another format. The last makes every stand-in and compares it with what D4RL pub
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -68,7 +69,8 @@ def _published(task: tasks.Task) -> list[tuple[str, str]]:
     returns = published.returns(task)
     if returns is None:
         return []
-    theirs = dict(zip(("mean", "std", "min", "max"), returns, strict=True))
+    names = ("mean", "std", "min", "max")
+    theirs: dict[str, float | None] = dict(zip(names, returns, strict=True))
     return [
         ("D4RL's", _four(theirs, "raw, published for D4RL's own file", 2)),
         ("", _four(_scores(task, theirs), "normalized", 1)),
@@ -117,7 +119,7 @@ def plot_returns(dataset: sources.Dataset, out: Path) -> None:
         center, width = theirs[:2]
         axes.axvline(center, color="tab:orange", label=f"D4RL's mean, {center:.4g}")
         low, high = center - width, center + width
-        style = {"color": "tab:orange", "alpha": 0.2, "zorder": 0}
+        style: dict[str, Any] = {"color": "tab:orange", "alpha": 0.2, "zorder": 0}
         axes.axvspan(low, high, **style, label="D4RL's mean ± 1 std")
     axes.set_xlabel("return of an episode (raw)")
     axes.set_ylabel("episodes")

@@ -126,7 +126,8 @@ def _open(url: str, have: int, timeout: float) -> http.client.HTTPResponse:
     `urlopen` runs in a thread, because no socket timeout covers the look-up of the server's name.
     """
     headers = {"Range": f"bytes={have}-"} if have else {}
-    request, answers = urllib.request.Request(url, headers=headers), queue.Queue()
+    request = urllib.request.Request(url, headers=headers)
+    answers: queue.Queue[http.client.HTTPResponse | Exception] = queue.Queue()
 
     def work() -> None:
         try:

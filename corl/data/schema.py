@@ -148,7 +148,7 @@ def _reject(
         value = values[row][bad[row]].flat[0] if values.ndim > 1 else values[row]
         raise ValueError(
             f"{path}: {key} has {value} in row {row} ({rows.sum()} bad rows of "
-            f"{len(rows)}); {rule}"
+            f"{len(bad)}); {rule}"
         )
 
 
@@ -220,7 +220,7 @@ def qlearning_dataset(
             raise ValueError(
                 "keep_timeouts needs stored next_observations, which this data lacks"
             )
-        keep = np.arange(len(raw["rewards"]))
+        keep: np.ndarray = np.arange(len(raw["rewards"]))
         next_observations = raw["next_observations"][keep]
     else:
         keep = np.flatnonzero(~timeout_flags(raw, horizon)[:-1])

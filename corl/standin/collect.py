@@ -28,6 +28,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 import gymnasium
@@ -99,6 +100,7 @@ def _roll_out_chunk(
     seed = np.random.SeedSequence([plan.settings["seed"], chunk.part, chunk.number])
     behavior, rows, whole = chunk.behavior, chunk.rows, chunk.whole
     if plan.task.robot == "antmaze":
+        assert behavior.policy is not None
         return maze_walks.rollout(plan.task, behavior.policy, rows, seed, advance, whole)
     judges = tuple(judge for judge, _ in plan.parts) if plan.mixed else ()
     return rollout.rollout(behavior, plan.task.robot, rows, seed, advance, judges, whole)
@@ -133,6 +135,7 @@ def roll_out_in_processes(
             )
 
         def listen(process: subprocess.Popen) -> None:
+            assert process.stdout is not None
             for line in process.stdout:
                 advance(int(line))
 
@@ -150,7 +153,8 @@ def roll_out_in_processes(
             if process.poll() is None:
                 process.terminate()
             process.wait()
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
     if any(codes):
         raise RuntimeError(
             f"a collecting process ended with exit code {max(codes, key=abs)}; its own "
@@ -372,7 +376,7 @@ def _metadata(plan: rollout.Plan) -> dict:
     joined = len(plan.parts) > 1 and not replay
     if behavior.policy is None or joined or plan.task.robot == "antmaze":
         return {}
-    metadata = {"algorithm": np.bytes_("SAC")}
+    metadata: dict[str, Any] = {"algorithm": np.bytes_("SAC")}
     if not replay:
         metadata["policy/nonlinearity"] = np.bytes_("relu")
         metadata["policy/output_distribution"] = np.bytes_("tanh_gaussian")

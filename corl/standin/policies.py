@@ -42,6 +42,7 @@ class TanhGaussianPolicy(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256):
         super().__init__()
+        self.state_dim, self.action_dim = state_dim, action_dim
         self.net = nn.Sequential(
             nn.Linear(state_dim, hidden_dim),
             nn.ReLU(),
@@ -237,6 +238,7 @@ def load_behaviors(
             f"policy file {path} has sha256 {digest}, the manifest says "
             f"{facts['sha256']}; reinstall the package"
         )
+    named: list[tuple[str, int | None, TanhGaussianPolicy]]
     try:
         # Building the network draws its start weights from the global stream.
         with torch.random.fork_rng(devices=[]):
@@ -252,7 +254,7 @@ def load_behaviors(
         ) from error
     inputs = FEATURES if level == "walker" else task.state_dim
     for _, _, policy in named:
-        dims = policy.net[0].in_features, policy.net[-1].out_features // 2
+        dims = policy.state_dim, policy.action_dim
         if dims != (inputs, task.action_dim):
             raise ValueError(
                 f"policy file {path} maps {dims[0]} state to {dims[1]} action "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -45,7 +46,7 @@ class Plan:
     # Whole episodes of the parts are to be put in random order.
     mixed: bool
     # What the file's attributes say of it.
-    settings: dict[str, str | int | float]
+    settings: dict[str, Any]
     # The file of a policy that is given in place of the shipped one.
     policy: Path | None = None
 
@@ -95,7 +96,7 @@ def make_plan(
     used = {b.level: b.sha256 for b, _ in parts if b.policy is not None}
     if task.kind.endswith("-replay"):
         used = policies.fingerprint(task)
-    settings = {
+    settings: dict[str, Any] = {
         "source": "self-collected",
         "task": task.name,
         "rows": rows,
@@ -157,7 +158,8 @@ def _replay(task: tasks.Task, rows: int) -> list[tuple[policies.Behavior, int]]:
         series = [b for b in series if b.step <= end]
     if not series:
         raise ValueError(f"policy file {path} has no snapshot up to step {end}")
-    steps = [b.step for b in series]
+    # Every policy of a series knows its step.
+    steps = [cast(int, b.step) for b in series]
     middles = [(a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)]
     starts = np.maximum([0, *middles], facts["warmup"])
     seams = np.round(rows * np.array([0, *starts, end]) / end).astype(int)
@@ -209,6 +211,7 @@ def _act(
         elif judge.policy is None:
             judged[:, j] = uniform
         else:
+            assert u is not None
             judged[:, j] = judge.policy.log_prob_of_tanh(inputs, u)
     return actions.numpy(), log_probs.numpy(), judged
 
@@ -314,7 +317,8 @@ def _step(
     judged: np.ndarray,
 ) -> np.ndarray:
     """Take an action (A,) in environment i and note the row; the state (S,) to go on from."""
-    data = env.unwrapped.data
+    base: Any = env.unwrapped
+    data = base.data
     physics = data.qpos.copy(), data.qvel.copy()
     next_state, reward, terminated, truncated, _ = env.step(action)
     # An end in the last step before the time limit is stored as a time-out, as in D4RL.
@@ -330,7 +334,8 @@ def _step(
 def _row_type(env: gymnasium.Env, judges: tuple[policies.Behavior, ...]) -> np.dtype:
     """The fields of one row of `rollout`."""
     state, action = env.observation_space.shape, env.action_space.shape
-    data = env.unwrapped.data
+    base: Any = env.unwrapped
+    data = base.data
     return np.dtype(
         [
             ("observations", np.float32, state),

@@ -75,7 +75,7 @@ class SAC:
         self.target.load_state_dict(self.critic.state_dict())
         self.target.requires_grad_(False)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
-        groups = [
+        groups: list[list[torch.Tensor]] = [
             list(self.policy.parameters()),
             list(self.critic.parameters()),
             [self.log_alpha],
@@ -95,7 +95,9 @@ class SAC:
         x = torch.as_tensor(state, dtype=torch.float32, device=self.device).unsqueeze(0)
         return self.policy(x, self.noise(1))[0][0].cpu().numpy()
 
-    def update(self, batch: list[torch.Tensor], discount=0.99, tau=0.005) -> None:
+    def update(
+        self, batch: list[torch.Tensor], discount: float = 0.99, tau: float = 0.005
+    ) -> None:
         """One step of critics, policy and temperature.
 
         Args:

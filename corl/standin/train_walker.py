@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mujoco
 import numpy as np
@@ -74,7 +75,7 @@ HIGHEST = Gait(12.0, 1.2, 1.1, 0.6, 0.4, 5.0, 0.6, 1.5)
 class Plane:
     """D4RL's ant on its open plane."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.model = antmaze.load_model(None)
         self.data = mujoco.MjData(self.model)
 
@@ -230,7 +231,7 @@ def clone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = policies.TanhGaussianPolicy(policies.FEATURES, policies.ACTIONS)
-    first, last = policy.net[0], policy.net[-1]
+    first, last = (cast(torch.nn.Linear, policy.net[i]) for i in (0, -1))
     with torch.no_grad():
         last.weight[policies.ACTIONS :] = 0.0
         last.bias[policies.ACTIONS :] = policies.LOG_STD_MIN
@@ -249,7 +250,7 @@ def clone(
     with torch.no_grad():
         # The policy is to take features as they are, so the scaling goes into its weights.
         first.weight /= spread
-        first.bias -= first.weight @ center
+        first.bias.sub_(first.weight @ center)
         means = torch.tanh(policy.net(x[count:])[:, : policies.ACTIONS])
         left = (means - y[count:]).square().mean() / y[count:].var(0).mean()
     return policy.requires_grad_(False), float(1 - left)

@@ -427,7 +427,6 @@ HOOK_MUTANTS = [
     Mutant(HOOK, "            self.config.energy_beta,\n", "            1.0,\n"),
     Mutant(HOOK, "        self.energy_optimizer.step()\n", ""),
     Mutant(HOOK, "        self.energy_optimizer.zero_grad()\n", ""),
-    Mutant(HOOK, 'q_scale if config.q_scale == "returns" else 1.0', "q_scale"),
     Mutant(HOOK, "range(first + 1, last + 1)", "range(first + 1, last)"),
     Mutant(HOOK, "                if should_stop():\n                    return\n", ""),
     Mutant(

@@ -361,6 +361,16 @@ def test_regret_counts_online_evaluations_or_as_upstream_training(
     assert recorded(name).rows_of("metrics.csv")[-2]["regret"] == ""
 
 
+def ends_without_success(steps):
+    """Numbers of the finished episodes that had a success, but none in the last step."""
+    ends = [s.reward > 0 for s in steps if s.terminated or s.truncated]
+    return [
+        i
+        for i, (a, b) in enumerate(zip(successes(steps), ends, strict=True))
+        if a and not b
+    ]
+
+
 @every_algorithm
 def test_the_toy_tells_success_of_training_and_evaluation_apart(name, recorded):
     """Else the test of the regret could not fail."""
@@ -369,6 +379,8 @@ def test_the_toy_tells_success_of_training_and_evaluation_apart(name, recorded):
     rates = np.reshape(successes(record.of("step", role="eval")), (-1, 2)).mean(1)
     assert len({found, np.mean(rates), np.mean(rates[1:])}) == 3
     assert len(set(rates[1:])) > 1
+    lost = ends_without_success(record.of("step", role="train"))
+    assert lost, "a success that is lost again before the end"
 
 
 # ---------------------------------------------------------------- batches and the switch

@@ -18,7 +18,7 @@ OTHER = {
         "cap": 3,
         "skip_inverted": True,
         "alignment": "kernel",
-        "alignment_sigma": 30.0,
+        "alignment_sigma": 1.5,
     }
 }
 RATIO = {

@@ -131,6 +131,8 @@ class WiringEnv(gymnasium.Env):
         length, terminal = SCRIPT[self.episode % len(SCRIPT)]
         terminated = terminal and self.count == length
         reward = float(self.place[0] - 0.45)
+        if self.episode == 2:  # a goal that is reached and lost again; in training alone
+            reward += 2.0 if self.count == 2 else -2.0
         if self.record is not None:
             self.record.step(self, before, action, reward, terminated)
         return self.observe(), reward, terminated, False, {}

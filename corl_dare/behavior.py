@@ -47,12 +47,11 @@ Guidance = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 class BehaviorModel(nn.Module):
     """A conditional law of actions given raw states; the contract of all members.
 
-    `has_log_prob` says whether `log_prob` answers. `options` holds the settings that,
-    with the dimensions and the weights, define the model.
+    `options` holds the settings that, with the dimensions and the weights, define the
+    model.
     """
 
     kind: str
-    has_log_prob = False
 
     def __init__(self, state_dim: int, action_dim: int, **options: Any):
         super().__init__()
@@ -101,7 +100,7 @@ class BehaviorModel(nn.Module):
         is the log of the mass beyond it, see `clipped_normal_log_prob`.
 
         Raises:
-            NotImplementedError: the model has no density (`has_log_prob` is False).
+            NotImplementedError: the model has no density.
         """
         raise NotImplementedError(
             f"the {self.kind} behavior model has no density; use kind 'gaussian' or "
@@ -409,7 +408,6 @@ class MixtureBehavior(BehaviorModel):
     """
 
     kind = "mixture"
-    has_log_prob = True
     LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
     state_mean: torch.Tensor
     state_std: torch.Tensor

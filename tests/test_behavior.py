@@ -494,7 +494,7 @@ def test_log_prob_equals_torch_distributions(kind):
     model = with_random_head(kind, 4, 3)
     s, a = randn(50, 4, dtype=torch.float64), randn(50, 3, seed=1, dtype=torch.float64)
     expected = torch_distribution(model, s).log_prob(a)
-    assert model.has_log_prob and model.log_prob(s, a).shape == (50,)
+    assert model.log_prob(s, a).shape == (50,)
     assert torch.allclose(model.log_prob(s, a), expected, atol=1e-10)
     assert torch.allclose(model.loss(s, a, None), -expected.mean())
 
@@ -575,7 +575,6 @@ def test_likelihood_of_actions_piled_on_the_bound_stays_bounded():
 
 def test_diffusion_says_that_it_has_no_density():
     model = make_behavior_model("diffusion", 5, 3, width=0.05)
-    assert not model.has_log_prob
     with pytest.raises(NotImplementedError, match="diffusion .* no density"):
         model.log_prob(randn(2, 5), randn(2, 3))
 

@@ -35,6 +35,7 @@ BETA_0, BETA_1 = 0.1, 20.0  # linear noise rate of the variance-preserving proce
 T_MIN = 1e-3  # smallest diffusion time, in training and at the end of sampling
 # Seconds of training that a killed process may lose.
 SAVE_SECONDS = 60.0
+MEAN_OF = 200  # updates that a mean loss covers
 
 Number = TypeVar("Number", float, torch.Tensor)
 DataPrediction = Callable[[torch.Tensor, float], torch.Tensor]
@@ -596,6 +597,47 @@ def fit(
         KeyboardInterrupt: `should_stop` answered true.
     """
     device = torch.device(device)
+    _check_settings(updates, batch_size, lr, generator, device)
+    training = _Training(model, states, actions, batch_size, lr, generator, device)
+    if resume is not None:
+        training.load_state_dict(resume)
+    saved = time.perf_counter()
+    with bar(
+        desc=f"behavior {model.kind}",
+        total=updates,
+        initial=training.updates,
+        unit="update",
+        disable=not progress,
+    ) as shown:
+        while training.updates < updates:
+            training.update()
+            shown.update()
+            if training.updates % MEAN_OF == 0 or training.updates == updates:
+                shown.set_postfix(loss=f"{training.end_mean():.4f}", refresh=False)
+            if training.updates % 50:
+                continue
+            stop = should_stop is not None and should_stop()
+            late = time.perf_counter() - saved >= SAVE_SECONDS
+            if save is not None and (stop or late):
+                save(training.state_dict())
+                saved = time.perf_counter()
+            if stop:
+                how = "" if save is None else "; the same call goes on from there"
+                raise KeyboardInterrupt(
+                    f"behavior training stopped after {training.updates} of {updates} "
+                    f"updates{how}"
+                )
+    model.eval()
+    return np.array(training.means)
+
+
+def _check_settings(
+    updates: int,
+    batch_size: int,
+    lr: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
     for name, value in (("updates", updates), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"behavior {name} is {value}; it must be at least 1")
@@ -603,74 +645,80 @@ def fit(
         raise ValueError(f"behavior lr is {lr}; it must be positive and finite")
     if generator.device.type != device.type:
         raise ValueError(f"generator is on {generator.device}, training on {device}")
-    model.to(device).train()
-    dtype = next(model.parameters()).dtype
-    states = torch.as_tensor(states).to(device, dtype)
-    actions = torch.as_tensor(actions).to(device, dtype)
-    _check_rows(model, states, actions)
-    model.normalize_to(states)
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    batches = _ShuffledBatches(states, actions, batch_size, generator)
-    first, total, means = 0, torch.zeros((), device=device, dtype=dtype), []
-    if resume is not None:
-        first, means = resume["updates"], list(resume["means"])
-        total.copy_(resume["total"])
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        batches.order = resume["order"].to(device)
-        batches.start = resume["start"]
-        generator.set_state(resume["generator"])
-    saved = time.perf_counter()
-    with bar(
-        desc=f"behavior {model.kind}",
-        total=updates,
-        initial=first,
-        unit="update",
-        disable=not progress,
-    ) as shown:
-        for update in range(first + 1, updates + 1):
-            loss = model.loss(*next(batches), generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-            shown.update()
-            if update % 200 == 0 or update == updates:
-                # One bad update spoils the whole sum.
-                means.append(total.item() / (update - 200 * len(means)))
-                if not math.isfinite(means[-1]):
-                    raise RuntimeError(
-                        f"behavior loss is {means[-1]} after {update} updates; "
-                        f"lower its lr ({lr}) or check the scale of the data"
-                    )
-                shown.set_postfix(loss=f"{means[-1]:.4f}", refresh=False)
-                total.zero_()
-            if update % 50:
-                continue
-            stop = should_stop is not None and should_stop()
-            late = time.perf_counter() - saved >= SAVE_SECONDS
-            if save is not None and (stop or late):
-                save(
-                    {
-                        "updates": update,
-                        "means": means,
-                        "total": total,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "order": batches.order,
-                        "start": batches.start,
-                        "generator": generator.get_state(),
-                    }
-                )
-                saved = time.perf_counter()
-            if stop:
-                how = "" if save is None else "; the same call goes on from there"
-                raise KeyboardInterrupt(
-                    f"behavior training stopped after {update} of {updates} updates{how}"
-                )
-    model.eval()
-    return np.array(means)
+
+class _Training:
+    """A model, its optimizer, its batches and the mean losses so far."""
+
+    def __init__(
+        self,
+        model: BehaviorModel,
+        states: torch.Tensor | np.ndarray,
+        actions: torch.Tensor | np.ndarray,
+        batch_size: int,
+        lr: float,
+        generator: torch.Generator,
+        device: torch.device,
+    ):
+        self.model, self.generator, self.lr = model.to(device).train(), generator, lr
+        dtype = next(model.parameters()).dtype
+        states = torch.as_tensor(states).to(device, dtype)
+        actions = torch.as_tensor(actions).to(device, dtype)
+        _check_rows(model, states, actions)
+        model.normalize_to(states)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+        self.batches = _ShuffledBatches(states, actions, batch_size, generator)
+        self.updates = 0
+        self.total = torch.zeros((), device=device, dtype=dtype)
+        self.means: list[float] = []
+
+    def update(self) -> None:
+        """One step of Adam."""
+        loss = self.model.loss(*next(self.batches), self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.total += loss.detach()
+        self.updates += 1
+
+    def end_mean(self) -> float:
+        """The mean loss since the last call, read from the device.
+
+        Raises:
+            RuntimeError: it is not finite; one bad update spoils the whole sum.
+        """
+        mean = self.total.item() / (self.updates - MEAN_OF * len(self.means))
+        if not math.isfinite(mean):
+            raise RuntimeError(
+                f"behavior loss is {mean} after {self.updates} updates; "
+                f"lower its lr ({self.lr}) or check the scale of the data"
+            )
+        self.means.append(mean)
+        self.total.zero_()
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `torch.save`; the tensors in it change with the next update."""
+        return {
+            "updates": self.updates,
+            "means": self.means,
+            "total": self.total,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.batches.order,
+            "start": self.batches.start,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.updates, self.means = state["updates"], list(state["means"])
+        self.total.copy_(state["total"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.order = state["order"].to(self.total.device)
+        self.batches.start = state["start"]
+        self.generator.set_state(state["generator"])
 
 
 def _check_rows(

@@ -142,7 +142,7 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
     """`--config FILE` and `--field value` flags -> an instance of the config dataclass.
 
     Flags win over the file; `--config_path` is CORL's spelling of `--config`; nested fields are
-    `--dare.cap 32`. `--resume RUN` takes the run's own config. Bad input ends the program with
+    `--block.field 32`. `--resume RUN` takes the run's own config. Bad input ends the program with
     one line and exit status 2.
 
     Args:

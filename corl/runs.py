@@ -323,7 +323,7 @@ class Run:
         """Write curves.png and summary.json and print the result; returns the summary.
 
         `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last
-        four online evaluations (DARE's protocol). `score_last`, `score_best`: last and best
+        four online evaluations. `score_last`, `score_best`: last and best
         online evaluation; in a run without any, the last three are of the offline phase. All
         are means over episodes, D4RL-normalized. Versions and commit are those at the start
         of this process.

@@ -35,6 +35,7 @@ BETA_0, BETA_1 = 0.1, 20.0  # linear noise rate of the variance-preserving proce
 T_MIN = 1e-3  # smallest diffusion time, in training and at the end of sampling
 # Seconds of training that a killed process may lose.
 SAVE_SECONDS = 60.0
+MEAN_OF = 200  # updates that a mean loss covers
 
 Number = TypeVar("Number", float, torch.Tensor)
 DataPrediction = Callable[[torch.Tensor, float], torch.Tensor]
@@ -47,12 +48,11 @@ Guidance = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 class BehaviorModel(nn.Module):
     """A conditional law of actions given raw states; the contract of all members.
 
-    `has_log_prob` says whether `log_prob` answers. `options` holds the settings that,
-    with the dimensions and the weights, define the model.
+    `options` holds the settings that, with the dimensions and the weights, define the
+    model.
     """
 
     kind: str
-    has_log_prob = False
 
     def __init__(self, state_dim: int, action_dim: int, **options: Any):
         super().__init__()
@@ -101,7 +101,7 @@ class BehaviorModel(nn.Module):
         is the log of the mass beyond it, see `clipped_normal_log_prob`.
 
         Raises:
-            NotImplementedError: the model has no density (`has_log_prob` is False).
+            NotImplementedError: the model has no density.
         """
         raise NotImplementedError(
             f"the {self.kind} behavior model has no density; use kind 'gaussian' or "
@@ -410,7 +410,6 @@ class MixtureBehavior(BehaviorModel):
     """
 
     kind = "mixture"
-    has_log_prob = True
     LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
     state_mean: torch.Tensor
     state_std: torch.Tensor
@@ -601,34 +600,24 @@ def fit(
         KeyboardInterrupt: `should_stop` answered true.
     """
     device = torch.device(device)
-    for name, value in (("updates", updates), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"behavior {name} is {value}; it must be at least 1")
-    if not 0.0 < lr < math.inf:
-        raise ValueError(f"behavior lr is {lr}; it must be positive and finite")
-    if generator.device.type != device.type:
-        raise ValueError(f"generator is on {generator.device}, training on {device}")
-    model.to(device).train()
-    dtype = next(model.parameters()).dtype
-    states = torch.as_tensor(states).to(device, dtype)
-    actions = torch.as_tensor(actions).to(device, dtype)
-    _check_rows(model, states, actions)
-    model.normalize_to(states)
-    training = _Training(model, states, actions, batch_size, lr, generator)
+    _check_settings(updates, batch_size, lr, generator, device)
+    training = _Training(model, states, actions, batch_size, lr, generator, device)
     if resume is not None:
         training.load_state_dict(resume)
-    first, saved = training.updates, time.perf_counter()
-    title = f"behavior {model.kind}"
+    saved = time.perf_counter()
     with bar(
-        desc=title, total=updates, initial=first, unit="update", disable=not progress
+        desc=f"behavior {model.kind}",
+        total=updates,
+        initial=training.updates,
+        unit="update",
+        disable=not progress,
     ) as shown:
-        for update in range(first + 1, updates + 1):
-            training.step()
+        while training.updates < updates:
+            training.update()
             shown.update()
-            if update % 200 == 0 or update == updates:
-                loss = training.take_mean()
-                shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            if update % 50:
+            if training.updates % MEAN_OF == 0 or training.updates == updates:
+                shown.set_postfix(loss=f"{training.end_mean():.4f}", refresh=False)
+            if training.updates % 50:
                 continue
             stop = should_stop is not None and should_stop()
             late = time.perf_counter() - saved >= SAVE_SECONDS
@@ -638,34 +627,56 @@ def fit(
             if stop:
                 how = "" if save is None else "; the same call goes on from there"
                 raise KeyboardInterrupt(
-                    f"behavior training stopped after {update} of {updates} updates{how}"
+                    f"behavior training stopped after {training.updates} of {updates} "
+                    f"updates{how}"
                 )
     model.eval()
     return np.array(training.means)
 
 
+def _check_settings(
+    updates: int,
+    batch_size: int,
+    lr: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
+    for name, value in (("updates", updates), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"behavior {name} is {value}; it must be at least 1")
+    if not 0.0 < lr < math.inf:
+        raise ValueError(f"behavior lr is {lr}; it must be positive and finite")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}, training on {device}")
+
+
 class _Training:
-    """The updates of `fit`, and everything that they go on from."""
+    """A model, its optimizer, its batches and the mean losses so far."""
 
     def __init__(
         self,
         model: BehaviorModel,
-        states: torch.Tensor,
-        actions: torch.Tensor,
+        states: torch.Tensor | np.ndarray,
+        actions: torch.Tensor | np.ndarray,
         batch_size: int,
         lr: float,
         generator: torch.Generator,
+        device: torch.device,
     ):
-        self.model, self.lr, self.generator = model, lr, generator
+        self.model, self.generator, self.lr = model.to(device).train(), generator, lr
+        dtype = next(model.parameters()).dtype
+        states = torch.as_tensor(states).to(device, dtype)
+        actions = torch.as_tensor(actions).to(device, dtype)
+        _check_rows(model, states, actions)
+        model.normalize_to(states)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
         self.batches = _ShuffledBatches(states, actions, batch_size, generator)
         self.updates = 0
-        self.means: list[float] = []  # of each 200 losses
-        # Sum of the losses since the last mean.
-        self.total = torch.zeros((), device=states.device, dtype=states.dtype)
+        self.total = torch.zeros((), device=device, dtype=dtype)
+        self.means: list[float] = []
 
-    def step(self) -> None:
-        """One update."""
+    def update(self) -> None:
+        """One step of Adam."""
         loss = self.model.loss(*next(self.batches), self.generator)
         self.optimizer.zero_grad()
         loss.backward()
@@ -673,14 +684,13 @@ class _Training:
         self.total += loss.detach()
         self.updates += 1
 
-    def take_mean(self) -> float:
-        """The mean of the losses since the last mean, which is kept.
+    def end_mean(self) -> float:
+        """The mean loss since the last call, read from the device.
 
         Raises:
-            RuntimeError: it is not finite.
+            RuntimeError: it is not finite; one bad update spoils the whole sum.
         """
-        # One bad update spoils the whole sum.
-        mean = self.total.item() / (self.updates - 200 * len(self.means))
+        mean = self.total.item() / (self.updates - MEAN_OF * len(self.means))
         if not math.isfinite(mean):
             raise RuntimeError(
                 f"behavior loss is {mean} after {self.updates} updates; "
@@ -691,6 +701,7 @@ class _Training:
         return mean
 
     def state_dict(self) -> dict[str, Any]:
+        """For `torch.save`; the tensors in it change with the next update."""
         return {
             "updates": self.updates,
             "means": self.means,
@@ -703,6 +714,7 @@ class _Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
         self.updates, self.means = state["updates"], list(state["means"])
         self.total.copy_(state["total"])
         self.model.load_state_dict(state["model"])

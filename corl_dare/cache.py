@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,7 @@ def fit_cached(
         OSError: the cache cannot be written.
         KeyboardInterrupt: see `fit`.
     """
-    if not dataset_hash:
-        raise ValueError("dataset_hash is empty; the cache needs it to know the data")
-    if np.ndim(states) != 2 or np.ndim(actions) != 2:
-        raise ValueError(
-            f"states {np.shape(states)} and actions {np.shape(actions)} must be "
-            "(N, S) and (N, A)"
-        )
+    _check_data(states, actions, dataset_hash)
     state_dim, action_dim = states.shape[1], actions.shape[1]
     model = make_behavior_model(
         kind, state_dim, action_dim, seed=seed, **(options or {})
@@ -101,6 +96,16 @@ def fit_cached(
         _save(model, path, text)
         unfinished.unlink(missing_ok=True)
     return model.to(device).eval().requires_grad_(False), path, loaded
+
+
+def _check_data(states: Any, actions: Any, dataset_hash: str) -> None:
+    if not dataset_hash:
+        raise ValueError("dataset_hash is empty; the cache needs it to know the data")
+    if np.ndim(states) != 2 or np.ndim(actions) != 2:
+        raise ValueError(
+            f"states {np.shape(states)} and actions {np.shape(actions)} must be "
+            "(N, S) and (N, A)"
+        )
 
 
 def cached_file(
@@ -148,10 +153,12 @@ def _save(model: BehaviorModel, path: Path, settings: str) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """Atomically: a crash at any moment leaves the old file or the new one, whole."""
+    # The plugin's own writer: it must not need the host's.
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with open(part, "wb") as file:
+        # A new file, so that nothing is written through a link of that name.
+        with open(part, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

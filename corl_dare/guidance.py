@@ -23,7 +23,6 @@ import torch.nn.functional as F
 T_MIN = 1e-3  # smallest diffusion time the energy is trained on
 
 NoiseSchedule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class EnergyNetwork(nn.Module):

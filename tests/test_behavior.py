@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from corl_dare import behavior
+from corl_dare import behavior, cache
 from corl_dare.behavior import (
     T_MIN,
     BehaviorModel,
     clipped_normal_log_prob,
     dpm_solver_sample,
     fit,
-    fit_cached,
     make_behavior_model,
     noise_schedule,
 )
+from corl_dare.cache import fit_cached
 
 ROBOTS = {"halfcheetah": (17, 6), "hopper": (11, 3), "antmaze": (29, 8)}
 KINDS = ("diffusion", "gaussian", "mixture")
@@ -494,7 +494,7 @@ def test_log_prob_equals_torch_distributions(kind):
     model = with_random_head(kind, 4, 3)
     s, a = randn(50, 4, dtype=torch.float64), randn(50, 3, seed=1, dtype=torch.float64)
     expected = torch_distribution(model, s).log_prob(a)
-    assert model.has_log_prob and model.log_prob(s, a).shape == (50,)
+    assert model.log_prob(s, a).shape == (50,)
     assert torch.allclose(model.log_prob(s, a), expected, atol=1e-10)
     assert torch.allclose(model.loss(s, a, None), -expected.mean())
 
@@ -575,7 +575,6 @@ def test_likelihood_of_actions_piled_on_the_bound_stays_bounded():
 
 def test_diffusion_says_that_it_has_no_density():
     model = make_behavior_model("diffusion", 5, 3, width=0.05)
-    assert not model.has_log_prob
     with pytest.raises(NotImplementedError, match="diffusion .* no density"):
         model.log_prob(randn(2, 5), randn(2, 3))
 
@@ -876,7 +875,7 @@ def test_default_options_and_the_same_options_spelled_out_are_one_model(tmp_path
 
 def test_a_new_format_does_not_read_old_files(tmp_path, monkeypatch):
     _, path, _ = cached(tmp_path)
-    monkeypatch.setattr(behavior, "FORMAT", behavior.FORMAT + 1)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     _, other, loaded = cached(tmp_path)
     assert not loaded and other != path
 
@@ -1051,7 +1050,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(behavior.os, "replace", full_disk)
+    monkeypatch.setattr(cache.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         cached(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_hook import make_hook
+from helpers import hard_release, make_hook
 from torch._dynamo.utils import counters
 
 from algorithms import dare_cal_ql, dare_iql, iql
@@ -57,13 +57,9 @@ def train(trainer, module, skip, count, arguments=()):
     return logs
 
 
-def hard_weights():
-    return torch.cat([torch.ones(B // 2), torch.zeros(B // 2)]), B // 2
-
-
 CASES = {
     "iql": (iql, {}, ()),
-    "dare_iql": (dare_iql, {"actor_lr": 1e-3}, hard_weights()),
+    "dare_iql": (dare_iql, {"actor_lr": 1e-3}, (hard_release(B, B // 2),)),
     "dare_cal_ql": (
         dare_cal_ql,
         {
@@ -73,7 +69,7 @@ CASES = {
             "cql_lagrange": True,
             "cql_max_target_backup": True,
         },
-        hard_weights(),
+        (hard_release(B, B // 2),),
     ),
 }
 
@@ -115,19 +111,21 @@ def test_the_compiled_update_is_the_eager_one_and_goes_on_after_a_resume(name):
 @pytest.mark.parametrize("rule", ["threshold", "random"])  # the second stays eager
 def test_a_compiled_hook_decides_as_the_eager_one(rule):
     results = []
-    for compile in (False, True):
+    for compile in (None, compiled.function):
         torch._dynamo.reset()
         hook = make_hook(score="policy_ratio", rule=rule, compile=compile)
         hook.clipped_policy = True  # some actions are at a bound
         np.random.seed(0)
         results.append([hook.sample(32) for _ in range(3)])
-    assert sum(log["exchanged"] for _, _, log in results[0]) > 0
+    assert sum(drawn.log["exchanged"] for drawn in results[0]) > 0
     for eager, graph in zip(*results, strict=True):
-        for ours, expected in zip(graph[0], eager[0], strict=True):
+        for ours, expected in zip(graph.batch, eager.batch, strict=True):
             assert torch.equal(ours, expected)  # the same rows in the same order
-        assert torch.equal(graph[1], eager[1]) and graph[2].keys() == eager[2].keys()
-        for key, value in eager[2].items():
-            torch.testing.assert_close(graph[2][key], value, msg=key)
+        assert torch.equal(graph.release.weight, eager.release.weight)
+        assert graph.release.kept == eager.release.kept
+        assert graph.log.keys() == eager.log.keys()
+        for key, value in eager.log.items():
+            torch.testing.assert_close(graph.log[key], value, msg=key)
 
 
 @needs_compiler

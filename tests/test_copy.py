@@ -1,5 +1,6 @@
 """The ways to take DARE elsewhere, run as docs/use-in-your-codebase.md shows them."""
 
+import ast
 import os
 import re
 import shutil
@@ -93,29 +94,126 @@ def test_the_hook_around_foreign_buffers(tmp_path):
     assert done.stdout.splitlines()[-1:] == ["ok"], done.stderr
 
 
+def test_the_hook_needs_no_host(tmp_path):
+    """The folder corl_dare alone, copied beside a program; `corl` cannot be imported."""
+    shutil.copytree(ROOT / "corl_dare", tmp_path / "corl_dare")
+    block = BLOCKS[1].replace("behavior_updates=2000", "behavior_updates=200")
+    blocker = "import sys; sys.modules['corl'] = None\n"
+    (tmp_path / "program.py").write_text(blocker + block + HOOK)
+    done = run([sys.executable, "program.py"], tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.stdout.splitlines()[-1:] == ["ok"], done.stderr
+
+
+HEAD = """
+import sys
+sys.modules["corl"] = sys.modules["corl_dare"] = None
+import copy, math
+from dataclasses import dataclass
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Distribution, Normal, TanhTransform, TransformedDistribution
+from torch.optim.lr_scheduler import CosineAnnealingLR
+TensorBatch = List[torch.Tensor]
+"""
+MAKE = {
+    "iql": """
+actor, q, v = GaussianPolicy(4, 2, 1.0), TwinQ(4, 2), ValueFunction(4)
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = ImplicitQLearning(1.0, actor, adam(actor), q, adam(q), v, adam(v))
+""",
+    "cql": """
+actor = TanhGaussianPolicy(4, 2, 1.0)
+critics = [FullyConnectedQFunction(4, 2) for _ in range(2)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = KIND(critics[0], adam(critics[0]), critics[1], adam(critics[1]), actor,
+               adam(actor), target_entropy=-2.0, bc_steps=0)
+""",
+}
+TRAIN = """
+batch = [torch.randn(8, 4), torch.rand(8, 2), torch.randn(8, 1), torch.randn(8, 4)]
+batch += [torch.zeros(8, 1)] * EXTRA
+before = [p.clone() for p in actor.parameters()]
+logs = trainer.train(batch)
+assert all(torch.isfinite(x) for x in logs.values())
+assert any(not torch.equal(a, b) for a, b in zip(before, actor.parameters()))
+print("ok")
+"""
+
+
+def pasted(file, names=()):
+    """Source of classes and helper functions of a file, as somebody would copy them."""
+    source = (ROOT / file).read_text()
+    skipped = {"TrainConfig", "train", "step", "make_trainer"}
+    parts = []
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", "")
+        code = isinstance(node, ast.ClassDef | ast.FunctionDef) and name not in skipped
+        constant = isinstance(node, ast.Assign) and "COLUMNS" not in ast.unparse(node)
+        if (names and name in names) or (not names and (code or constant)):
+            first = min(
+                [node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]
+            )
+            parts.append("\n".join(source.splitlines()[first - 1 : node.end_lineno]))
+    return "\n\n\n".join(parts) + "\n"
+
+
+@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql"])
+def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
+    steps = pasted("corl/compiled.py", ("descend", "_traced_adam", "soft_update"))
+    make = MAKE.get(name, MAKE["cql"])
+    kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
+    program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN
+    program = program.replace("KIND", kind).replace("EXTRA", str(1 + (name == "cal_ql")))
+    (tmp_path / "program.py").write_text(program)
+    done = run([sys.executable, "program.py"], tmp_path)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The dataset is collected once; the second file finds it."""
-    return str(tmp_path_factory.mktemp("cache"))
+def site(tmp_path_factory):
+    """What a non-editable `pip install .` of a clean copy puts into an environment."""
+    copy, site = (tmp_path_factory.mktemp(name) for name in ("copy", "site"))
+    for name in ("corl", "corl_dare", "algorithms", "experiments"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    done = run([*command, "--target", str(site), "."], copy)
+    assert done.returncode == 0, done.stderr
+    return site
 
 
-@pytest.mark.parametrize("file", ["algorithms/dare_iql.py", "algorithms/dare_cal_ql.py"])
-def test_an_algorithm_file_copied_alone_runs(file, tmp_path, cache):
-    """Only corl_dare is importable, as after `pip install .`; no corl/, no configs."""
-    site = tmp_path / "site"
-    site.mkdir()
-    shutil.copytree(ROOT / "corl_dare", site / "corl_dare")
-    shutil.copy(ROOT / file, tmp_path)
+def test_an_installation_brings_both_packages_and_the_policies(site):
+    names = {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")}
+    assert names - {"__pycache__", "bin"} == {"corl", "corl_dare"}
+    for package in ("data", "standin"):
+        assert (site / "corl" / package / "__init__.py").is_file()
+    here, there = (x / "corl" / "standin" / "weights" for x in (ROOT, site))
+    weights = {p.name for p in here.iterdir() if p.suffix != ".csv"}
+    assert {p.name for p in there.iterdir()} == weights
+
+
+@pytest.mark.parametrize("file", ["cql", "dare_iql", "dare_cal_ql"])
+def test_an_algorithm_file_outside_the_repository_runs(file, site, tmp_path):
+    """After `pip install .`; no configs, no algorithms beside it."""
+    shutil.copy(ROOT / "algorithms" / f"{file}.py", tmp_path)
     small = "--env hopper-random-v2 --dataset_rows 1500 --offline_iterations 4 "
     small += "--online_iterations 4 --eval_freq 4 --n_episodes 1 --batch_size 16 "
-    small += "--dataset_source self-collected --dare.behavior mixture "
-    small += "--dare.guidance_scale 0 --dare.score policy_ratio "
-    small += "--dare.behavior_updates 5 --dare.behavior_batch_size 16 --device cpu"
+    small += "--dataset_source self-collected --device cpu "
+    if file.startswith("dare"):
+        small += "--dare.behavior mixture --dare.behavior_batch_size 16 "
+        small += "--dare.guidance_scale 0 --dare.score policy_ratio "
+        small += "--dare.behavior_updates 5"
     done = run(
-        [sys.executable, Path(file).name, *small.split()],
+        [sys.executable, f"{file}.py", *small.split()],
         tmp_path,
         PYTHONPATH=str(site),
-        CORL_DARE_CACHE=cache,
+        CORL_DARE_CACHE=str(site.parent / "cache"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "offline score" in done.stdout and "curves.png" in done.stdout
+    assert str(ROOT) not in done.stdout

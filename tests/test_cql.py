@@ -21,8 +21,9 @@ from oracle_cql import OracleCQL, Settings, returns_to_go
 
 from algorithms import cal_ql, cql, dare_cal_ql
 from benchmarks import parity
-from corl import checkpoints
+from corl import checkpoints, tasks
 from corl.data import sources
+from corl_dare.hook import Release
 
 CORL_DIR = os.environ.get("CORL_DIR")
 S, A, B, WIDTH = 5, 2, 12, 24
@@ -125,9 +126,9 @@ def run_pair(trainer, oracle, updates, weights=None, seed=1):
         batch = random_batch(rng, hasattr(trainer, "switch_calibration"))
         generator.set_state(torch.get_rng_state())
         drawn = oracle.draws(generator, B, A)
-        weight = () if weights is None else (weights(rng),)
-        logs = trainer.train(batch, *weight)
-        expected = oracle.train(batch, drawn, *weight)
+        weight = None if weights is None else weights(rng)
+        logs = trainer.train(batch, *(() if weight is None else (Release(weight),)))
+        expected = oracle.train(batch, drawn, weight)
         # Not a number more or less was drawn, and in the order of upstream.
         assert torch.equal(generator.get_state(), torch.get_rng_state())
         for name, value in expected.items():
@@ -241,7 +242,7 @@ def train_on_noise(trainer, weight=None, updates=5, change=lambda batch: batch):
     torch.manual_seed(3)
     for _ in range(updates):
         batch = change(random_batch(rng, hasattr(trainer, "switch_calibration")))
-        logs = trainer.train(batch, *(() if weight is None else (weight,)))
+        logs = trainer.train(batch, *(() if weight is None else (Release(weight),)))
     return logs
 
 
@@ -276,7 +277,7 @@ def test_weight_zero_everywhere_leaves_the_td_step(calibrated):
     torch.manual_seed(4)
     for _ in range(20):
         batch, drawn = random_batch(rng, True), oracle.draws(generator, B, A)
-        logs = released.train(batch, torch.zeros(B))
+        logs = released.train(batch, Release(torch.zeros(B)))
         oracle.train(batch, drawn)
         assert logs["cql_qf1_diff"] == logs["cql_min_qf2_loss"] == 0.0
     assert_same(released, oracle)
@@ -339,7 +340,7 @@ def test_an_update_changes_every_trainable_and_no_frozen_weight(module, case):
 @pytest.mark.parametrize("module", ALL)
 def test_starting_online_sets_the_weight_and_ends_calibration(module):
     trainer, _ = make_pair(module, calibrated=module is not cql)
-    for _ in range(2):  # every online step says so
+    for _ in range(2):  # once more changes nothing
         trainer.start_online(1.5)
         assert trainer.cql_alpha == 1.5
         assert not getattr(trainer, "_calibration_enabled", False)
@@ -367,7 +368,8 @@ UPSTREAM_KEYS = {
 def test_checkpoint_keys_are_corls(module, tuned):
     config = module.TrainConfig(env=TASK, use_automatic_entropy_tuning=tuned)
     state = module.make_trainer(config, S, A, 1.0, "cpu").state_dict()
-    assert set(state) == UPSTREAM_KEYS
+    ours = {"cql_alpha"} | ({"calibration"} if module in MC else set())
+    assert set(state) == UPSTREAM_KEYS | ours  # and what the switch online changes
     assert list(state["critic1"]) == [
         f"network.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")
     ]
@@ -618,7 +620,7 @@ def test_a_failed_episode_of_antmaze_is_worth_minus_500(module):
     failed, reached = [(0.0, "goes on")] * 2, [(0.0, "goes on"), (1.0, "end")]
     dataset = dataset_of([*reached, *failed])
     module.modify_reward(dataset, config.env, reward_scale=10.0, reward_bias=-5.0)
-    task = module.envs.task(config.env)
+    task = tasks.task(config.env)
     got = module.get_return_to_go(dataset, task, config)
     np.testing.assert_allclose(got, [-5 + 0.99 * 5, 5.0, -500.0, -500.0], rtol=1e-12)
 
@@ -633,7 +635,7 @@ def buffer_of(module, rows, size, compat=False):
         "terminals": rng.random(rows) < 0.1,
         "mc_returns": np.arange(rows, dtype=np.float64),
     }
-    buffer = module.ReplayBuffer(S, A, size, compat=compat)
+    buffer = module.ReplayBuffer(S, A, size, compat=compat, mc_returns=module in MC)
     if rows:
         buffer.load_d4rl_dataset(data)
     return buffer, data
@@ -695,10 +697,10 @@ def test_reward_transforms_offline_and_online_agree(module):
     dataset = {"rewards": rows.copy(), "terminals": np.array([0, 1, 0, 1])}
     args = module.modify_reward(dataset, TASK, **linear)
     np.testing.assert_allclose(dataset["rewards"], rows * 1000.0 - 5.0)
-    online = module.modify_reward_online(2.0, TASK, **args, **linear)
+    online = module.modify_reward_online(2.0, TASK, **args)
     assert online == pytest.approx(1995.0)
     sparse = {"rewards": np.array([0, 1], np.float32), "terminals": np.array([0, 1])}
-    assert module.modify_reward(sparse, "antmaze-umaze-v2", **linear) == {}
+    assert module.modify_reward(sparse, "antmaze-umaze-v2", **linear) == linear
     assert sparse["rewards"].tolist() == [-5.0, 5.0]
     assert module.modify_reward_online(1.0, "antmaze-umaze-v2", **linear) == 5.0
 

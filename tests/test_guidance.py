@@ -14,7 +14,6 @@ from corl_dare.guidance import (
     EnergyNetwork,
     contrastive_loss,
     energy_gradient,
-    guided_score,
 )
 
 DOUBLE = torch.float64
@@ -326,17 +325,20 @@ def test_energy_gradient_needs_no_graph_and_leaves_none():
     assert not x.requires_grad  # the caller's tensor is left as it was
 
 
-def test_guided_score_adds_the_scaled_gradient_and_skips_it_at_zero():
-    def forbidden(x, t):
+def guided_score(score, gradient, scale):
+    """The score of nu(a|s) exp(scale f), from the score of nu and the gradient of f."""
+    return lambda x, t: score(x, t) + scale * gradient(x, t)
+
+
+def test_the_energy_is_not_evaluated_at_scale_zero():
+    def forbidden(x, t, states):
         raise AssertionError("energy was evaluated at scale 0")
 
-    def score(x, t):
-        return -x * t
-
-    x, t = randn(4, 3), torch.tensor(0.3)
-    guided = guided_score(score, lambda x, t: 2.0 * x + t, -1.5)
-    assert torch.equal(guided(x, t), -x * t + -1.5 * (2.0 * x + t))
-    assert torch.equal(guided_score(score, forbidden, 0.0)(x, t), score(x, t))
+    model = make_behavior_model("diffusion", 5, 3, width=0.25)
+    states, noise = randn(4, 5).float(), randn(4, 2, 3).float()
+    plain = model.sample(states, 2, noise=noise)
+    off = model.sample(states, 2, noise=noise, guidance=forbidden, scale=0.0)
+    assert torch.equal(off, plain)
 
 
 # variance of the behavior -> gain of the mean of the 15-step sampler (reference table)

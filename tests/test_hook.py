@@ -6,91 +6,70 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import A, S, make_buffer, make_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms.iql import ReplayBuffer
+from corl.progress import progress_bar
 from corl_dare.behavior import make_behavior_model
-from corl_dare.hook import (
-    DareConfig,
-    DareHook,
-    SlotCache,
-    clipped_log_prob,
-    draw,
-    energy_q_scale,
-    fit_behavior,
-)
-
-S, A = 3, 2
+from corl_dare.config import DareConfig
+from corl_dare.hook import DareHook, clipped_log_prob, energy_q_scale, fit_behavior
+from corl_dare.rows import SlotCache, draw
 
 
-def make_buffer(rows, capacity=64, shift=0.0, seed=0):
-    """Row i carries i in its reward, so that a batch says where its rows came from."""
-    rng = np.random.default_rng(seed)
-    buffer = ReplayBuffer(S, A, capacity)
-    buffer.load_d4rl_dataset(
-        {
-            "observations": rng.normal(size=(rows, S)).astype(np.float32),
-            "actions": np.clip(rng.normal(shift, 0.3, (rows, A)), -1, 1).astype("f4"),
-            "rewards": np.arange(rows, dtype=np.float32) + 1000 * (shift != 0),
-            "next_observations": rng.normal(size=(rows, S)).astype(np.float32),
-            "terminals": np.zeros(rows, bool),
-        }
-    )
-    return buffer
+def stacked_rows(hook, seed, n):
+    """The rows that the buffers give for a seed, offline first."""
+    np.random.seed(seed)
+    offline, online = hook.offline.sample(n), hook.online.sample(n)
+    return [torch.cat(x) for x in zip(offline, online, strict=True)]
 
 
-def make_hook(kind="mixture", offline=None, online=None, compile=False, **fields):
-    guided = fields.get("guidance_scale", 0.0) > 0
-    config = DareConfig(
-        behavior=kind,
-        **{
-            "guidance_scale": 0.0,
-            "support_actions": 4,
-            "behavior_width": 0.05,
-            **fields,
-        },
-    )
-    options = config.behavior_options
-    model = make_behavior_model(kind, S, A, seed=0, **options).requires_grad_(False)
-    return DareHook(
-        offline or make_buffer(40),
-        online or make_buffer(30, shift=0.8, seed=1),
-        config,
-        model,
-        policy_log_prob=lambda s, a: -((a - 0.8) ** 2).sum(1),
-        q_function=(lambda s, a: a.sum(1)) if guided else None,
-        state_mean=np.full(S, 0.5, np.float32),
-        state_std=np.full(S, 2.0, np.float32),
-        seed=7,
-        compile=compile,
-    )
-
-
-def test_off_returns_the_buffers_rows_untouched():
-    offline, online = make_buffer(40), make_buffer(30, shift=0.8)
-    hook = DareHook(offline, online, DareConfig(enabled=False))
+def test_a_cap_of_zero_returns_the_buffers_rows_untouched():
+    hook = make_hook(score="likelihood", cap=0)
     np.random.seed(3)
-    batch, weight, log = hook.sample(16)
-    np.random.seed(3)
-    expected = [
-        torch.cat(x) for x in zip(offline.sample(8), online.sample(8), strict=True)
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(batch, expected, strict=True))
-    assert torch.equal(weight, torch.ones(16)) and log == {}
-    assert hook.first_released(16) is None, "nothing is released"
+    drawn = hook.sample(16)
+    expected = stacked_rows(hook, 3, 8)
+    assert all(torch.equal(x, y) for x, y in zip(drawn.batch, expected, strict=True))
+    assert torch.equal(drawn.release.weight, (torch.arange(16) < 8).float())
+    assert drawn.release.kept == 8 and drawn.log["exchanged"] == 0
+
+
+def test_what_was_drawn_is_told_as_it_was_before_the_exchange():
+    """States and row numbers belong together, whatever the exchange moved."""
+    hook = make_hook(score="policy_ratio")
+    np.random.seed(0)
+    drawn = hook.sample(32)
+    assert drawn.log["exchanged"] > 0
+    assert torch.equal(drawn.states, stacked_rows(hook, 0, 16)[0])
+    buffers = zip((hook.offline, hook.online), drawn.rows, strict=True)
+    states = torch.cat([buffer._states[torch.from_numpy(n)] for buffer, n in buffers])
+    assert torch.equal(drawn.states, states)
+    assert not torch.equal(drawn.batch[0], states)
+    assert hook.samples == 1
+
+
+@pytest.mark.parametrize("ratio, n_offline", [(0.5, 8), (0.25, 4), (0.75, 12)])
+def test_the_mixing_ratio_says_how_many_rows_are_kept(ratio, n_offline):
+    hook = make_hook(score="likelihood")
+    hook.mixing_ratio = ratio
+    drawn = hook.sample(16)
+    assert drawn.release.kept == len(drawn.rows[0]) == n_offline
+    assert drawn.release.weight.sum() == n_offline
+
+
+def test_soft_weights_keep_no_row_for_certain():
+    drawn = make_hook(score="likelihood", weights="soft").sample(16)
+    assert drawn.release.kept is None
+    assert ((drawn.release.weight > 0) & (drawn.release.weight < 1)).any()
 
 
 @pytest.mark.parametrize("score", ["reference", "likelihood", "policy_ratio"])
 def test_exchange_permutes_whole_rows(score):
     hook = make_hook(score=score)
     np.random.seed(0)
-    batch, weight, log = hook.sample(32)
-    np.random.seed(0)
-    stacked = [
-        torch.cat(x)
-        for x in zip(hook.offline.sample(16), hook.online.sample(16), strict=True)
-    ]
+    drawn = hook.sample(32)
+    batch, weight, log = drawn.batch, drawn.release.weight, drawn.log
+    stacked = stacked_rows(hook, 0, 16)
     # the reward names the row: match rows by it, then every field must have moved along
     order = [stacked[2][:, 0].tolist().index(r) for r in batch[2][:, 0].tolist()]
     for moved, field in zip(batch, stacked, strict=True):
@@ -114,7 +93,7 @@ def test_a_clipped_policy_equal_to_the_behavior_has_ratio_0_everywhere():
     hook = make_hook("gaussian", score="policy_ratio")
 
     def policy(states):
-        _, mean, log_std = hook.behavior.distribution(hook.raw(states))
+        _, mean, log_std = hook.behavior.distribution(hook.unnormalize(states))
         return torch.distributions.Normal(mean[:, 0], log_std[:, 0].exp())
 
     hook.clipped_policy, hook.policy_log_prob = True, clipped_log_prob(policy, 1.0)
@@ -158,10 +137,10 @@ def test_the_policy_ratio_sends_policy_rows_online():
         buffer._rewards[:, 0] = torch.tensor(half, dtype=torch.float32)
         buffers.append(buffer)
     hook = make_hook(score="policy_ratio", offline=buffers[0], online=buffers[1])
-    hook.behavior.log_prob = lambda s, a: -(a**2).sum(1) / 0.18
+    hook.behavior.log_prob = lambda s, a, bound: -(a**2).sum(1) / 0.18
     hook.policy_log_prob = lambda s, a: -((a - 0.8) ** 2).sum(1) / 0.18
     np.random.seed(0)
-    impurity = [hook.sample(256)[0][2][:128].mean().item() for _ in range(20)]
+    impurity = [hook.sample(256).batch[2][:128].mean().item() for _ in range(20)]
     assert np.mean(impurity) < 0.10  # 0.30 before the exchange
 
 
@@ -170,8 +149,7 @@ def test_hook_leaves_the_global_torch_stream_alone():
     before = torch.get_rng_state()
     hook.pretrain(progress=False)
     for _ in range(3):
-        hook.sample(8)
-        hook.follow()
+        hook.update_energy(hook.sample(8))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -182,7 +160,7 @@ def test_reference_age_bound_is_honoured(max_age):
     states = hook.offline.gather(rows)[0]
     made = []
     for now in range(1, 9):
-        hook.calls = now
+        hook.samples = now
         made.append(hook.references(states, [rows, rows[:0]]))
     for i in range(1, len(made)):
         renewed = i % max_age == 0
@@ -256,8 +234,7 @@ def test_energy_schedule_and_stop():
     assert hook.energy_steps == 5
     done = []
     for _ in range(7):
-        hook.sample(8)
-        done.append(bool(hook.follow()))
+        done.append(bool(hook.update_energy(hook.sample(8))))
     assert done == [False, False, True, False, False, True, False]
 
 
@@ -273,9 +250,9 @@ def test_resume_is_exact(fields):
     def run(hook, steps):
         logs = []
         for _ in range(steps):
-            batch, weight, log = hook.sample(16)
-            logs += [batch[2].clone(), weight, log["separation_point"]]
-            logs += list(hook.follow().values())
+            drawn = hook.sample(16)
+            logs += [drawn.batch[2].clone(), drawn.release.weight]
+            logs += [drawn.log["separation_point"], *hook.update_energy(drawn).values()]
         return logs
 
     np.random.seed(5)
@@ -295,8 +272,9 @@ def test_a_foreign_buffer_needs_only_sample():
             return [torch.randn(n, S), torch.rand(n, A), torch.zeros(n, 1)]
 
     hook = make_hook(score="likelihood", offline=Foreign(), online=Foreign())
-    batch, weight, _ = hook.sample(10)
-    assert len(batch[0]) == len(weight) == 10
+    drawn = hook.sample(10)
+    assert len(drawn.batch[0]) == len(drawn.release.weight) == 10
+    assert drawn.rows == [None, None]
     with pytest.raises(ValueError, match="Foreign has no CORL storage"):
         make_hook(reference_max_age=5, offline=Foreign(), online=Foreign())
 
@@ -362,8 +340,6 @@ def test_bad_settings_name_the_field(fields, message):
 
 def test_missing_parts_are_named():
     buffers = make_buffer(4), make_buffer(4)
-    with pytest.raises(ValueError, match="needs a behavior model"):
-        DareHook(*buffers, DareConfig())
     model = make_behavior_model("mixture", S, A, seed=0)
     ratio = DareConfig(score="policy_ratio", behavior="mixture", guidance_scale=0.0)
     with pytest.raises(ValueError, match="policy_log_prob"):
@@ -385,6 +361,7 @@ def test_a_stopped_behavior_training_goes_on_and_keeps_log_files_short(tmp_path,
 
     def fit(**options):
         settings_ = {"cache_dir": tmp_path, "seed": 0, "device": "cpu", **options}
+        settings_["bar"] = progress_bar
         rows = states, actions[:, :A]
         return fit_behavior(config, *rows, dataset_hash="rows", **settings_)
 

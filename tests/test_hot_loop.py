@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
-from test_hook import make_hook
+from helpers import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl_dare.hook import Release
 
 S, A, B = 11, 3, 32
 TASK = "hopper-medium-v2"
@@ -79,13 +80,13 @@ def updates():
         trainer = make_trainer(dare_iql, dare=block)
         # FakeTensorMode takes no generator: the global stream will do for shapes.
         trainer.dare_generator = None
-        return lambda: trainer.train(batch(), torch.rand(B))
+        return lambda: trainer.train(batch(), Release(torch.rand(B)))
 
     def conservative(module, **fields):
         trainer = make_trainer(module, cql_n_actions=2, **fields)
         extra = [torch.randn(B, 1)] * (module is not cql)
-        weight = [torch.rand(B)] * (module is dare_cal_ql)
-        return lambda: trainer.train(batch() + extra, *weight)
+        release = [Release(torch.rand(B))] * (module is dare_cal_ql)
+        return lambda: trainer.train(batch() + extra, *release)
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
     return {
@@ -135,11 +136,10 @@ def test_update_reads_nothing_on_the_host(name, monkeypatch):
 def test_hook_reads_nothing_on_the_host(fields):
     """Row numbers are drawn on the host, as CORL does; scores, weights and logs stay put."""
     hook = make_hook(**fields)
-    hook.sample(16)
-    hook.follow()
+    hook.update_energy(hook.sample(16))
     with HostReads() as reads:
-        _, weight, log = hook.sample(16)
-        log.update(hook.follow())
+        drawn = hook.sample(16)
+        log = {**drawn.log, **hook.update_energy(drawn)}
     reads.calls = [c for c in reads.calls if c != "numpy"]  # of the row numbers
     assert reads.calls == []
     assert all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in log.values())

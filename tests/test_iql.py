@@ -1,7 +1,6 @@
 """IQL and DARE-IQL: one update against a float64 oracle, buffers, schedule, evaluation."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_iql import OracleIQL
+from short_runs import dare_block, opened_parts
 
 from algorithms import dare_iql, iql
 from corl import checkpoints
-from corl_dare import hook
+from corl_dare.hook import Release
 
 S, A, B = 11, 3, 64
 TASK = "hopper-medium-v2"
@@ -98,7 +98,7 @@ def test_dare_updates_equal_the_float64_oracle(value, policy, soft, first):
         noise, *backup_noise = torch.randn(5, B, A, generator=trainer.dare_generator)
         backup_noise = torch.stack(backup_noise)
         trainer.dare_generator.set_state(stream)
-        trainer.train(batch, weight, first)
+        trainer.train(batch, Release(weight, first))
         draws = {"noise": noise, "backup_noise": backup_noise}
         oracle.train(batch, weight, {**dare, **draws})
     assert_same_weights(trainer, oracle)
@@ -111,7 +111,7 @@ def test_weight_one_everywhere_is_plain_iql():
     for _ in range(5):
         batch = random_batch(rng)
         plain.train(batch)
-        ones.train(batch, torch.ones(B))
+        ones.train(batch, Release(torch.ones(B)))
     for a, b in zip(plain.actor.parameters(), ones.actor.parameters(), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(plain.qf.parameters(), ones.qf.parameters(), strict=True):
@@ -147,7 +147,7 @@ def test_checkpoint_keys_are_corls_and_the_target_is_kept():
     rng = np.random.default_rng(0)
     trainer.train(random_batch(rng))
     state = trainer.state_dict()
-    assert set(state) == upstream | {"q_target"}
+    assert set(state) == upstream | {"q_target", "anneal"}
     names = {"q1.net.0.weight", "q2.net.4.bias"}
     assert names <= set(state["qf"]) and "v.net.2.weight" in state["vf"]
     assert list(state["actor"])[0] == "log_std" and "net.net.0.weight" in state["actor"]
@@ -157,7 +157,7 @@ def test_checkpoint_keys_are_corls_and_the_target_is_kept():
         other.q_target.parameters(), trainer.q_target.parameters(), strict=True
     ):
         assert torch.equal(p, q)
-    other.load_state_dict({k: v for k, v in state.items() if k != "q_target"})
+    other.load_weights({k: v for k, v in state.items() if k in upstream})
     for p, q in zip(other.q_target.parameters(), other.qf.parameters(), strict=True):
         assert torch.equal(p, q)  # an upstream checkpoint: the target restarts as a copy
 
@@ -290,7 +290,7 @@ def test_reward_transforms_offline_and_online_agree():
         ({"mixing_ratio": 1.0}, r"mixing_ratio must lie in \(0, 1\)"),
         ({"mixing_ratio": 0.5, "batch_size": 255}, "batch_size 255 cannot be split"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"online_iterations": -1}, "online_iterations must not be negative"),
+        ({"online_iterations": -1}, "online_iterations must be at least 0, not -1"),
         ({"iql_tau": 1.0}, "iql_tau must lie"),
     ],
 )
@@ -308,24 +308,21 @@ def test_dare_splits_the_batch_in_halves_by_default():
         dare_iql.TrainConfig(env=TASK, batch_size=255)
 
 
-def test_the_policy_ratio_of_dare_iql_knows_that_its_policy_is_clipped():
+def test_the_policy_ratio_of_dare_iql_knows_that_its_policy_is_clipped(
+    tmp_path, monkeypatch
+):
     """A policy at the bound acts there half of the time; data that never does is far from it."""
-    dare = {"score": "policy_ratio", "behavior": "gaussian", "guidance_scale": 0.0}
-    config = dare_iql.TrainConfig(env=TASK, dare=dare_iql.DareIQLConfig(**dare))
-    trainer = dare_iql.make_trainer(config, S, A, 1.0, "cpu")
-    trainer.actor = lambda s: torch.distributions.Normal(torch.ones(len(s), A), 0.1)
-    buffer = dare_iql.ReplayBuffer(S, A, 10)
-    behavior = hook.new_behavior(config.dare, S, A, 0, "cpu")
-    # The returns of two unfinished steps have no span, which only guidance needs.
-    dataset = SimpleNamespace(arrays={"rewards": np.zeros(2), "terminals": np.zeros(2)})
-    found = dare_iql.make_hook(
-        config, trainer, buffer, buffer, behavior, dataset, np.zeros(S), np.ones(S)
+    block = dare_block("policy_ratio", behavior="gaussian", behavior_updates=1)
+    parts = opened_parts(dare_iql, tmp_path, monkeypatch, dare=block)
+    trainer, found = parts["trainer"], parts["hook"]
+    trainer.actor.forward = lambda s: torch.distributions.Normal(
+        torch.ones(len(s), 1), 0.1
     )
-    states, at_bound = torch.zeros(1, S), torch.ones(1, A)
-    assert found.policy_log_prob(states, at_bound).exp().item() == pytest.approx(0.5**A)
+    states, at_bound = torch.zeros(1, 2), torch.ones(1, 1)
+    assert found.policy_log_prob(states, at_bound).exp().item() == pytest.approx(0.5)
     (score,), _ = found.score(states, at_bound, [None, None])
-    log_nu = behavior.log_prob(states, at_bound, 1.0)
-    assert score.item() == pytest.approx(A * math.log(0.5) - log_nu.item(), rel=1e-5)
+    log_nu = found.behavior.log_prob(found.unnormalize(states), at_bound, 1.0)
+    assert score.item() == pytest.approx(math.log(0.5) - log_nu.item(), rel=1e-5)
 
 
 def test_a_loaded_model_brings_no_random_stream(tmp_path):
@@ -337,7 +334,7 @@ def test_a_loaded_model_brings_no_random_stream(tmp_path):
     trainer = dare_iql.make_trainer(config, S, A, 1.0, "cpu")
     stream = trainer.dare_generator.get_state()
     parts = dare_iql.CHECKPOINT_PARTS
-    trainer.load_state_dict(
+    trainer.load_weights(
         checkpoints.load_corl_checkpoint(tmp_path / "checkpoint_9.pt", parts)
     )
     assert torch.equal(trainer.dare_generator.get_state(), stream)

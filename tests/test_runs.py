@@ -1,7 +1,6 @@
-"""Runs: settings, folders, logs, checkpoints, stopping and the summary, with their failures."""
+"""Runs: folders, logs, checkpoints, stopping, the summary and curves, with their failures."""
 
 import csv
-import dataclasses
 import json
 import os
 import pickle
@@ -12,262 +11,24 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import types
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional  # pyrallis, which prints --help, does not know X | None
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from small_config import Config, parse
 
-from algorithms import dare_iql
 from corl import checkpoints, curves, machine, runs
-from corl.config import ConfigError, dump_config, main, make_config, parse_config
+from corl.config import ConfigError, main
+from corl_dare.config import LOGS, PANELS
 
 ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
-
-
-@dataclass
-class Block:
-    cap: Optional[int] = 32  # noqa: UP045 most pairs
-    scale: float = 1.0  # weight
-    on: bool = True  # switch
-
-    def __post_init__(self):
-        if self.scale < 0:
-            raise ValueError(f"dare.scale must not be negative, not {self.scale}")
-
-
-@dataclass
-class Config:
-    env: str = "hopper-medium-v2"  # task
-    seed: int = 0  # seeds everything
-    lr: float = 3e-4  # learning rate
-    compat: bool = False  # faults
-    dataset_path: Optional[str] = None  # noqa: UP045 file
-    offline_iterations: int = 4  # updates
-    online_iterations: int = 6  # environment steps
-    device: str = "cpu"  # device
-    runs_dir: str = "runs"  # where
-    resume: Optional[str] = None  # noqa: UP045 run folder
-    wandb_mode: str = "disabled"  # wandb
-    project: str = "CORL"  # wandb project
-    group: str = "G"  # wandb group
-    name: str = "X"  # first part of the folder's name
-    dare: Block = field(default_factory=Block)
-
-
-def parse(*argv, ignore=()):
-    return parse_config(Config, [str(a) for a in argv], ignore)
-
-
-@pytest.fixture
-def refused(capsys, tmp_path):
-    """Parse bad settings; returns the line they are refused with."""
-
-    def check(*argv, text=None):
-        if text is not None:
-            (tmp_path / "c.yaml").write_text(text)
-            argv = ["--config", tmp_path / "c.yaml", *argv]
-        with pytest.raises(SystemExit) as caught:
-            parse(*argv)
-        shown = capsys.readouterr()
-        assert caught.value.code == 2 and shown.out == ""
-        assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
-        return shown.err
-
-    return check
-
-
-# ---------------------------------------------------------------- config
-
-
-@dataclass
-class Derived:
-    on: bool = True
-    share: Optional[float] = None  # noqa: UP045
-
-    def __post_init__(self):
-        if self.on and self.share is None:
-            self.share = 0.5
-
-
-def test_what_a_config_derives_from_its_defaults_is_not_taken_for_given():
-    assert parse_config(Derived, []) == Derived(True, 0.5)
-    assert parse_config(Derived, ["--on", "false"]) == Derived(False, None)
-
-
-def test_dare_off_is_the_baseline_with_its_single_buffer():
-    config = parse_config(dare_iql.TrainConfig, ["--dare.enabled", "false"])
-    assert config.mixing_ratio is None
-
-
-def test_later_layers_win_field_by_field_and_errors_name_the_layer():
-    first, second = ("file", {"seed": 1, "dare": {"cap": 3, "on": False}}), {"cap": 4}
-    config = make_config(Config, [first, ("sweep", {"dare": second})])
-    assert config == Config(seed=1, dare=Block(4, 1.0, False))
-    with pytest.raises(ConfigError, match="^sweep: unknown field dare.capp; did"):
-        make_config(Config, [first, ("sweep", {"dare": {"capp": 4}})])
-
-
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("seed: 3\nlr: 0.1\ndare:\n  cap: 7\n  scale: 2\n")
-    for flag in ("--config", "--config_path"):
-        config = parse(flag, file, "--seed", 5, "--dare.cap=9")
-        assert (config.seed, config.lr, config.dare) == (5, 0.1, Block(9, 2.0))
-        assert config.env == "hopper-medium-v2"
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("sede: 1", ["c.yaml", "unknown field sede", "did you mean seed?"]),
-        ("dare:\n  capp: 1", ["c.yaml", "dare.capp", "did you mean dare.cap?"]),
-        ("zzzzzz: 1", ["c.yaml", "unknown field zzzzzz\n"]),
-        ("1: 2", ["c.yaml", "unknown field 1"]),
-        ("seed: soon", ["c.yaml", "seed must be int", "'soon'"]),
-        ("seed: 1.5", ["seed must be int", "1.5"]),
-        ("seed: true", ["seed must be int", "True"]),
-        ("seed: .inf", ["seed must be int", "inf"]),
-        ("seed: .nan", ["seed must be int", "nan"]),
-        ("seed:", ["seed must be int", "None"]),
-        ("seed: [1]", ["seed must be int", "[1]"]),
-        ("lr: true", ["lr must be float"]),
-        ("lr: .nan", ["lr must be float", "nan"]),
-        ("lr: small", ["lr must be float", "'small'"]),
-        ("compat: 1", ["compat must be bool", "1"]),
-        ("compat: 'true'", ["compat must be bool"]),
-        ("name: yes", ["name must be str", "True"]),
-        ("name: {a: 1}", ["name must be str"]),
-        ("dare: 3", ["dare must be a block of fields"]),
-        ("dare:\n  cap: x", ["dare.cap must be int", "'x'"]),
-        ("dare:\n  scale: -1", ["dare.scale must not be negative, not -1.0"]),
-        ("- 1", ["c.yaml", "field: value"]),
-        ("a: [", ["c.yaml", "not readable YAML"]),
-        ("a: b: c", ["c.yaml", "not readable YAML"]),
-        ("resume: runs/x", ["c.yaml", "resume is a flag"]),
-    ],
-)
-def test_a_bad_file_is_refused_in_one_line_that_names_the_field(refused, text, words):
-    line = refused(text=text)
-    assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--sede", "1"], ["command line", "did you mean seed?"]),
-        (["--dare.capp", "1"], ["did you mean dare.cap?"]),
-        (["--seed", "true"], ["seed must be int", "true"]),
-        (["--seed", "1.5"], ["seed must be int"]),
-        (["--seed", ".inf"], ["seed must be int"]),
-        (["--lr", "nan"], ["lr must be float"]),
-        (["--compat", "1"], ["compat must be bool"]),
-        (["--compat", "--seed", "3"], ["--compat needs a value"]),
-        (["--seed"], ["--seed needs a value"]),
-        (["seed", "1"], ["cannot read 'seed'"]),
-        (["-seed", "1"], ["cannot read '-seed'"]),
-        (["--seed.x", "1"], ["seed must be int"]),
-        (["--dare", "3"], ["dare must be a block"]),
-        (["--dare.scale", "-1"], ["dare.scale must not be negative"]),
-        (["--config", "no/such.yaml"], ["no/such.yaml does not exist"]),
-        (["--config", str(ROOT)], ["does not exist"]),
-        (["--resume", "no/such"], ["no/such", "no config.yaml"]),
-        (["--resume", "r", "--seed", "1"], ["leave out seed", "online_iterations"]),
-        (["--resume", "r", "--config", "f.yaml"], ["leave out f.yaml"]),
-    ],
-)
-def test_a_bad_flag_is_refused_in_one_line(refused, argv, words):
-    line = refused(*argv)
-    assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize("text", ["dare:\n", "dare: {scale: 2.0}\n", "seed: 1\n"])
-def test_a_nested_flag_joins_whatever_block_the_file_has(tmp_path, text):
-    (tmp_path / "c.yaml").write_text(text)
-    assert parse("--config", tmp_path / "c.yaml", "--dare.cap", 3).dare.cap == 3
-
-
-def test_binary_files_are_refused_in_one_line(refused, tmp_path):
-    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00seed")
-    assert "not readable YAML" in refused("--config", tmp_path / "b.yaml")
-
-
-def test_flags_are_read_by_the_fields_type(tmp_path):
-    for value in ("yes", "007", "a: b: c", "[", "#1", "2024-01-01", "null", "1e3"):
-        assert parse("--name", value).name == value
-    for value in ("true", "True", "yes", "on"):
-        assert parse("--compat", value).compat is True
-    assert parse("--dare.on", "no").dare.on is False
-    for value in ("none", "null", "~", ""):
-        assert parse("--dare.cap", value).dare.cap is None
-        assert parse("--dataset_path", value).dataset_path is None
-    assert parse("--seed", "1e6").seed == 1_000_000
-    assert parse("--seed=-3").seed == parse("--seed", "-3").seed == -3
-    assert parse("--seed", str(2**60 + 1)).seed == 2**60 + 1
-    assert parse("--lr", "3e-4").lr == 3e-4
-    assert parse("--lr", ".inf").lr == parse("--lr", "inf").lr == float("inf")
-
-
-def test_yaml_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
-    (tmp_path / "c.yaml").write_text("lr: 3e-4\nseed: 1e3\ndare:\n  scale: 2\n")
-    config = parse("--config", tmp_path / "c.yaml")
-    assert (config.lr, config.seed, config.dare.scale) == (3e-4, 1000, 2.0)
-    assert type(config.seed) is int and type(config.dare.scale) is float
-
-
-def test_blocks_of_another_algorithm_are_left_out_aloud(tmp_path, capsys):
-    (tmp_path / "c.yaml").write_text("seed: 1\ncql:\n  alpha: 5\n")
-    assert parse("--config", tmp_path / "c.yaml", ignore=("cql",)).seed == 1
-    assert "block 'cql'" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_shows_every_field_with_its_comment(flag, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse("--seed", "1", flag)
-    shown = capsys.readouterr().out
-    assert caught.value.code == 0
-    for words in ("--config FILE", "--seed", "seeds everything", "--dare.cap"):
-        assert words in shown
-
-
-TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=9)
-FIELDS = st.fixed_dictionaries(
-    {
-        "env": st.one_of(TEXT, st.sampled_from(["yes", "null", "1e3", "~", "0x1", "="])),
-        "seed": st.integers(),
-        "lr": st.floats(allow_nan=False),
-        "compat": st.booleans(),
-        "dataset_path": st.none() | TEXT | st.sampled_from(["none", "null", ""]),
-        "dare": st.builds(
-            Block,
-            st.none() | st.integers(),
-            st.floats(min_value=0, allow_nan=False),
-            st.booleans(),
-        ),
-    }
-)
-
-
-@SMALL
-@given(FIELDS)
-def test_a_dumped_config_is_complete_and_reads_back_equal(tmp_path_factory, values):
-    config = Config(**values)
-    file = tmp_path_factory.getbasetemp() / "round.yaml"
-    file.write_text(dump_config(config), encoding="utf-8")
-    assert parse("--config", file) == config
-    written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert list(written) == sorted(f.name for f in dataclasses.fields(Config))
 
 
 # ---------------------------------------------------------------- machine
@@ -586,17 +347,25 @@ class Part:
         self.rng.bit_generator.state, self.sum = state["rng"], state["sum"]
 
 
+def steps(run):
+    """The steps of both phases that are left, with the phase."""
+    for phase, last in (
+        ("offline", run.config.offline_iterations),
+        ("online", run.total),
+    ):
+        for t in run.steps(phase, last):
+            yield phase, t
+
+
 def loop(run, part, stop_at=None, save_every=3):
-    """What the algorithm files do."""
-    switch = run.config.offline_iterations
+    """What a run does, in miniature."""
     with run:
         run.dataset = {"sha256": "abc", "label": "made up"}
         if run.checkpoint is not None:
             run.restore({"part": part})
-        for t in run.progress():
-            phase = "online" if t >= switch else "offline"
-            with run.measured_updates(1):
-                value = part.step()
+        for phase, t in steps(run):
+            value = part.step()
+            run.updates += 1
             run.log(t + 1, phase, {"loss": torch.tensor(value[0])})
             if (t + 1) % 2 == 0:
                 run.evaluation(t + 1, phase, 100 * value, value)
@@ -661,18 +430,18 @@ def test_a_bad_wandb_mode_is_refused_before_a_folder_is_made(here):
 
 
 def test_metrics_are_written_exactly_and_columns_stay(here):
-    run = make_run(columns=("loss", "exact"))
+    run = make_run(columns=("loss", "exact", "count"))
     loss, exact = torch.tensor(0.1, requires_grad=True), torch.tensor(0.1).double() / 3
     run.log(1, "offline", {"loss": loss, "exact": exact})
-    run.log(2, "online", {"exchanged": torch.tensor(7), "loss": float("nan")})
+    run.log(2, "online", {"count": torch.tensor(7), "loss": float("nan")})
     run.log(3, "online", {"loss": torch.tensor([2.0])})
     one, two, three = table(run.folder, "metrics.csv")
-    assert (one["step"], one["phase"], one["exchanged"]) == ("1", "offline", "")
+    assert (one["step"], one["phase"], one["count"]) == ("1", "offline", "")
     assert np.float32(one["loss"]) == np.float32(0.1)
     assert float(one["exact"]) == exact.item()
-    assert float(two["exchanged"]) == 7 and two["loss"] == "nan" and two["exact"] == ""
+    assert float(two["count"]) == 7 and two["loss"] == "nan" and two["exact"] == ""
     assert float(three["loss"]) == 2.0
-    assert list(one) == [*runs.COMMON_COLUMNS, "loss", "exact"]
+    assert list(one) == [*runs.COMMON_COLUMNS, "loss", "exact", "count"]
 
 
 def test_tensors_are_read_in_one_transfer(here, monkeypatch):
@@ -685,9 +454,8 @@ def test_tensors_are_read_in_one_transfer(here, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "item", single)
     monkeypatch.setattr(torch.Tensor, "__float__", single)
-    make_run().log(
-        1, "online", {"loss": torch.tensor(1.0), "exchanged": torch.tensor(2)}
-    )
+    run = make_run(columns=("loss", "count"))
+    run.log(1, "online", {"loss": torch.tensor(1.0), "count": torch.tensor(2)})
     assert len(reads) == 1 and reads[0].shape == (2,)
 
 
@@ -813,26 +581,36 @@ def test_a_signal_in_the_middle_of_a_print_does_no_harm(here, monkeypatch, capfd
 def test_the_loop_ends_after_the_step_that_was_asked_to_stop(here):
     run, seen = make_run(), []
     with run:
-        for t in run.progress():
-            seen.append(t)
+        for phase, t in steps(run):
+            seen.append((phase, t))
             run.stop_requested = t == 2
-    assert seen == [0, 1, 2] and run.step == 3
+    assert seen == [("offline", t) for t in (0, 1, 2)] and run.step == 3
+
+
+def test_the_phases_share_the_steps_out_wherever_a_run_goes_on(here):
+    for done in range(11):
+        run = make_run()
+        run.step = done
+        with run:
+            seen = list(steps(run))
+        assert [t for _, t in seen] == list(range(done, 10)) and run.step == 10
+        assert all((phase == "online") is (t >= 4) for phase, t in seen)
 
 
 TOY = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-from algorithms import dare_iql
 from corl import runs
 from corl.config import main
-from test_runs import Config, Part
+from small_config import Config
+from test_runs import Part
 
 def train(config):
     with runs.Run(config, "toy", ["loss"]) as run:
         part = Part()
         if run.checkpoint is not None:
             run.restore({{"part": part}})
-        for t in run.progress():
+        for t in run.steps("offline", run.total):
             run.log(t + 1, "offline", {{"loss": part.step()[0]}})
             if t == 2:
                 print("ready", run.folder, flush=True)
@@ -899,22 +677,23 @@ def test_main_shows_errors_as_one_line(monkeypatch, capsys, error, status, line)
 
 
 def test_a_log_file_gets_a_progress_line_only_now_and_then(here, monkeypatch):
-    run = make_run()
     for terminal, seconds in ((False, 30.0), (True, 0.5)):
+        run = make_run()
         monkeypatch.setattr(sys.stderr, "isatty", lambda t=terminal: t, raising=False)
-        next(iter(run.progress()))
+        next(iter(run.steps("offline", 4)))
         assert run.bar.mininterval == seconds
         run.bar.close()
 
 
-def test_the_bar_shows_score_exchange_count_and_phase(here):
-    run = make_run()
+def test_the_bar_shows_the_score_the_phase_and_what_means_ask_for(here):
+    run = make_run(columns=("loss", "exchanged"))
+    run.means = {"exchanges_mean": "exchanged"}
     with run:
-        for t in run.progress():
-            phase = "online" if t >= 4 else "offline"
+        for phase, t in steps(run):
             run.evaluation(t, phase, np.array([1.0]), np.array([12.34]))
-            run.log(t, phase, {"exchanged": torch.tensor(5.0)})
+            run.log(t, phase, {"exchanged": torch.tensor(5.0), "loss": 1.0})
             assert "score=12.3" in run.bar.postfix and "exchanged=5" in run.bar.postfix
+            assert "loss" not in run.bar.postfix
             assert run.bar.desc.startswith(phase)
     assert run.step == 10
 
@@ -969,7 +748,7 @@ def test_wandb_is_not_imported_unless_it_is_asked_for(here, monkeypatch):
 # ---------------------------------------------------------------- summary
 
 SUMMARY = set(
-    "algorithm env seed score_offline score_final score_last score_best exchanges_mean "
+    "algorithm env seed score_offline score_final score_last score_best "
     "updates updates_per_second wall_seconds dataset versions commit machine".split()
 )
 
@@ -1009,19 +788,16 @@ def test_the_summary_names_everything_and_nobody(here, monkeypatch, tmp_path_fac
     run = scored([1], [2], seed=3)
     run.dataset = {"source": "file", "label": "a file", "sha256": "abc", "rows": 5}
     run.dataset["path"] = str(home / "d.hdf5")
-    for count in (2, 4):
-        run.log(1, "online", {"exchanged": torch.tensor(count)})
     run.log(2, "online", {"loss": 1.0})
-    with run.measured_updates(20):
-        time.sleep(0.01)
+    run.updates, run.update_seconds = 20, 0.01
     returned = run.finish()
     text = (run.folder / "summary.json").read_text()
     summary = json.loads(text)
     assert summary == returned
     assert set(summary) == SUMMARY
     assert (summary["algorithm"], summary["env"]) == ("iql", "hopper-medium-v2")
-    assert summary["exchanges_mean"] == 3.0 and summary["seed"] == 3
-    assert 0 < summary["updates_per_second"] <= 20 / 0.01
+    assert summary["seed"] == 3
+    assert (summary["updates"], summary["updates_per_second"]) == (20, 20 / 0.01)
     assert summary["dataset"] == {**run.dataset, "path": "~/d.hdf5"}
     assert set(summary["machine"]) == {"processor", "cores", "gpu"}
     assert set(summary["versions"]) >= {"python", "numpy", "gymnasium", "mujoco"}
@@ -1029,6 +805,17 @@ def test_the_summary_names_everything_and_nobody(here, monkeypatch, tmp_path_fac
     assert found == torch.__version__.split("+")[0]
     for secret in ("somebody", "some-host", str(here)):
         assert secret not in text
+
+
+def test_means_are_over_the_logged_rows_that_have_the_metric(here):
+    run = make_run(columns=["loss", "exchanged", "never"])
+    run.means = {"exchanges_mean": "exchanged", "never_mean": "never"}
+    for count in (2, 4):
+        run.log(1, "online", {"exchanged": torch.tensor(count)})
+    run.log(2, "online", {"loss": 1.0})
+    summary = run.finish()
+    assert summary["exchanges_mean"] == 3.0 and summary["never_mean"] is None
+    assert set(summary) == SUMMARY | {"exchanges_mean", "never_mean"}
 
 
 def test_the_commit_is_that_of_the_start(here, monkeypatch):
@@ -1039,8 +826,6 @@ def test_the_commit_is_that_of_the_start(here, monkeypatch):
 
 
 # ---------------------------------------------------------------- curves
-
-MOMENTS = ["score_off_std", "score_on_std"]
 
 
 def is_image(path):
@@ -1064,7 +849,7 @@ def is_image(path):
 )
 def test_curves_are_drawn_whatever_is_there(here, exchange, offline, online, rows, kind):
     run = make_run(
-        columns=MOMENTS if exchange else ["loss"],
+        columns=LOGS if exchange else ["loss"],
         offline_iterations=offline,
         online_iterations=online,
     )
@@ -1078,11 +863,12 @@ def test_curves_are_drawn_whatever_is_there(here, exchange, offline, online, row
             run.evaluation(i + 1, "online", np.array([odd, 1.0]), np.array([odd, 1.0]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = curves.plot_curves(run.folder, run.config, "self-collected")
+        panels = PANELS if exchange else ()
+        path = curves.plot_curves(run.folder, run.config, "self-collected", panels)
     assert path == run.folder / "curves.png" and is_image(path)
 
 
-def drawn(run, label, monkeypatch):
+def drawn(run, label, monkeypatch, panels=()):
     """The figure that plot_curves saves."""
     from matplotlib.figure import Figure
 
@@ -1092,12 +878,12 @@ def drawn(run, label, monkeypatch):
         "savefig",
         lambda self, *a, **k: (figures.append(self), save(self, *a, **k)),
     )
-    curves.plot_curves(run.folder, run.config, label)
+    curves.plot_curves(run.folder, run.config, label, panels)
     return figures[0]
 
 
 def test_curves_show_the_numbers_their_source_and_the_switch(here, monkeypatch):
-    run = make_run(columns=MOMENTS, name="DARE", seed=3)
+    run = make_run(columns=LOGS, name="DARE", seed=3)
     run.evaluation(2, "offline", np.zeros(2), np.array([10.0, 20.0]))
     run.evaluation(6, "online", np.zeros(2), np.array([30.0, 50.0]))
     run.log(2, "offline", {})
@@ -1114,7 +900,8 @@ def test_curves_show_the_numbers_their_source_and_the_switch(here, monkeypatch):
                 "score_on_std": 1e6 if step == 6 else 0.1,
             },
         )
-    score, exchange, halves = drawn(run, "self-collected", monkeypatch).axes
+    figure = drawn(run, "self-collected", monkeypatch, PANELS)
+    score, exchange, halves = figure.axes
     title = score.get_title()
     assert "self-collected" in title and "DARE on hopper-medium-v2, seed 3" in title
     for axis in (score, exchange, halves):
@@ -1140,3 +927,52 @@ def test_a_run_without_exchange_has_one_panel(here, monkeypatch):
 def test_no_evaluations_are_said_so(here, monkeypatch):
     figure = drawn(make_run(), "made up", monkeypatch)
     assert "no evaluations" in [text.get_text() for text in figure.axes[0].texts]
+
+
+PANEL = {
+    "label": "temperature",
+    "lines": [("goal", "goal", "#000000", "--")],
+    "bands": [("room", "mean", "spread", "#0072B2")],
+}
+BARE = {"label": "loss", "bottom": -3, "lines": [("", "loss", "#CC79A7", "-")]}
+
+
+def test_panels_are_drawn_as_they_are_handed_in(here, monkeypatch):
+    """Each with its label, its lines, and one standard deviation around a mean."""
+    run = make_run(columns=("goal", "mean", "spread", "loss"))
+    run.log(1, "offline", {"loss": 9.0})  # without the goal, so not drawn
+    run.log(2, "offline", {"goal": 1.0, "mean": 2.0, "spread": 0.5, "loss": 7.0})
+    run.log(3, "online", {"goal": 1.5, "mean": 3.0, "spread": 1.0, "loss": 8.0})
+    _, first, second = drawn(run, "made up", monkeypatch, [PANEL, BARE]).axes
+    assert first.get_ylabel() == "temperature"
+    lines = {line.get_label(): line for line in first.lines}
+    assert lines["goal"].get_xydata().tolist() == [[2, 1], [3, 1.5]]
+    assert lines["goal"].get_linestyle() == "--"
+    assert lines["room"].get_xydata().tolist() == [[2, 2], [3, 3]]
+    (band,) = first.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert {(2.0, 1.5), (2.0, 2.5), (3.0, 2.0), (3.0, 4.0)} <= corners
+    named = [text.get_text() for text in first.get_legend().get_texts()]
+    assert sorted(named) == ["goal", "room"]
+    assert second.get_ylabel() == "loss" and second.get_ylim()[0] == -3
+    assert second.get_legend() is None
+    drawn_loss = [line.get_xydata().tolist() for line in second.lines]
+    assert [[2, 7], [3, 8]] in drawn_loss and not second.collections
+
+
+@pytest.mark.parametrize("panels", [[], [PANEL], [PANEL, BARE]])
+def test_panels_without_a_logged_number_are_left_out(here, monkeypatch, panels):
+    run = make_run()
+    run.log(1, "offline", {"loss": 1.0})  # the goal, which PANEL begins with, never came
+    assert len(drawn(run, "made up", monkeypatch, panels).axes) == 1
+
+
+def test_a_finished_run_draws_the_panels_it_was_given(here, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        curves, "plot_curves", lambda *arguments: given.append(arguments)
+    )
+    run = make_run()
+    run.panels, run.dataset = [PANEL], {"label": "made up"}
+    run.finish()
+    assert given == [(run.folder, run.config, "made up", [PANEL])]

@@ -1,0 +1,166 @@
+"""Pins the numbers of short runs: what every algorithm file computes must stay the same bits.
+
+    python scripts/pin_runs.py                   # compares this checkout with tests/pins.json
+    python scripts/pin_runs.py --tree PATH --write    # writes it from a checkout of another commit
+
+Each case is a run of an algorithm file on a small self-collected dataset, on the CPU, in one
+thread, not compiled. The digests hold on the processor and with the versions that the file names.
+Elsewhere the sums of the weights are compared, to a tolerance.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from corl import machine
+
+ROOT = Path(__file__).parent.parent
+PINS = ROOT / "tests" / "pins.json"
+COMMON = (
+    "--env hopper-random-v2 --dataset_source self-collected --dataset_rows 1500 "
+    "--device cpu --buffer_size 4000 --offline_iterations 40 --online_iterations 60 "
+    "--batch_size 32 --eval_freq 25 --n_episodes 1 --log_freq 5 --threads 1 "
+    "--compile false --seed 3 --eval_seed 7 "
+)
+CQL = "--cql_n_actions 3 --cql_alpha 5 --cql_alpha_online 2 "
+SMALL = "--dare.behavior_updates 20 --dare.behavior_batch_size 32 "
+RATIO = (
+    f"{SMALL} --dare.behavior mixture --dare.score policy_ratio --dare.guidance_scale 0 "
+)
+GUIDED = (
+    f"{SMALL} --dare.behavior_width 0.05 --dare.sampler_steps 3 --dare.support_actions 4 "
+    "--dare.energy_batch_states 8 --dare.energy_updates 10 --dare.energy_update_freq 2 "
+    "--dare.guidance_scale 2.0 "
+)
+# Name -> algorithm, flags beyond the common ones.
+CASES = {
+    "iql": ("iql", ""),
+    "iql compat": ("iql", "--compat true"),
+    "iql two buffers": (
+        "iql",
+        "--mixing_ratio 0.5 --utd 2 --online_warmup 10 --actor_lr_online 1e-4",
+    ),
+    "iql deterministic": (
+        "iql",
+        "--iql_deterministic true --normalize_reward true --actor_dropout 0.1 "
+        "--expl_noise 0.2",
+    ),
+    "cql": ("cql", CQL),
+    "cql compat": ("cql", f"{CQL} --compat true --bc_steps 5 --cql_lagrange true"),
+    "cal_ql": ("cal_ql", CQL),
+    "cal_ql compat": (
+        "cal_ql",
+        f"{CQL} --compat true --normalize_reward true --reward_scale 2 --reward_bias -1 "
+        "--cql_max_target_backup true --backup_entropy true --target_update_period 2",
+    ),
+    "dare_iql guided": ("dare_iql", f"{GUIDED} --dare.reference_max_age 3"),
+    "dare_iql soft": (
+        "dare_iql",
+        f"{RATIO} --dare.weights soft --dare.value offline",
+    ),
+    "dare_iql compat": (
+        "dare_iql",
+        f"{RATIO} --compat true --mixing_ratio 0.25 --dare.rule posterior "
+        "--dare.score likelihood --dare.behavior gaussian",
+    ),
+    "dare_cal_ql": ("dare_cal_ql", CQL + RATIO),
+    "dare_cal_ql guided, calibrated": (
+        "dare_cal_ql",
+        f"{CQL} {GUIDED} --normalize_reward true --reward_scale 2 "
+        "--dare.keep_calibration true",
+    ),
+    "dare_cal_ql compat": (
+        "dare_cal_ql",
+        f"{CQL} {RATIO} --compat true --cql_lagrange true",
+    ),
+}
+
+
+def arguments(name: str, runs_dir: Path | str) -> list[str]:
+    """The flags of a case."""
+    return f"{COMMON} {CASES[name][1]} --runs_dir {runs_dir}".split()
+
+
+def numbers_of(folder: Path) -> dict[str, Any]:
+    """Digest of a run folder's networks, and per network the sum and the sum of absolutes."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    digest, sums = hashlib.sha256(), {}
+    for part, value in sorted(state["parts"]["trainer"].items()):
+        if not isinstance(value, dict) or "param_groups" in value:
+            continue
+        tensors = {k: v for k, v in sorted(value.items()) if isinstance(v, torch.Tensor)}
+        for name, tensor in tensors.items():
+            digest.update(f"{part}.{name}".encode() + tensor.numpy().tobytes())
+        if tensors:
+            flat = torch.cat([t.double().flatten() for t in tensors.values()])
+            sums[part] = [flat.sum().item(), flat.abs().sum().item()]
+    return {
+        "networks": digest.hexdigest(),
+        "sums": sums,
+        "dataset": state["dataset_sha256"],
+    }
+
+
+def run(name: str, tree: Path, folder: Path) -> dict[str, Any]:
+    """The numbers of a case with the files of a checkout."""
+    algorithm = CASES[name][0]
+    file = tree / "algorithms" / f"{algorithm}.py"
+    if not file.is_file():  # before the baselines moved there
+        file = tree / "corl" / f"{algorithm}.py"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(tree),
+        "CORL_DARE_CACHE": str(folder / "cache"),
+    }
+    runs = folder / name.replace(" ", "-").replace(",", "")
+    subprocess.run(
+        [sys.executable, str(file), *arguments(name, runs)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return numbers_of(next(runs.iterdir()))
+
+
+def commit_of(tree: Path) -> str:
+    """The commit that a checkout is at."""
+    command = ["git", "-C", str(tree), "rev-parse", "HEAD"]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tree", type=Path, default=ROOT, help="checkout to run")
+    parser.add_argument("--write", action="store_true", help="write tests/pins.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = {name: run(name, args.tree.resolve(), Path(folder)) for name in CASES}
+    if args.write:
+        record = {
+            "commit": commit_of(args.tree),
+            "processor": machine.describe()["processor"],
+            "versions": machine.versions(),
+            "runs": found,
+        }
+        PINS.write_text(json.dumps(record, indent=1) + "\n")
+        return
+    pinned = json.loads(PINS.read_text())["runs"]
+    for name, numbers in found.items():
+        print(f"{name}: {'same' if numbers == pinned[name] else 'DIFFERENT'}")
+
+
+if __name__ == "__main__":
+    main()

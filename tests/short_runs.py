@@ -1,0 +1,141 @@
+"""Short runs of every algorithm on the toy: settings, the run, what it leaves behind."""
+
+import pytest
+import torch
+import toy
+
+from algorithms import dare_cal_ql, dare_iql, iql
+from corl import finetune, runs
+
+FIELDS = {
+    "env": toy.TASK,
+    "device": "cpu",
+    "offline_iterations": 400,
+    "online_iterations": 600,
+    "batch_size": 64,
+    "actor_lr": 2e-3,
+    "qf_lr": 2e-3,
+    "vf_lr": 2e-3,
+    "tau": 0.02,
+    "beta": 10.0,
+    "discount": 0.8,
+    "buffer_size": 10000,
+    "eval_freq": 200,
+    "n_episodes": 20,
+    "log_freq": 100,
+}
+CQL_FIELDS = {
+    **{k: v for k, v in FIELDS.items() if k not in ("actor_lr", "vf_lr", "tau", "beta")},
+    "offline_iterations": 200,
+    "online_iterations": 300,
+    "eval_freq": 100,
+    "log_freq": 50,
+    "batch_size": 32,
+    "policy_lr": 3e-3,
+    "qf_lr": 3e-3,
+    "soft_target_update_rate": 0.05,
+    "cql_n_actions": 2,
+    "alpha_multiplier": 0.05,
+    "cql_alpha": 0.3,
+    "cql_alpha_online": 0.3,
+}
+SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
+DARE = {
+    "policy_ratio": {
+        "score": "policy_ratio",
+        "behavior": "mixture",
+        "guidance_scale": 0.0,
+    },
+    "diffusion": {
+        "guidance_scale": 1.0,
+        "behavior_width": 0.05,
+        "energy_updates": 30,
+        "energy_batch_states": 16,
+        "energy_update_freq": 10,
+        "support_actions": 4,
+        "reference_max_age": 50,
+        "sampler_steps": 5,
+    },
+}
+
+
+def run(module, tmp_path, monkeypatch, **fields):
+    """Train on the toy; the run folder lies in `tmp_path`. Returns the summary."""
+    toy.install(monkeypatch, tmp_path)
+    defaults = FIELDS if module in (iql, dare_iql) else CQL_FIELDS
+    config = module.TrainConfig(**{**defaults, "runs_dir": str(tmp_path), **fields})
+    torch.manual_seed(123)  # train seeds itself
+    return module.train(config)
+
+
+def opened_parts(module, tmp_path, monkeypatch, **fields):
+    """The parts of a run on the toy that is opened and ends before its first step."""
+    parts = {}
+
+    class Opened(Exception):
+        pass
+
+    def keep(self, name, part, loads=()):
+        parts[name] = part
+        return part
+
+    def start(self, offline, online, estimate=True):
+        raise Opened
+
+    with monkeypatch.context() as patch, pytest.raises(Opened):
+        patch.setattr(finetune.Session, "keep", keep)
+        patch.setattr(finetune.Session, "start", start)
+        run(module, tmp_path, monkeypatch, **fields)
+    return parts
+
+
+def dare_block(kind, **fields):
+    """The block `dare:` of a short run of DARE-IQL."""
+    return dare_iql.DareIQLConfig(
+        **{**SMALL, "entropy_alpha": 0.01, **DARE[kind], **fields}
+    )
+
+
+def cal_ql_block(**fields):
+    """The block `dare:` of a short run of DARE-Cal-QL."""
+    return dare_cal_ql.DareCalQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def folder_of(tmp_path):
+    """The one run folder in `tmp_path`."""
+    (folder,) = tmp_path.glob("*-s0-*")
+    return folder
+
+
+def checkpoint_of(tmp_path):
+    """The last checkpoint of the one run in `tmp_path`."""
+    return torch.load(folder_of(tmp_path) / "checkpoint.pt", weights_only=True)
+
+
+def final_weights(tmp_path):
+    """The networks in the last checkpoint of the one run in `tmp_path`."""
+    state = checkpoint_of(tmp_path)
+    trainer = state["parts"]["trainer"]
+    parts = {k: v for k, v in trainer.items() if isinstance(v, dict)}
+    return {k: v for k, v in parts.items() if "optim" not in k}
+
+
+def assert_same_weights(a, b):
+    """Two runs ended with the same networks, bit for bit."""
+    a, b = final_weights(a), final_weights(b)
+    assert a.keys() == b.keys()
+    for part, state in a.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, b[part][name]), f"{part}.{name} differs"
+
+
+def stop_after(stop_at, monkeypatch):
+    """Runs are asked to stop in the step `stop_at`."""
+    log = runs.Run.log
+
+    def stopping(self, step, phase, metrics):
+        log(self, step, phase, metrics)
+        self.stop_requested = self.stop_requested or step == stop_at
+
+    monkeypatch.setattr(runs.Run, "log", stopping)

@@ -1,0 +1,654 @@
+"""A toy and a recorder for tests of the wiring: what passes between the parts of a run.
+
+`run(algorithm)` trains one algorithm on the toy through its own `train(config)` and returns a
+`Record`: events in the order in which they happened, the files and buffers that were left.
+`run_patched` does the same for the hook inside a patched CORL script.
+
+Everything that knows where the code under test has its seams stands here, so that tests read
+the record alone and a change of a seam changes this file alone.
+
+The toy ends its episodes by a fixed script (see `SCRIPT`), whatever the policy does: with a
+terminal, with a time-out, and with both in the same step. Its states lie far from mean 0 and
+standard deviation 1, its actions in [-2, 2], and no two of its states are the same.
+"""
+
+import copy
+import csv
+import importlib
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from corl import buffers, checkpoints, curves, envs, files, finetune, machine, tasks
+from corl.data import sources
+from corl_dare import hook
+from corl_dare.upstream import ExchangedBuffer, dare_for_corl
+
+ALGORITHMS = {
+    "iql": "algorithms.iql",
+    "cql": "algorithms.cql",
+    "cal_ql": "algorithms.cal_ql",
+    "dare_iql": "algorithms.dare_iql",
+    "dare_cal_ql": "algorithms.dare_cal_ql",
+}
+DARE = ("dare_iql", "dare_cal_ql")
+CQL = ("cql", "cal_ql", "dare_cal_ql")
+LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
+MAX_ACTION = 2.0
+HORIZON = 5
+REF_MIN, REF_MAX = -4.0, 5.0  # returns of the scores 0 and 100
+SCRIPT = ((3, True), (5, False), (5, True), (2, True), (5, False))  # length, terminal
+ROWS = 60  # of the dataset
+
+# The offline and the online side of every pair differ, and no number is its default or 1.
+COMMON = {
+    "device": "cpu",
+    "seed": 3,
+    "eval_seed": 11,
+    "eval_freq": 4,
+    "log_freq": 3,
+    "n_episodes": 2,
+    "offline_iterations": 7,
+    "online_iterations": 16,
+    "online_warmup": 2,
+    "utd": 2,
+    "batch_size": 16,
+    "mixing_ratio": 0.25,
+    "buffer_size": 90,
+    "discount": 0.9,
+    "normalize_reward": True,
+    "name": "wiring",
+    # IQL
+    "actor_lr": 1e-3,
+    "actor_lr_online": 7e-4,
+    "vf_lr": 2e-3,
+    "qf_lr": 3e-3,
+    "tau": 0.02,
+    "beta": 2.0,
+    "iql_tau": 0.8,
+    # CQL and Cal-QL
+    "policy_lr": 1e-3,
+    "soft_target_update_rate": 0.02,
+    "cql_alpha": 5.0,
+    "cql_alpha_online": 2.0,
+    "cql_n_actions": 3,
+    "reward_scale": 2.0,
+    "reward_bias": -0.5,
+}
+COMMON_DARE = {
+    "cap": 2,
+    "references": 2,
+    "behavior_updates": 3,
+    "behavior_batch_size": 8,
+    "behavior_lr": 2e-3,
+    "behavior_width": 0.05,
+    "sampler_steps": 2,
+    "guidance_scale": 2.0,
+    "energy_beta": 1.5,
+    "energy_lr": 1e-3,
+    "energy_updates": 4,
+    "energy_update_freq": 2,
+    "energy_batch_states": 6,
+    "support_actions": 3,
+    "entropy_alpha": 0.3,
+    "backup_actions": 3,
+}
+
+
+class WiringEnv(gymnasium.Env):
+    """Tells the recorder of every reset and step; `role` is train or eval."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
+
+    def __init__(self, role: str = "none", record: "Record | None" = None):
+        self.role, self.record = role, record
+        self.place, self.episode, self.count = np.zeros(2), -1, 0
+
+    def observe(self) -> np.ndarray:
+        return np.array([50.0, -7.0]) + np.array([20.0, 0.3]) * self.place
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:  # a seed decides everything, the script too
+            self.episode = -1
+        self.place = self.np_random.uniform(-1, 1, 2)
+        self.episode, self.count = self.episode + 1, 0
+        if self.record is not None:
+            self.record.add("reset", role=self.role, seed=seed, state=self.observe())
+        return self.observe(), {}
+
+    def step(self, action):
+        before = self.observe()
+        self.place = np.clip(self.place + np.clip(action, -2, 2) / 3, -1.5, 1.5)
+        self.count += 1
+        length, terminal = SCRIPT[self.episode % len(SCRIPT)]
+        terminated = terminal and self.count == length
+        reward = float(self.place[0] - 0.45)
+        if self.episode == 2:  # a goal that is reached and lost again; in training alone
+            reward += 2.0 if self.count == 2 else -2.0
+        if self.record is not None:
+            self.record.step(self, before, action, reward, terminated)
+        return self.observe(), reward, terminated, False, {}
+
+    def get_state(self):
+        return {"place": self.place, "episode": self.episode, "count": self.count}
+
+    def set_state(self, state):
+        self.place, self.episode = np.array(state["place"]), int(state["episode"])
+        self.count = int(state["count"])
+
+
+def first_states(seed: int, episodes: int) -> list[np.ndarray]:
+    """Raw states at the beginning of the episodes of a toy that was seeded once."""
+    env = WiringEnv()
+    env.np_random = gymnasium.utils.seeding.np_random(seed)[0]
+    return [env.reset()[0] for _ in range(episodes)]
+
+
+def make_arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    """Raw arrays of the dataset, all float32 but the terminals."""
+    rng, env = np.random.default_rng(seed), WiringEnv()
+    env.np_random = rng
+    keys = "observations actions rewards next_observations terminals".split()
+    out: dict[str, list] = {key: [] for key in keys}
+    while len(out["rewards"]) < ROWS:
+        state, done = env.reset()[0], False
+        while not done and len(out["rewards"]) < ROWS:
+            action = np.clip(0.7 * rng.normal(size=2) - 0.2, -2, 2)
+            following, reward, terminated, *_ = env.step(action)
+            for key, value in zip(
+                keys, (state, action, reward, following, terminated), strict=True
+            ):
+                out[key].append(value)
+            state, done = following, terminated or env.count == HORIZON
+    types = {"terminals": bool}
+    return {k: np.array(v, dtype=types.get(k, np.float32)) for k, v in out.items()}
+
+
+class Record:
+    """What happened in a run, in order, and what it left behind.
+
+    Events have a `kind`:
+        reset, step: of an environment, with its role; raw states; `act` is the policy's part:
+            `training` its mode, `state` what it was given, `action` what it answered, `mean`
+            what it answers without exploration.
+        update: one gradient step: `batch`, `weight`, `kept`, rates and switches at that moment,
+            `calls` of the networks (name, inputs, output), `logs`.
+        fit: what the behavior model was fitted on.
+        behavior: actions that the behavior model was asked for; `density`: log-densities.
+        energy: one step of the energy network: what its loss was given, Q of the target
+            networks and of the trained ones at the same places, the weights before the step.
+        save: a checkpoint was written.
+    """
+
+    def __init__(self, algorithm: str, config: Any, stop: Any = None):
+        self.algorithm, self.config, self._stop = algorithm, config, stop
+        self.events: list[SimpleNamespace] = []
+        self.muted = 0
+        self.calls: list[tuple] = []
+        self.act: SimpleNamespace | None = None
+        self.arrays = make_arrays()  # raw
+        states = self.arrays["observations"]
+        self.mean, self.std = states.mean(0), states.std(0) + 1e-3
+        self.buffers: list[Any] = []
+        self.trainer: Any = None
+        self.summary: dict = {}
+        self.folder = Path()
+
+    # -- what tests read --------------------------------------------------------------------
+
+    def of(self, kind: str, **fields: Any) -> list[SimpleNamespace]:
+        """Events of a kind whose fields have these values."""
+        return [
+            e
+            for e in self.events
+            if e.kind == kind and all(getattr(e, k) == v for k, v in fields.items())
+        ]
+
+    def stored(self, which: str) -> dict[str, np.ndarray]:
+        """Rows of the offline or the online buffer at the end, under the dataset's names."""
+        buffer = self.buffers[0 if which == "offline" else -1]
+        rows = [f.numpy() for f in buffer.gather(np.arange(buffer._size))]
+        names = "observations actions rewards next_observations terminals mc_returns"
+        return dict(zip(names.split(), rows, strict=False))
+
+    def rows_of(self, name: str) -> list[dict[str, str]]:
+        """Rows of a CSV file of the run folder."""
+        with open(self.folder / name, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def normalized(self, states: Any) -> np.ndarray:
+        return (np.asarray(states) - self.mean) / self.std
+
+    def raw(self, states: torch.Tensor) -> torch.Tensor:
+        return states * torch.tensor(self.std) + torch.tensor(self.mean)
+
+    def parts(self) -> dict[str, Any]:
+        """Everything in the last checkpoint that decides numbers."""
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        return {"parts": state["parts"], "rng": state["rng"], "step": state["step"]}
+
+    # -- recording --------------------------------------------------------------------------
+
+    def add(self, kind: str, **fields: Any) -> None:
+        if self.muted:
+            return
+        event = SimpleNamespace(kind=kind, **fields)
+        self.events.append(event)
+        if self._stop is not None and self._stop(self, event):
+            self._stop = None
+            signal.raise_signal(signal.SIGTERM)
+
+    def step(self, env, before, action, reward, terminated) -> None:
+        self.add(
+            "step",
+            role=env.role,
+            state=before,
+            action=np.array(action),
+            reward=reward,
+            next_state=env.observe(),
+            terminated=terminated,
+            truncated=env.count == HORIZON,
+            act=self.act,
+        )
+        self.act = None
+
+    def muting(self, function):
+        """The function, with what happens inside left out of the record."""
+
+        def wrapped(*args, **kwargs):
+            self.muted += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.muted -= 1
+
+        return wrapped
+
+
+class Recorder:
+    """Runs each variant once and hands the record out as often as it is asked for."""
+
+    def __init__(self, new_folder: Any):
+        self.new_folder, self.known = new_folder, {}
+
+    def __call__(self, algorithm: str, patched: bool = False, **options: Any) -> Record:
+        key = (algorithm, patched, repr(sorted(options.items())))
+        if key not in self.known:
+            with pytest.MonkeyPatch.context() as patch:
+                start = run_patched if patched else run
+                self.known[key] = start(patch, algorithm, self.new_folder(), **options)
+        return self.known[key]
+
+
+# ---------------------------------------------------------------- seams of the code under test
+
+
+def networks_of(trainer: Any) -> dict[str, torch.nn.Module]:
+    if hasattr(trainer, "critic_1"):
+        names = "actor critic_1 critic_2 target_critic_1 target_critic_2"
+        return {name: getattr(trainer, name) for name in names.split()}
+    names = "actor qf q_target vf"
+    networks = {name: getattr(trainer, name) for name in names.split()}
+    return {**networks, "q1": trainer.qf.q1, "q2": trainer.qf.q2}
+
+
+def twin_minimum(trainer: Any, states, actions, target: bool) -> torch.Tensor:
+    """min(Q1, Q2) of the target networks, or of the ones that are trained."""
+    if hasattr(trainer, "critic_1"):
+        prefix = "target_" if target else ""
+        critics = [getattr(trainer, f"{prefix}critic_{i}") for i in (1, 2)]
+        return torch.minimum(*(critic(states, actions) for critic in critics))
+    network = trainer.q_target if target else trainer.qf
+    return torch.minimum(*network.both(states, actions))
+
+
+def plain(value: Any) -> Any:
+    """Tensors copied; a normal distribution as (mean, std)."""
+    if isinstance(value, torch.distributions.Normal):
+        return value.mean.detach().clone(), value.stddev.detach().clone()
+    if isinstance(value, tuple):
+        return tuple(plain(v) for v in value)
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def watch_trainer(trainer: Any, record: Record) -> None:
+    """Record its networks, its actor's actions and its updates."""
+    record.trainer = trainer
+    for name, network in networks_of(trainer).items():
+
+        def seen(module, args, kwargs, output, name=name):
+            if not record.muted:
+                record.calls.append((name, plain(args), plain(output)))
+
+        network.register_forward_hook(seen, with_kwargs=True)
+    actor, act, train = trainer.actor, trainer.actor.act, trainer.train
+
+    def recorded_act(state, *args, **kwargs):
+        mode, action = actor.training, act(state, *args, **kwargs)
+        actor.eval()
+        mean = act(state, *args, **kwargs)
+        actor.train(mode)
+        record.act = SimpleNamespace(
+            training=mode, state=np.array(state), action=action, mean=mean
+        )
+        return action
+
+    def recorded_train(batch, release=None):
+        record.calls = []
+        weight, kept = release or (None, None)
+        before = SimpleNamespace(
+            batch=[field.clone() for field in batch],
+            weight=None if weight is None else weight.clone(),
+            kept=kept,
+            rate=trainer.actor_optimizer.param_groups[0]["lr"],
+            cql_alpha=getattr(trainer, "cql_alpha", None),
+            calibrated=getattr(trainer, "_calibration_enabled", None),
+            actor_training=actor.training,
+            stream=stream_of(trainer),
+        )
+        logs = train(batch) if release is None else train(batch, release)
+        fields = {**vars(before), "calls": record.calls}
+        record.calls = []
+        record.add("update", logs={k: v.item() for k, v in logs.items()}, **fields)
+        return logs
+
+    actor.act, trainer.train = recorded_act, recorded_train
+
+
+def stream_of(trainer: Any) -> torch.Tensor | None:
+    """State of the private generator of released losses."""
+    generator = getattr(trainer, "dare_generator", None)
+    return None if generator is None else generator.get_state()
+
+
+def watch_hook(patch: Any, record: Record) -> None:
+    """Record the behavior model's fit and samples, and the energy's steps."""
+    fit_cached, contrastive_loss = hook.fit_cached, hook.contrastive_loss
+    make_behavior_model = hook.make_behavior_model
+
+    def recorded_fit(kind, states, actions, **settings):
+        record.add(
+            "fit",
+            behavior=kind,
+            states=states.clone(),
+            actions=actions.clone(),
+            settings=settings,
+        )
+        return fit_cached(kind, states, actions, **settings)
+
+    def recorded_model(*args, **options):
+        model = make_behavior_model(*args, **options)
+        sample, log_prob = model.sample, model.log_prob
+
+        def recorded_sample(states, n, generator, scale=0.0, **options):
+            guided = {"scale": scale} if scale else {}
+            out = sample(states, n, generator, **guided, **options)
+            steps = options.get("steps")
+            fields = {"states": states.clone(), "out": out.clone(), "scale": scale}
+            record.add("behavior", n=n, steps=steps, **fields)
+            return out
+
+        def recorded_log_prob(states, actions, *bounds):
+            out = log_prob(states, actions, *bounds)
+            fields = {"states": states.clone(), "actions": actions.clone()}
+            finite = tuple(b for b in bounds if np.isfinite(b))
+            record.add("density", bounds=finite, out=out.clone(), **fields)
+            if not record.muted:
+                record.events[-1].policy = policy_log_prob(record, states, actions)
+            return out
+
+        model.sample, model.log_prob = recorded_sample, recorded_log_prob
+        return model
+
+    def recorded_loss(energy, support, q_values, states, beta, *rest):
+        loss = contrastive_loss(energy, support, q_values, states, beta, *rest)
+        if record.muted or record.trainer is None:
+            return loss
+        k, inside = support.shape[1], (states - torch.tensor(record.mean))
+        inside = (inside / torch.tensor(record.std)).repeat_interleave(k, 0)
+        record.muted += 1
+        with torch.no_grad():
+            both = [
+                twin_minimum(record.trainer, inside, support.flatten(0, 1), target)
+                for target in (True, False)
+            ]
+        record.muted -= 1
+        record.add(
+            "energy",
+            network=type(energy).__name__,
+            weights=[w.detach().clone() for w in energy.parameters()],
+            gradient=torch.autograd.grad(
+                loss, list(energy.parameters()), retain_graph=True
+            ),
+            support=support.clone(),
+            q=q_values.clone(),
+            states=states.clone(),
+            beta=beta,
+            target_q=both[0].view_as(q_values),
+            online_q=both[1].view_as(q_values),
+        )
+        return loss
+
+    patch.setattr(hook, "fit_cached", recorded_fit)
+    patch.setattr(hook, "make_behavior_model", recorded_model)
+    patch.setattr(hook, "contrastive_loss", recorded_loss)
+
+
+def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
+    """Log-density of the current policy, by its definition; atoms at the bounds for IQL."""
+    states = (raw_states - torch.tensor(record.mean)) / torch.tensor(record.std)
+    actor = record.trainer.actor
+    record.muted += 1
+    with torch.no_grad():
+        if hasattr(actor, "log_std_offset"):
+            value = actor.log_prob(states, actions)
+        else:
+            normal = actor(states)
+            inside = normal.log_prob(actions)
+            low, high = (
+                normal.cdf(torch.tensor(-MAX_ACTION)),
+                1 - normal.cdf(torch.tensor(MAX_ACTION)),
+            )
+            value = torch.where(actions >= MAX_ACTION, high.log(), inside)
+            value = torch.where(actions <= -MAX_ACTION, low.log(), value).sum(-1)
+    record.muted -= 1
+    return value
+
+
+def make_known(patch: Any) -> None:
+    """The names of the two tasks: one with locomotion's reward rule, one with a goal."""
+    robot = tasks.Robot("Toy", 2, 2, REF_MIN, REF_MAX, HORIZON)
+    for name in ("toyhopper", "antmazetoy"):
+        patch.setitem(tasks.ROBOTS, name, robot)
+
+
+def install(
+    patch: Any, record: Record, module: Any, cache: Path, estimate: bool = False
+) -> None:
+    """Put the toy and the recorder in place."""
+    roles = ["train", "eval"]
+
+    def make(name, backend="gymnasium"):
+        env = WiringEnv(roles.pop(0), record)
+        return gymnasium.wrappers.TimeLimit(env, HORIZON)
+
+    def resolve(*args, **kwargs):
+        about = {"source": "toy", "sha256": "toy-data", "rows": ROWS, "label": "toy"}
+        arrays = copy.deepcopy(record.arrays)
+        task = tasks.task(record.config.env)
+        return sources.Dataset(task, arrays, {**about, "path": ""}, {})
+
+    patch.setattr(envs, "make", make)
+    patch.setattr(sources, "resolve", resolve)
+    patch.setenv("CORL_DARE_CACHE", str(cache))
+    # A picture costs more than the run.
+    patch.setattr(curves, "plot_curves", lambda *args: None)
+    patch.setattr(machine, "git_commit", lambda: "unknown")
+    patch.setattr(machine, "versions", dict)
+    patch.setattr(files.os, "fsync", lambda file: None)
+    save = checkpoints.save_checkpoint
+
+    def recorded_save(path, state):
+        record.add("save", name=Path(path).name, step=state.get("step"))
+        save(path, state)
+
+    patch.setattr(checkpoints, "save_checkpoint", recorded_save)
+    if module is not None:
+        watch_module(patch, record, module, estimate)
+    watch_hook(patch, record)
+
+
+def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> None:
+    """Record trainer and buffers; the time estimate is left out, or runs unrecorded."""
+    make_trainer, buffer = module.make_trainer, buffers.ReplayBuffer
+    init = buffer.__init__
+
+    def recorded_make(*args, **kwargs):
+        trainer = make_trainer(*args, **kwargs)
+        if record.trainer is None:
+            watch_trainer(trainer, record)
+        return trainer
+
+    def recorded_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        record.buffers.append(self)
+
+    patch.setattr(module, "make_trainer", recorded_make)
+    patch.setattr(buffer, "__init__", recorded_init)
+    estimated = finetune.Session._estimate
+    quiet = record.muting(estimated) if estimate else (lambda *args: {})
+    patch.setattr(finetune.Session, "_estimate", quiet)
+
+
+def make_config(algorithm: str, folder: Path, dare: dict | None = None, **fields):
+    """Config of the toy; fields that the algorithm lacks are left out."""
+    module = importlib.import_module(ALGORITHMS[algorithm])
+    values = {"env": LOCOMOTION, "runs_dir": str(folder / "runs"), **COMMON, **fields}
+    if algorithm in DARE:
+        block = module.TrainConfig.__dataclass_fields__["dare"].default_factory
+        known = block.__dataclass_fields__
+        given = {**COMMON_DARE, **(dare or {})}
+        values["dare"] = block(**{k: v for k, v in given.items() if k in known})
+    known = module.TrainConfig.__dataclass_fields__
+    return module.TrainConfig(**{k: v for k, v in values.items() if k in known})
+
+
+def run(
+    patch: Any,
+    algorithm: str,
+    folder: Path,
+    stop: Any = None,
+    dare: dict | None = None,
+    estimate: bool = False,
+    **fields: Any,
+) -> Record:
+    """Train on the toy. `stop(record, event)` says when to ask the run to stop."""
+    module = importlib.import_module(ALGORITHMS[algorithm])
+    make_known(patch)
+    config = make_config(algorithm, folder, dare, **fields)
+    record = Record(algorithm, config, stop)
+    install(patch, record, module, folder / "cache", estimate)
+    record.summary = module.train(config)
+    made = sorted(Path(config.runs_dir).glob("wiring-*"))
+    record.folder = Path(config.resume) if config.resume else made[-1]
+    return record
+
+
+# ---------------------------------------------------------------- the hook in patched CORL
+
+
+class CorlBuffer:
+    """The storage of CORL's replay buffer, which knows no `draw` and no `gather`."""
+
+    def __init__(self, capacity: int = 90):
+        self._buffer_size, self._pointer, self._size = capacity, 0, 0
+        self._states, self._next_states = torch.zeros(2, capacity, 2)
+        self._actions = torch.zeros(capacity, 2)
+        self._rewards, self._dones = torch.zeros(2, capacity, 1)
+
+    def add_transition(self, *row) -> None:
+        fields = (
+            self._states,
+            self._actions,
+            self._rewards,
+            self._next_states,
+            self._dones,
+        )
+        for field, value in zip(fields, row, strict=True):
+            field[self._pointer] = torch.as_tensor(np.asarray(value)).float()
+        self._pointer = (self._pointer + 1) % self._buffer_size
+        self._size = min(self._size + 1, self._buffer_size)
+
+
+def run_patched(
+    patch: Any,
+    algorithm: str,
+    folder: Path,
+    steps: int = 6,
+    return_range: tuple[float, float] = (-3.0, 1.0),
+    reward_scale: float = 1.0,
+    dare: dict | None = None,
+    **fields: Any,
+) -> Record:
+    """What a patched CORL script does with the hook: pretrain, then sample and train.
+
+    An update's `weight` and `kept` are what the script's trainer reads from its attributes.
+    """
+    module = importlib.import_module(ALGORITHMS[algorithm])
+    make_known(patch)
+    config = make_config(algorithm, folder, dare, **fields)
+    record = Record(algorithm, config)
+    install(patch, record, None, folder / "cache")
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed)
+    trainer = module.make_trainer(config, 2, 2, MAX_ACTION, "cpu")
+    trainer.dare_release = None
+    watch_trainer(trainer, record)
+    data = copy.deepcopy(record.arrays)
+    for key in ("observations", "next_observations"):
+        data[key] = ((data[key] - record.mean) / record.std).astype(np.float32)
+    offline, online = CorlBuffer(), CorlBuffer()
+    record.buffers = [offline, online]
+    keys = "observations actions rewards next_observations terminals".split()
+    for i in range(ROWS):
+        offline.add_transition(*(data[key][i] for key in keys))
+    iql = algorithm == "dare_iql"
+    made = dare_for_corl(
+        config,
+        trainer,
+        offline,
+        online,
+        dataset=data,
+        return_range=return_range,
+        state_mean=record.mean,
+        state_std=record.std,
+        policy_log_prob=hook.clipped_log_prob(trainer.actor, MAX_ACTION)
+        if iql
+        else trainer.actor.log_prob,
+        q_function=trainer.q_target if iql else trainer.target_q,
+        clipped_policy=iql,
+        reward_scale=reward_scale,
+        mixing_ratio=config.mixing_ratio,
+    )
+    record.hook = made
+    if made is None:
+        return record
+    made.pretrain(progress=False)
+    buffer, rng = ExchangedBuffer(made, trainer), np.random.default_rng(5)
+    for _ in range(steps):
+        state, following = rng.normal(size=(2, 2))
+        row = (state, rng.uniform(-2, 2, 2), 0.5, following, False)
+        buffer.add_transition(*row)
+        batch = buffer.sample(config.batch_size)
+        if not iql:  # Cal-QL's batches carry returns
+            batch = [*batch, torch.full_like(batch[2], -np.inf)]
+        trainer.train(batch, trainer.dare_release)
+    return record

@@ -60,3 +60,19 @@ def make_hook(kind="mixture", offline=None, online=None, compile=None, **fields)
 def hard_release(rows, kept):
     """The first `kept` of `rows` rows keep their conservative loss."""
     return Release((torch.arange(rows) < kept).float(), kept)
+
+
+def assert_equal(a, b, where=""):
+    """Nested dicts, lists and tensors are the same, bit for bit; else names the place."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where

@@ -120,23 +120,33 @@ class OracleCQL:
         }
         self.updates = 0
 
-    def draws(self, generator, rows, actions):
-        """The next update's random numbers, in the trainer's order, as float64."""
+    def draws(self, generator, rows, actions, kept=None):
+        """The next update's random numbers, in the trainer's order, as float64.
+
+        With `kept` only so many rows get actions under the soft maximum; the others' are 0.
+        """
         settings, flat = self.settings, (rows, actions)
         many = (rows, settings.cql_n_actions, actions)
+        few = (rows if kept is None else kept, *many[1:])
         normal = lambda shape: torch.randn(shape, generator=generator).double()  # noqa: E731
         drawn = {"new": normal(flat)}
         if self.updates + 1 <= settings.bc_steps and settings.resampled_bc:
             drawn["warm_up"] = normal(flat)
         drawn["backup"] = normal(many if settings.cql_max_target_backup else flat)
-        uniform = torch.empty(many).uniform_(-1.0, 1.0, generator=generator)
+        uniform = torch.empty(few).uniform_(-1.0, 1.0, generator=generator)
         drawn["uniform"] = uniform.double()
-        drawn["current"], drawn["next"] = normal(many), normal(many)
+        drawn["current"], drawn["next"] = normal(few), normal(few)
+        for name in ("uniform", "current", "next"):
+            rest = torch.zeros(rows - few[0], *many[1:], dtype=torch.float64)
+            drawn[name] = torch.cat([drawn[name], rest])
         return drawn
 
-    def train(self, batch, drawn, weight=None):
-        """`batch`: s, a, r, s', d and, when calibrated, returns to go; `weight`: (B,)."""
-        settings = self.settings
+    def train(self, batch, drawn, weight=None, kept=None):
+        """`batch`: s, a, r, s', d and, when calibrated, returns to go; `weight`: (B,).
+
+        `kept`: what is logged of the actions under the soft maximum is of so many rows.
+        """
+        settings, self.kept = self.settings, kept
         s, a, r, s2, d = (x.double() for x in batch[:5])
         r, d = r[:, 0], d[:, 0]
         mc_returns = batch[5].double() if len(batch) > 5 else None  # (B, 1)
@@ -233,7 +243,7 @@ class OracleCQL:
         now, then = q_value(params, s, current), q_value(params, s, ahead)  # (B, n)
         for key, q in (("current", now), ("next", then)):
             if mc_returns is not None:
-                below = (q < mc_returns).double().mean()
+                below = (q < mc_returns).double()[: self.kept].mean()
                 logs[f"bound_rate_cql_{name}_{key}_actions"] = below.item()
         if settings.calibrated:
             now = torch.where(now < mc_returns, mc_returns, now)
@@ -251,6 +261,7 @@ class OracleCQL:
         if weight is not None:
             rows = weight.double() * rows
         logs[f"average_qf{i + 1}"] = p.mean().item()
+        every, rand, now, then = (x[: self.kept] for x in (every, rand, now, then))
         logs[f"cql_std_{name}"] = every.std(1).mean().item()
         logs[f"cql_{name}_rand"] = rand.mean().item()
         logs[f"cql_{name}_current_actions"] = now.mean().item()

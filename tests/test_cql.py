@@ -117,18 +117,24 @@ def assert_same(trainer, oracle, tolerance=2e-5):
             assert value == pytest.approx(expected.item(), abs=tolerance), name
 
 
-def run_pair(trainer, oracle, updates, weights=None, seed=1):
-    """Both sides get the same batches and draws; every logged number is compared."""
+def run_pair(trainer, oracle, updates, weights=None, seed=1, kept=None):
+    """Both sides get the same batches and draws; every logged number is compared.
+
+    With `kept` so many leading rows have weight 1 and the others 0.
+    """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     generator = torch.Generator()
     for _ in range(updates):
         batch = random_batch(rng, hasattr(trainer, "switch_calibration"))
         generator.set_state(torch.get_rng_state())
-        drawn = oracle.draws(generator, B, A)
+        drawn = oracle.draws(generator, B, A, kept)
         weight = None if weights is None else weights(rng)
-        logs = trainer.train(batch, *(() if weight is None else (Release(weight),)))
-        expected = oracle.train(batch, drawn, weight)
+        if kept is not None:
+            weight = (torch.arange(B) < kept).float()
+        release = () if weight is None else (Release(weight, kept),)
+        logs = trainer.train(batch, *release)
+        expected = oracle.train(batch, drawn, weight, kept)
         # Not a number more or less was drawn, and in the order of upstream.
         assert torch.equal(generator.get_state(), torch.get_rng_state())
         for name, value in expected.items():
@@ -191,6 +197,18 @@ def test_the_oracle_is_upstream(name, case):
 def test_twenty_updates_equal_the_float64_oracle(module, case):
     weights = hard_or_soft_weights if module is dare_cal_ql else None
     run_all(module, CASES[case], weights)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kept", [1, B // 2, B])
+def test_gaps_of_kept_rows_alone_equal_the_float64_oracle(case, kept):
+    """What would be multiplied by 0 is not computed; calibrated, then not."""
+    trainer, oracle = make_pair(dare_cal_ql, calibrated=True, **CASES[case])
+    run_pair(trainer, oracle, 10, seed=1, kept=kept)
+    trainer.switch_calibration()
+    oracle.settings.calibrated = False
+    run_pair(trainer, oracle, 10, seed=2, kept=kept)
+    assert_same(trainer, oracle)
 
 
 @pytest.mark.parametrize("module", ALL)

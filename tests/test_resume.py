@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_equal
 
 ROOT = Path(__file__).parent.parent
 RUN = [
@@ -66,21 +67,6 @@ def rows(folder):
 def result(folder):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     return state["parts"], (folder / "metrics.csv").read_text(), state["rng"]
-
-
-def assert_equal(a, b, where=""):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 @pytest.fixture(scope="module")

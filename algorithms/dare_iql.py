@@ -345,9 +345,9 @@ class ImplicitQLearning:
         self.discount, self.tau = discount, tau
         self.total_it = 0
         self.anneal = True  # step the actor's schedule; see `start_online`
-        self.dare = dare
+        self.dare = dare or DareIQLConfig()
         # Its own stream: the draws of the baseline stay the same.
-        self.dare_generator = dare_generator
+        self.dare_generator = dare_generator or torch.Generator(device)
 
     def optimizers(self) -> List[torch.optim.Optimizer]:
         return [self.q_optimizer, self.v_optimizer, self.actor_optimizer]

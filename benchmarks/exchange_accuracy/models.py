@@ -24,6 +24,7 @@ from benchmarks.exchange_accuracy.rows import (
 )
 from benchmarks.exchange_accuracy.settings import LEVELS, Settings
 from corl_dare import behavior, guidance
+from corl_dare.cache import fit_cached
 
 # States that the energy is fitted in, and support actions of each state.
 ENERGY_STATES, SUPPORT = 2048, 16
@@ -256,7 +257,7 @@ class Experiment:
         s = self.settings
         diffusion = kind == "diffusion"
         options = {"width": s.diffusion_width} if diffusion else {"hidden_dim": 128}
-        model, _, _ = behavior.fit_cached(
+        model, _, _ = fit_cached(
             kind,
             rows.states,
             rows.actions,

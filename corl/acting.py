@@ -153,9 +153,7 @@ class OnlineCollector:
         self.successes.append(float(self.success))
         self.episode = {
             "train_return": self.episode_return,
-            "train_score": float(
-                tasks.normalized_score(self.task.name, self.episode_return)
-            ),
+            "train_score": float(self.task.normalized_score(self.episode_return)),
             "train_length": float(self.episode_step),
         }
         self.state, _ = self.env.reset()
@@ -202,7 +200,7 @@ class Evaluator:
         returns, success = eval_actor(
             self.env, actor, self.device, config.n_episodes, seed
         )
-        scores = tasks.normalized_score(config.env, returns)
+        scores = self.collector.task.normalized_score(returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
         if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
             self.successes.append(success)

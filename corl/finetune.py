@@ -103,8 +103,8 @@ class Session:
         self.device = machine.pick_device(config.device)
         machine.configure_threads(config.threads)
         self.task = tasks.task(config.env)
-        self._env = envs.make(config.env, config.env_backend)
-        self._eval_env = envs.make(config.env, config.env_backend)
+        self._env = envs.make(self.task, config.env_backend)
+        self._eval_env = envs.make(self.task, config.env_backend)
         self._algorithm, self._columns = Path(file).stem, [*columns, *COLUMNS]
         self._parts: Dict[str, Any] = {}
         self._total = config.offline_iterations + config.online_iterations

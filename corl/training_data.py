@@ -71,7 +71,7 @@ def load_data(config: Any, task: tasks.Task, device: str = "cpu") -> Data:
         ValueError, RuntimeError: see `sources.resolve`; a dataset larger than the buffer.
     """
     dataset = sources.resolve(
-        config.env,
+        task,
         source=config.dataset_source,
         path=config.dataset_path,
         rows=config.dataset_rows,

@@ -172,6 +172,15 @@ def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path)
     assert done.stdout.strip() == "ok", done.stderr
 
 
+# Runs a file without what the editable installation of this checkout adds to imports.
+BARE = """
+import runpy, sys
+sys.meta_path[:] = [f for f in sys.meta_path if "Editable" not in str(f)]
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """What a non-editable `pip install .` of a clean copy puts into an environment."""
@@ -209,7 +218,7 @@ def test_an_algorithm_file_outside_the_repository_runs(file, site, tmp_path):
         small += "--dare.guidance_scale 0 --dare.score policy_ratio "
         small += "--dare.behavior_updates 5"
     done = run(
-        [sys.executable, f"{file}.py", *small.split()],
+        [sys.executable, "-c", BARE, f"{file}.py", *small.split()],
         tmp_path,
         PYTHONPATH=str(site),
         CORL_DARE_CACHE=str(site.parent / "cache"),
@@ -217,3 +226,16 @@ def test_an_algorithm_file_outside_the_repository_runs(file, site, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "offline score" in done.stdout and "curves.png" in done.stdout
     assert str(ROOT) not in done.stdout
+
+
+def test_another_package_of_the_same_name_is_named_with_its_path(site, tmp_path):
+    other = tmp_path / "other" / "corl"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("")
+    shutil.copy(ROOT / "algorithms" / "iql.py", tmp_path)
+    path = f"{other.parent}{os.pathsep}{site}"
+    command = [sys.executable, "-c", BARE, "iql.py", "--help"]
+    done = run(command, tmp_path, PYTHONPATH=path)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError") and str(other / "__init__.py") in last

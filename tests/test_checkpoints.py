@@ -305,7 +305,7 @@ def test_an_exported_run_trains_on_the_same(run_folder):
     assert set(CORL_IQL_KEYS) <= set(state)
     torch.manual_seed(1)
     other = iql.make_trainer(iql.TrainConfig(offline_iterations=5), 3, 2, 1.0, "cpu")
-    other.load_state_dict(checkpoints.load_corl_checkpoint(path, CORL_IQL_KEYS))
+    other.load_weights(checkpoints.load_corl_checkpoint(path, CORL_IQL_KEYS))
     for one in (trainer, other):
         one.train(batch)
     for net in ("qf", "vf", "actor", "q_target"):

@@ -364,6 +364,22 @@ def test_starting_online_sets_the_weight_and_ends_calibration(module):
         assert not getattr(trainer, "_calibration_enabled", False)
 
 
+@pytest.mark.parametrize("module", ALL)
+def test_what_the_switch_changed_comes_back_with_the_whole_state_alone(module):
+    """A checkpoint of a run holds the phase; weights from elsewhere start a new run."""
+    trainer, _ = make_pair(module, calibrated=module is not cql)
+    trainer.start_online(1.5)
+    resumed, started = (
+        make_pair(module, calibrated=module is not cql, cql_alpha=5.0)[0]
+        for _ in range(2)
+    )
+    resumed.load_state_dict(trainer.state_dict())
+    started.load_weights(trainer.state_dict())
+    assert (resumed.cql_alpha, started.cql_alpha) == (1.5, 5.0)
+    if module in MC:
+        assert not resumed._calibration_enabled and started._calibration_enabled
+
+
 UPSTREAM_KEYS = {
     "actor",
     "critic1",
@@ -415,7 +431,10 @@ def test_a_loaded_trainer_goes_on_exactly(tmp_path, module, case, corl_file):
         torch.save(state, path)
         state = torch.load(path, weights_only=True)
     other, _ = make_pair(module, **CASES[case])
-    other.load_state_dict(state)
+    if corl_file:
+        other.load_weights(state)
+    else:
+        other.load_state_dict(state)
     assert_bits_equal(trainer, other)
     before = {name: getattr(other, name)().item() for name in SCALARS}
     train_on_noise(trainer), train_on_noise(other)

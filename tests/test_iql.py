@@ -187,6 +187,18 @@ def test_actor_learning_rate_online(compat, online):
     np.testing.assert_allclose(rates[50:], tail, rtol=1e-6, atol=1e-12)
 
 
+def test_what_the_switch_changed_comes_back_with_the_whole_state():
+    trainer, _ = make_pair(iql)
+    trainer.start_online(1e-4)
+    resumed, _ = make_pair(iql)
+    resumed.load_state_dict(trainer.state_dict())
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        resumed.train(random_batch(rng))
+    assert resumed.actor_optimizer.param_groups[0]["lr"] == 1e-4
+    assert resumed.anneal is False
+
+
 def data_of(rows, seed=0):
     rng = np.random.default_rng(seed)
     return {

@@ -1,0 +1,64 @@
+"""A reader of CORL finds its names in every algorithm file, with its arguments in its order."""
+
+import inspect
+
+import pytest
+
+from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl import compiled, finetune
+
+IQL, FAMILY = [iql, dare_iql], [cql, cal_ql, dare_cal_ql]
+ALL = [*IQL, *FAMILY]
+MIXED = [iql, dare_iql, cal_ql, dare_cal_ql]
+ARGUMENTS = {
+    "ReplayBuffer": "state_dim action_dim buffer_size device",
+    "wrap_env": "env state_mean state_std reward_scale",
+    "eval_actor": "env actor device n_episodes seed",
+    "compute_mean_std": "states eps",
+    "normalize_states": "states mean std",
+    "set_seed": "seed env",
+    "set_env_seed": "env seed",
+    "is_goal_reached": "reward info",
+    "return_reward_range": "dataset max_episode_steps",
+    "soft_update": "target source tau",
+    "modify_reward": "dataset env_name max_episode_steps",
+    "modify_reward_online": "reward env_name",
+}
+IQL_CLASSES = "Squeeze MLP GaussianPolicy DeterministicPolicy TwinQ ValueFunction"
+IQL_CLASSES += " ImplicitQLearning asymmetric_l2_loss EXP_ADV_MAX"
+CQL_CLASSES = "Scalar ReparameterizedTanhGaussian TanhGaussianPolicy"
+CQL_CLASSES += " FullyConnectedQFunction extend_and_repeat init_module_weights"
+
+
+@pytest.mark.parametrize("module", ALL)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_common_parts_are_in_every_algorithm_file(module, name):
+    found = getattr(module, name)
+    expected = ARGUMENTS[name].split()
+    names = list(inspect.signature(found).parameters)
+    assert names[: len(expected)] == expected
+    if module in FAMILY and name.startswith("modify_reward"):
+        assert {"reward_scale", "reward_bias"} <= set(names)
+        name = name.replace("modify_reward", "modify_reward_linear")
+    home = compiled if name == "soft_update" else finetune
+    assert found is getattr(home, name)  # written once
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_the_algorithms_own_parts_are_in_their_file(module):
+    names = IQL_CLASSES if module in IQL else CQL_CLASSES
+    for name in ["TrainConfig", "TensorBatch", "train", *names.split()]:
+        assert hasattr(module, name), name
+    assert hasattr(module, "ContinuousCQL") is (module is cql)
+    assert hasattr(module, "CalQL") is (module in (cal_ql, dare_cal_ql))
+
+
+@pytest.mark.parametrize("module", MIXED)
+def test_batches_of_two_buffers_are_mixed_by_the_same_class(module):
+    assert module.MixedBuffer is finetune.MixedBuffer
+
+
+@pytest.mark.parametrize("module", [cal_ql, dare_cal_ql])
+def test_cal_ql_has_its_returns_to_go(module):
+    assert module.get_return_to_go is finetune.get_return_to_go
+    assert list(inspect.signature(module.get_return_to_go).parameters)[0] == "dataset"

@@ -1,0 +1,143 @@
+"""What a session promises: phases that read their own fields, and a switch that is made once."""
+
+import pytest
+from helpers import assert_equal
+from short_runs import (
+    cal_ql_block,
+    checkpoint_of,
+    dare_block,
+    folder_of,
+    run,
+    stop_after,
+)
+
+from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl import curves, finetune
+
+SHORT = {
+    "offline_iterations": 8,
+    "online_iterations": 8,
+    "eval_freq": 8,
+    "n_episodes": 1,
+    "log_freq": 1,
+    "batch_size": 16,
+}
+PHASE = {"online_iterations": 3, "online_warmup": 2, "utd": 3}
+IQL_ONLINE = {
+    "mixing_ratio": 0.25,
+    "actor_lr_online": 1e-2,
+    "expl_noise": 0.9,
+    "noise_clip": 0.1,
+}
+# Fields of the online phase and other values for them.
+ONLINE = {
+    "iql": (iql, IQL_ONLINE),
+    "dare_iql": (
+        dare_iql,
+        {**IQL_ONLINE, "dare": dare_block("policy_ratio", behavior_updates=3)},
+    ),
+    "cql": (cql, {"cql_alpha_online": 7.0}),
+    "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
+    "dare_cal_ql": (
+        dare_cal_ql,
+        {
+            "cql_alpha_online": 7.0,
+            "mixing_ratio": 0.25,
+            "dare": cal_ql_block(behavior_updates=3, keep_calibration=True),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_the_offline_phase_does_not_read_the_fields_of_the_online_phase(
+    name, tmp_path, monkeypatch
+):
+    """So runs that differ in nothing else can share their offline model."""
+    module, other = ONLINE[name]
+    # `load_model` is how the shared model comes in.
+    assert module.TrainConfig.ONLINE == {*PHASE, *other, "load_model"}
+    base = {"online_iterations": 0}
+    if "dare" in other:
+        base["dare"] = type(other["dare"])(enabled=False)
+    run(module, tmp_path / "a", monkeypatch, **{**SHORT, **base})
+    with monkeypatch.context() as patch:
+        stop_after(SHORT["offline_iterations"], patch)
+        run(module, tmp_path / "b", monkeypatch, **{**SHORT, **PHASE, **other})
+    one, two = checkpoint_of(tmp_path / "a"), checkpoint_of(tmp_path / "b")
+    assert one["step"] == two["step"] == 8
+    assert_equal(one["parts"]["trainer"], two["parts"]["trainer"])
+    assert_equal(one["rng"], two["rng"])
+
+
+@pytest.mark.parametrize("module", [iql, cal_ql])
+def test_bookkeeping_changes_no_result(module, tmp_path, monkeypatch):
+    other = {
+        "name": "other",
+        "group": "G",
+        "project": "P",
+        "checkpoints_path": str(tmp_path / "corl"),
+    }
+    assert set(other) <= module.TrainConfig.BOOKKEEPING
+    run(module, tmp_path / "a", monkeypatch, **SHORT)
+    run(module, tmp_path / "b", monkeypatch, **SHORT, **other)
+    assert [x.name for x in (tmp_path / "corl").iterdir()] != []
+    one, two = checkpoint_of(tmp_path / "a"), checkpoint_of(tmp_path / "b")
+    for key in ("parts", "rng", "step"):
+        assert_equal(one[key], two[key], key)
+
+
+@pytest.mark.parametrize("stops", [[], [3], [8], [9], [3, 8, 12]])
+def test_the_switch_is_made_once_however_often_a_run_is_resumed(
+    stops, tmp_path, monkeypatch
+):
+    """And after the last offline update, before the first online one."""
+    made, updates = [], []
+    start_online, train = iql.ImplicitQLearning.start_online, iql.ImplicitQLearning.train
+
+    def counting(self, *arguments):
+        made.append(self.total_it)
+        return start_online(self, *arguments)
+
+    def training(self, batch):
+        updates.append(self.anneal)
+        return train(self, batch)
+
+    monkeypatch.setattr(iql.ImplicitQLearning, "start_online", counting)
+    monkeypatch.setattr(iql.ImplicitQLearning, "train", training)
+    monkeypatch.setattr(finetune.Session, "_estimate", lambda *arguments: {})
+    resume = {}
+    for stop_at in [*stops, None]:
+        with monkeypatch.context() as patch:
+            if stop_at is not None:
+                stop_after(stop_at, patch)
+            run(iql, tmp_path, monkeypatch, **SHORT, **resume)
+        resume = {"resume": str(folder_of(tmp_path))}
+    assert made == [8]
+    assert updates == [True] * 8 + [False] * 8
+
+
+def test_without_an_online_phase_nothing_is_switched(tmp_path, monkeypatch):
+    run(iql, tmp_path, monkeypatch, **{**SHORT, "online_iterations": 0})
+    state = checkpoint_of(tmp_path)
+    assert state["run"]["switched"] is False
+    assert state["parts"]["trainer"]["anneal"] is True
+
+
+@pytest.mark.parametrize("warmup, utd", [(0, 1), (0, 3), (5, 2), (8, 1), (20, 1)])
+def test_the_warm_up_has_environment_steps_without_updates(
+    warmup, utd, tmp_path, monkeypatch
+):
+    """A row of metrics.csv in the warm-up has no losses; each later step has `utd` updates."""
+    fields = {**SHORT, "online_warmup": warmup, "utd": utd}
+    summary = run(iql, tmp_path, monkeypatch, **fields)
+    steps = max(8 - warmup, 0)
+    assert summary["updates"] == 8 + utd * steps
+    assert summary["updates_per_second"] > 0
+    state = checkpoint_of(tmp_path)
+    assert state["parts"]["trainer"]["total_it"] == 8 + utd * steps
+    assert len(state["parts"]["online_buffer"]["rows"][0]) == 8
+    losses = curves.read_csv(folder_of(tmp_path) / "metrics.csv")["q_loss"]
+    assert [text != "" for text in losses] == [True] * 8 + [
+        step >= warmup for step in range(8)
+    ]

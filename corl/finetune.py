@@ -241,7 +241,8 @@ class Session:
         seconds: Dict[str, float] = {}
         with self._lent_rows():
             for part in self._parts.values():
-                if hasattr(part, "estimate"):
+                # What comes before the online phase is over in a run that has switched.
+                if hasattr(part, "estimate") and not self.run.switched:
                     seconds.update(part.estimate(self._seconds_of))
             for phase, (count, update) in left.items():
                 if count:

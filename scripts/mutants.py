@@ -73,16 +73,19 @@ class Mutant(NamedTuple):
 class Group(NamedTuple):
     """Mistakes of one kind.
 
-    first: expression of `pytest -k` for the tests that most likely see them.
-    tests: files of tests that have a word to say, beside those of the wiring.
+    cheap: files of tests of a few seconds, which come first.
+    first: expression of `pytest -k` for the tests of the wiring that most likely see them.
+    more: files of tests that come last.
     """
 
+    cheap: str
     first: str
-    tests: str
+    more: str
     mutants: list[Mutant]
 
 
 COLLECTOR = Group(
+    "",
     f"{A_HOST} and (stores or terminal or explores or last_episode or regret or noise)",
     "",
     [
@@ -154,6 +157,7 @@ COLLECTOR = Group(
     ],
 )
 EXPLORATION = Group(
+    "",
     f"{AN_IQL} and (noise or explores)",
     "",
     [
@@ -181,6 +185,7 @@ EXPLORATION = Group(
     ],
 )
 EVALUATION = Group(
+    "",
     f"{A_HOST} and (evaluation or regret or explores or training_mode or apart)",
     "",
     [
@@ -232,6 +237,7 @@ EVALUATION = Group(
     ],
 )
 SEEDS = Group(
+    "",
     f"{A_HOST} and (seeded or evaluation_seed or estimate)",
     "",
     [
@@ -276,6 +282,7 @@ SEEDS = Group(
     ],
 )
 BUFFER = Group(
+    "",
     f"{A_HOST} and (batches or known_return or offline_buffer or stores or mixing_ratio)",
     "tests/test_iql.py tests/test_cql.py",
     [
@@ -346,6 +353,7 @@ BUFFER = Group(
     ],
 )
 DATASET = Group(
+    "",
     f"{A_HOST} and (buffer or explores or known_return)",
     "tests/test_iql.py tests/test_cql.py",
     [
@@ -418,6 +426,7 @@ DATASET = Group(
     ],
 )
 LOOP = Group(
+    "tests/test_session.py",
     f"{A_HOST} and (turns or batches or evaluation or metrics or switch or seconds)",
     "tests/test_runs.py",
     [
@@ -534,6 +543,7 @@ LOOP = Group(
     ],
 )
 SWITCH = Group(
+    "tests/test_session.py",
     "(iql or cal_ql) and not dare and (switch or rate or stopped or warm)",
     "",
     [
@@ -589,6 +599,7 @@ SWITCH = Group(
     ],
 )
 SAVING = Group(
+    "tests/test_session.py",
     f"{A_HOST} and (checkpoints or corls_files or load_model or stopped or killed)",
     "tests/test_runs.py",
     [
@@ -670,8 +681,9 @@ SAVING = Group(
     ],
 )
 ESTIMATE = Group(
+    "tests/test_session.py tests/test_rollback.py",
     "(cal_ql or dare_iql) and (estimate or rolled or back)",
-    "tests/test_rollback.py",
+    "",
     [
         Mutant(FINETUNE, "        snapshot.restore()\n", ""),
         Mutant(FINETUNE, "            vars(online).update(own)\n", "            pass\n"),
@@ -742,6 +754,7 @@ ESTIMATE = Group(
     ],
 )
 FACTS = Group(
+    "tests/test_session.py",
     f"{A_HOOK} and (fitted or energy or exchange or ratio or clipped or cache_of or q_of)",
     "tests/test_hook.py",
     [
@@ -811,6 +824,7 @@ FACTS = Group(
     ],
 )
 THE_HOOK = Group(
+    "",
     f"{A_HOOK} and (exchange or energy or references or support or ratio or weights or fitted)",
     "tests/test_hook.py",
     [
@@ -924,6 +938,7 @@ THE_HOOK = Group(
     ],
 )
 PREPARE = Group(
+    "",
     f"{A_HOOK} and (fitted or energy or cache_of or q_of or stopped)",
     "tests/test_hook.py",
     [
@@ -984,8 +999,9 @@ PREPARE = Group(
     ],
 )
 RELEASE = Group(
+    "tests/test_losses.py",
     "dare and (weights or gap or iql_have or proposals or follows)",
-    "tests/test_losses.py tests/test_hook.py",
+    "tests/test_hook.py",
     [
         Mutant(
             HOOK,
@@ -1125,6 +1141,7 @@ RELEASE = Group(
     ],
 )
 PATCHED = Group(
+    "",
     "dare and (True or patched)",
     "tests/test_patches.py",
     [
@@ -1193,8 +1210,9 @@ PATCHED = Group(
     ],
 )
 SETS = Group(
+    "tests/test_config.py",
     "every_name or sets or fields",
-    "tests/test_config.py tests/test_sweep.py",
+    "tests/test_sweep.py",
     [
         Mutant(
             CONFIG, '"online_warmup", "utd", "load_model"}', '"online_warmup", "utd"}'
@@ -1302,9 +1320,9 @@ def stages(group: Group, tests: list[str], quick: bool) -> list[list[str]]:
     """Arguments of pytest, the quickest first; given tests replace all."""
     if tests:
         return [tests]
-    more = group.tests.split()
-    first = [*more, *WIRING, "-k", group.first]
-    return [first] if quick else [first, WIRING, *([more] if more else [])]
+    cheap, more = group.cheap.split(), group.more.split()
+    found = [cheap, [*WIRING, "-k", group.first], *([] if quick else [WIRING, more])]
+    return [arguments for arguments in found if arguments]
 
 
 def try_mutant(
@@ -1372,7 +1390,8 @@ def try_all(
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.unchecked:
             copy_tree(Path(folder) / "whole")
-            more = {t for group, _ in chosen for t in group.tests.split()}
+            groups = [group for group, _ in chosen]
+            more = {t for g in groups for t in f"{g.cheap} {g.more}".split()}
             tests = arguments.tests or [*WIRING, *sorted(more)]
             failed = run_tests(Path(folder) / "whole", tests)
             if failed:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wiring
+from wiring import networks_of
 
 from corl_dare.exchange import alignment_score, exchange, reorder
 
@@ -350,6 +351,35 @@ def test_released_rows_of_iql_have_the_sac_policy_loss(options, patched, recorde
         cloned = factor * -policy.log_prob(actions).sum(-1)
         loss = (update.weight * cloned + (1 - update.weight) * free).mean()
         assert update.logs["actor_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@both
+@patched_too
+def test_the_stream_of_released_losses_begins_at_the_seed(name, patched, recorded):
+    record = recorded(name, patched=patched)
+    seed = record.config.seed
+    if name == "dare_iql" or patched:
+        stream = torch.Generator().manual_seed(seed).get_state()
+        assert torch.equal(online_updates(record)[0].stream, stream)
+
+
+@both
+def test_with_dare_off_a_run_is_the_baseline_to_the_bit(name, recorded):
+    record = recorded(name, dare={"enabled": False})
+    assert not (record.of("fit") or record.of("energy") or online_updates(record))
+    baseline = recorded(name.removeprefix("dare_"))
+    for key, value in networks_of(baseline.trainer).items():
+        mine = networks_of(record.trainer)[key].state_dict()
+        for part, tensor in value.state_dict().items():
+            assert torch.equal(tensor, mine[part]), (key, part)
+
+
+@both
+def test_the_summary_has_the_mean_number_of_exchanges(name, recorded):
+    record = recorded(name)
+    found = [r["exchanged"] for r in record.rows_of("metrics.csv") if r["exchanged"]]
+    mean = np.mean([float(x) for x in found])
+    assert record.summary["exchanges_mean"] == pytest.approx(mean)
 
 
 # ---------------------------------------------------------------- the energy

@@ -19,10 +19,14 @@ HOOK, ROWS = "corl_dare/hook.py", "corl_dare/rows.py"
 DARE = "corl_dare/config.py"
 ADAPTER, PATCHES = "corl_dare/upstream.py", "scripts/make_patches.py"
 
-# Tests that a stage begins with, as an expression of `pytest -k`.
-A_HOST = "(cal_ql and not dare)"
-AN_IQL = "(iql and not dare)"
-A_HOOK = "(dare_iql or of_iql)"
+# Words of the names of tests of one algorithm.
+TESTS_OF = {
+    "iql": "(iql and not dare)",
+    "cql": "(cql and not cal)",
+    "cal_ql": "(cal_ql and not dare)",
+    "dare_iql": "(dare_iql or of_iql)",
+    "dare_cal_ql": "(dare_cal_ql or of_cal_ql)",
+}
 
 
 class Mutant(NamedTuple):
@@ -37,11 +41,13 @@ class Group(NamedTuple):
     """Mistakes of one kind.
 
     cheap: files of tests of a few seconds, which come first.
-    first: expression of `pytest -k` for the tests of the wiring that most likely see them.
-    more: files of tests that come last.
+    of: algorithm whose tests are taken, where the mistake is in no algorithm's file.
+    first: words of the tests of the wiring that most likely see them, as in `pytest -k`.
+    more: files of tests that come after these.
     """
 
     cheap: str
+    of: str
     first: str
     more: str
     mutants: list[Mutant]
@@ -49,7 +55,8 @@ class Group(NamedTuple):
 
 COLLECTOR = Group(
     "",
-    f"{A_HOST} and (stores or terminal or explores or last_episode or regret or noise)",
+    "cal_ql",
+    "stores or terminal or explores or last_episode or regret or noise",
     "",
     [
         Mutant(
@@ -121,7 +128,8 @@ COLLECTOR = Group(
 )
 EXPLORATION = Group(
     "",
-    f"{AN_IQL} and (noise or explores)",
+    "iql",
+    "noise or explores",
     "",
     [
         Mutant(ACTING, ".clamp(-clip, clip)", ""),
@@ -149,7 +157,8 @@ EXPLORATION = Group(
 )
 EVALUATION = Group(
     "",
-    f"{A_HOST} and (evaluation or regret or explores or training_mode or apart)",
+    "cal_ql",
+    "evaluation or regret or explores or training_mode or apart",
     "",
     [
         Mutant(ACTING, "    actor.train()\n", ""),
@@ -201,7 +210,8 @@ EVALUATION = Group(
 )
 SEEDS = Group(
     "",
-    f"{A_HOST} and (seeded or evaluation_seed or estimate)",
+    "cal_ql",
+    "seeded or evaluation_seed or estimate",
     "",
     [
         Mutant(
@@ -246,7 +256,8 @@ SEEDS = Group(
 )
 BUFFER = Group(
     "",
-    f"{A_HOST} and (batches or known_return or offline_buffer or stores or mixing_ratio)",
+    "cal_ql",
+    "batches or known_return or offline_buffer or stores or mixing_ratio",
     "tests/test_iql.py tests/test_cql.py",
     [
         Mutant(BUFFERS, "0.0 if self._compat else -math.inf", "0.0"),
@@ -317,7 +328,8 @@ BUFFER = Group(
 )
 DATASET = Group(
     "",
-    f"{A_HOST} and (buffer or explores or known_return)",
+    "cal_ql",
+    "buffer or explores or known_return",
     "tests/test_iql.py tests/test_cql.py",
     [
         Mutant(REWARDS, 'kwargs["max_ret"] - kwargs["min_ret"]', 'kwargs["max_ret"]'),
@@ -390,7 +402,8 @@ DATASET = Group(
 )
 LOOP = Group(
     "tests/test_session.py",
-    f"{A_HOST} and (turns or batches or evaluation or metrics or switch or seconds)",
+    "cal_ql",
+    "turns or batches or evaluation or metrics or switch or seconds",
     "tests/test_runs.py",
     [
         Mutant(
@@ -507,7 +520,8 @@ LOOP = Group(
 )
 SWITCH = Group(
     "tests/test_session.py",
-    "(iql or cal_ql) and not dare and (switch or rate or stopped or warm)",
+    "cal_ql",
+    "switch or rate or stopped or warm or calibration",
     "",
     [
         Mutant(
@@ -563,7 +577,8 @@ SWITCH = Group(
 )
 SAVING = Group(
     "tests/test_session.py",
-    f"{A_HOST} and (checkpoints or corls_files or load_model or stopped or killed)",
+    "cal_ql",
+    "checkpoints or corls_files or load_model or stopped or killed",
     "tests/test_runs.py",
     [
         Mutant(FINETUNE, 'f"checkpoint_{step - 1}.pt"', 'f"checkpoint_{step}.pt"'),
@@ -645,7 +660,8 @@ SAVING = Group(
 )
 ESTIMATE = Group(
     "tests/test_session.py tests/test_rollback.py",
-    "(cal_ql or dare_iql) and (estimate or rolled or back)",
+    "",
+    "(cal_ql or dare_iql) and estimate",
     "",
     [
         Mutant(FINETUNE, "        snapshot.restore()\n", ""),
@@ -718,7 +734,8 @@ ESTIMATE = Group(
 )
 FACTS = Group(
     "tests/test_session.py",
-    f"{A_HOOK} and (fitted or energy or exchange or ratio or clipped or cache_of or q_of)",
+    "dare_iql",
+    "fitted or energy or exchange or ratio or clipped or cache_of or q_of",
     "tests/test_hook.py",
     [
         Mutant(
@@ -788,7 +805,8 @@ FACTS = Group(
 )
 THE_HOOK = Group(
     "",
-    f"{A_HOOK} and (exchange or energy or references or support or ratio or weights or fitted)",
+    "dare_iql",
+    "exchange or energy or references or support or ratio or weights or fitted",
     "tests/test_hook.py",
     [
         Mutant(HOOK, "                skip_inverted=self.config.skip_inverted,\n", ""),
@@ -902,7 +920,8 @@ THE_HOOK = Group(
 )
 PREPARE = Group(
     "",
-    f"{A_HOOK} and (fitted or energy or cache_of or q_of or stopped)",
+    "dare_iql",
+    "fitted or energy or cache_of or q_of or stopped",
     "tests/test_hook.py",
     [
         Mutant(
@@ -975,6 +994,7 @@ PREPARE = Group(
 )
 RELEASE = Group(
     "tests/test_losses.py",
+    "",
     "dare and (weights or gap or iql_have or proposals or follows)",
     "tests/test_hook.py",
     [
@@ -1117,6 +1137,7 @@ RELEASE = Group(
 )
 PATCHED = Group(
     "",
+    "",
     "dare and (True or patched)",
     "tests/test_patches.py",
     [
@@ -1186,7 +1207,8 @@ PATCHED = Group(
 )
 SETS = Group(
     "tests/test_config.py",
-    "every_name or sets or fields",
+    "",
+    "only_the_online or halves",
     "tests/test_sweep.py",
     [
         Mutant(

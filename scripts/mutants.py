@@ -4,10 +4,11 @@
     python scripts/mutants.py --sample 120 --seed 0    # some, by lot
     python scripts/mutants.py --only switch            # a group, or those that hold this text
     python scripts/mutants.py --quick                  # with the likeliest tests alone
+    python scripts/mutants.py --after OUTPUT           # what OUTPUT does not say was caught
 
 Each mistake is made in a copy of the tracked files in a temporary folder. Tests run in stages
-until one fails: those that most likely see the mistake, all wiring tests, further files that the
-mistake's group names. A mistake whose text is in none of its files is reported as `not found` and
+until one fails: those that most likely see the mistake, further files that the mistake's group
+names, all wiring tests. A mistake whose text is in none of its files is reported as `not found` and
 counts as not caught: then the code has moved, and the table, `mutant_table.py`, has to follow.
 """
 
@@ -27,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from mutant_table import GROUPS, Group, Mutant
+from mutant_table import GROUPS, TESTS_OF, Group, Mutant
 
 ROOT = Path(__file__).parent.parent
 WIRING = ["tests/test_wiring.py", "tests/test_wiring_dare.py", "tests/test_kills.py"]
@@ -104,12 +105,16 @@ def run_tests(root: Path, arguments: list[str]) -> str | None:
     return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else f"exit status {code}"
 
 
-def stages(group: Group, tests: list[str], quick: bool) -> list[list[str]]:
+def stages(group: Group, name: str, tests: list[str], quick: bool) -> list[list[str]]:
     """Arguments of pytest, the quickest first; given tests replace all."""
     if tests:
         return [tests]
+    algorithm = Path(name).stem if name.startswith("algorithms/") else group.of
+    words = f"({group.first})"
+    if algorithm:
+        words += f" and {TESTS_OF[algorithm]}"
     cheap, more = group.cheap.split(), group.more.split()
-    found = [cheap, [*WIRING, "-k", group.first], *([] if quick else [WIRING, more])]
+    found = [cheap, [*WIRING, "-k", words], *([] if quick else [more, WIRING])]
     return [arguments for arguments in found if arguments]
 
 
@@ -136,7 +141,11 @@ def describe(mutant: Mutant, name: str) -> str:
 
 
 def work(
-    share: list[tuple[Group, Mutant]], root: Path, tests: list[str], quick: bool
+    share: list[tuple[Group, Mutant]],
+    root: Path,
+    tests: list[str],
+    quick: bool,
+    known: set[str],
 ) -> list[tuple[str, str]]:
     """(what became of it, description) of each mistake of this worker's share."""
     names, results = copy_tree(root), []
@@ -145,8 +154,11 @@ def work(
         if name is None:
             results.append(("not found", describe(mutant, mutant.files)))
             continue
+        if describe(mutant, name) in known:
+            results.append(("caught", describe(mutant, name)))
+            continue
         start = time.time()
-        test = try_mutant(mutant, name, root, stages(group, tests, quick))
+        test = try_mutant(mutant, name, root, stages(group, name, tests, quick))
         results.append(("caught" if test else "survived", describe(mutant, name)))
         print(f"{results[-1][0]}: {results[-1][1]}", flush=True)
         print(f"    {time.time() - start:.0f} s, by {test}", flush=True)
@@ -166,6 +178,14 @@ def choose(only: str, sample: int | None, seed: int) -> list[tuple[Group, Mutant
     return chosen
 
 
+def caught_before(output: Path | None) -> set[str]:
+    """Descriptions of the mistakes that an earlier output says were caught."""
+    lines = output.read_text().splitlines() if output else []
+    return {
+        line.removeprefix("caught: ") for line in lines if line.startswith("caught: ")
+    }
+
+
 def try_all(
     chosen: list[tuple[Group, Mutant]], arguments: argparse.Namespace
 ) -> list[tuple[str, str]]:
@@ -174,7 +194,8 @@ def try_all(
     Raises:
         SystemExit: a test fails without any mistake.
     """
-    jobs, given = arguments.jobs, (arguments.tests, arguments.quick)
+    known = caught_before(arguments.after)
+    jobs, given = arguments.jobs, (arguments.tests, arguments.quick, known)
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.unchecked:
             copy_tree(Path(folder) / "whole")
@@ -199,6 +220,9 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many of them, by lot")
     parser.add_argument("--seed", type=int, default=0, help="of the lot")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument(
+        "--after", type=Path, help="earlier output; what it caught counts as caught"
+    )
     parser.add_argument("--quick", action="store_true", help="the first stage alone")
     parser.add_argument(
         "--unchecked", action="store_true", help="no run without mistake"

@@ -21,6 +21,8 @@ MOMENTS = {
     "after the switch": ("update", OFFLINE + 2 * UTD, {}),
     "between two updates of a step": ("update", OFFLINE + 3 * UTD + 1, {}),
     "while a later checkpoint is written": ("save", 3, {}),
+    # The row of the next step tells of an episode that ended before.
+    "in the middle of an episode": ("step", 11, {"role": "train"}),
     "in the training of the energy": ("energy", 3, {}),
 }
 CASES = [

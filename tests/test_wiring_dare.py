@@ -195,6 +195,7 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
 ):
     """IQL clips its samples, so both densities have atoms at the bounds; Cal-QL does not."""
     record = recorded(name, patched=patched, dare=RATIO)
+    means = []
     for update in online_updates(record):
         event = references_of(record, update)
         clips = name == "dare_iql"
@@ -202,6 +203,9 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
         rows = drawn(record, event.states)
         torch.testing.assert_close(event.actions, rows[1])
         scores = event.policy - event.out
+        means.append(
+            [scores[:N_OFFLINE].mean().item(), scores[N_OFFLINE:].mean().item()]
+        )
         result = exchange(
             scores[:N_OFFLINE],
             scores[N_OFFLINE:],
@@ -211,6 +215,13 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
         expected = reorder(rows, result.order)
         torch.testing.assert_close(update.batch[1], expected[1])
     assert not record.of("energy")
+    logged = [] if patched else record.rows_of("metrics.csv")
+    logged = [row for row in logged if row["score_off_mean"]]
+    assert patched or len(logged) == 6
+    for row in logged:
+        found = [float(row[f"score_{half}_mean"]) for half in ("off", "on")]
+        expected = means[2 * (int(row["step"]) - 9) - 1]
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 # ---------------------------------------------------------------- which rows carry what

@@ -2,7 +2,8 @@
 
 A mistake that no test could tell from the right code is no mistake and does not stand here: a
 seed of the evaluation environment before its first reset, which is seeded anyway; an end by time
-in a step that the horizon ends anyway; `max(last, loaded)` of an online buffer without dataset.
+in a step that the horizon ends anyway; `max(last, loaded)` of an online buffer without dataset;
+the seed of a behavior model's first weights, over which the fitted ones are loaded.
 """
 
 from typing import NamedTuple
@@ -806,7 +807,7 @@ FACTS = Group(
 THE_HOOK = Group(
     "",
     "dare_iql",
-    "exchange or energy or references or support or ratio or weights or fitted",
+    "exchange or energy or references or support or ratio or weights or fitted or stopped",
     "tests/test_hook.py",
     [
         Mutant(HOOK, "                skip_inverted=self.config.skip_inverted,\n", ""),
@@ -948,7 +949,7 @@ PREPARE = Group(
         Mutant(HOOK, "dataset_hash, Path(cache_dir)", '"data", Path(cache_dir)'),
         Mutant(HOOK, 'Path(cache_dir) / "behavior")', "Path(cache_dir))"),
         Mutant(HOOK, "        self.behavior.load_state_dict(fitted.state_dict())\n", ""),
-        Mutant(HOOK, 'seed, device = options.get("seed", 0)', "seed, device = 0"),
+        Mutant(HOOK, "    if begin:\n", "    if not begin:\n"),
         Mutant(
             HOOK,
             "            seed=self.seed,\n            device",
@@ -1138,7 +1139,7 @@ RELEASE = Group(
 PATCHED = Group(
     "",
     "",
-    "dare and (True or patched)",
+    "dare and (True or patched or cache_of)",
     "tests/test_patches.py",
     [
         Mutant(

@@ -411,6 +411,9 @@ def test_batches_are_offline_alone_and_then_mixed(name, recorded):
     assert record.of("update")[-1].batch is not record.of("update")[-2].batch
     if single_buffer(record):
         assert is_row_of(record.of("update")[-1].batch, online).any()
+    last = [u.batch for u in record.of("update")[-10:]]
+    seen = torch.cat([b[0][is_row_of(b, online)] for b in last])
+    assert len(seen.unique(dim=0)) > 5, "always the same rows"
 
 
 @pytest.mark.parametrize("fields", [{}, COMPAT])

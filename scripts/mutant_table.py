@@ -258,7 +258,7 @@ SEEDS = Group(
 BUFFER = Group(
     "",
     "cal_ql",
-    "batches or known_return or offline_buffer or stores or mixing_ratio",
+    "batches or known_return or offline_buffer or stores or mixing_ratio or terminal",
     "tests/test_iql.py tests/test_cql.py",
     [
         Mutant(BUFFERS, "0.0 if self._compat else -math.inf", "0.0"),

@@ -380,6 +380,13 @@ def test_a_stopped_behavior_training_goes_on_and_keeps_log_files_short(tmp_path,
     assert shown.err == ""  # over before the first line of a bar
 
 
+def test_references_alone_are_guided():
+    """Densities need no energy network, whatever `guidance_scale` says."""
+    densities = DareConfig(score="likelihood", behavior="mixture")
+    assert densities.guidance_scale > 0 and not densities.guided
+    assert DareConfig().guided and not DareConfig(guidance_scale=0.0).guided
+
+
 # ---------------------------------------------------------------- prepare
 
 

@@ -1,8 +1,10 @@
 """A run killed at any moment goes on from its last checkpoint to the bits of an unbroken run.
 
-The kill is an exception that nothing catches, raised in the middle of what happens at that moment;
-tests/test_resume.py kills whole processes.
+A kill leaves the run folder as it is at that moment, so one run, copied at every moment, gives all
+the killed ones; tests/test_resume.py kills whole processes.
 """
+
+import shutil
 
 import pytest
 import wiring
@@ -19,6 +21,8 @@ MOMENTS = {
     "after the switch": ("update", OFFLINE + 2 * UTD, {}),
     "between two updates of a step": ("update", OFFLINE + 3 * UTD + 1, {}),
     "while a later checkpoint is written": ("save", 3, {}),
+    # The row of the next step tells of an episode that ended before.
+    "in the middle of an episode": ("step", 11, {"role": "train"}),
     "in the training of the energy": ("energy", 3, {}),
 }
 CASES = [
@@ -29,36 +33,43 @@ CASES = [
 ]
 
 
-class Killed(BaseException):
-    """Nobody catches it and nothing is saved."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The unbroken run of an algorithm, and its folder as it was at each moment."""
+    known = {}
+
+    def get(name):
+        if name not in known:
+            known[name] = run_and_copy(name, tmp_path_factory.mktemp(name))
+        return known[name]
+
+    return get
 
 
-def kill_at(moment):
-    kind, number, fields = MOMENTS[moment]
+def run_and_copy(name, folder):
+    copies = {}
 
-    def stop(record, event):
-        if len(record.of(kind, **fields)) == number:
-            raise Killed(moment)
+    def copy(record, event):
+        for moment, (kind, number, fields) in MOMENTS.items():
+            happened = event.kind == kind and len(record.of(kind, **fields)) == number
+            if happened and moment not in copies:
+                (run,) = (folder / "runs").iterdir()
+                copies[moment] = shutil.copytree(run, folder / f"copy {len(copies)}")
         return False
 
-    return stop
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return wiring.Recorder(lambda: tmp_path_factory.mktemp("run"))
+    with pytest.MonkeyPatch.context() as patch:
+        return wiring.run(patch, name, folder, copy, env=wiring.GOAL), copies
 
 
 @pytest.mark.parametrize("name, moment", CASES)
-def test_a_killed_run_ends_as_the_unbroken_one(name, moment, tmp_path, recorded):
-    whole = recorded(name, env=wiring.GOAL)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        wiring.run(patch, name, tmp_path, kill_at(moment), env=wiring.GOAL)
-    (folder,) = (tmp_path / "runs").iterdir()
+def test_a_killed_run_ends_as_the_unbroken_one(name, moment, killed):
+    whole, copies = killed(name)
+    folder = copies[moment]
     assert not (folder / "summary.json").exists()
     with pytest.MonkeyPatch.context() as patch:
         options = {"env": wiring.GOAL, "resume": str(folder)}
-        resumed = wiring.run(patch, name, tmp_path, **options)
+        resumed = wiring.run(patch, name, folder.parent, **options)
+    assert 0 < len(resumed.of("update")) < len(whole.of("update"))
     assert_same(whole.parts(), resumed.parts())
     assert whole.rows_of("evaluations.csv") == resumed.rows_of("evaluations.csv")
     rows = [

@@ -411,6 +411,9 @@ def test_batches_are_offline_alone_and_then_mixed(name, recorded):
     assert record.of("update")[-1].batch is not record.of("update")[-2].batch
     if single_buffer(record):
         assert is_row_of(record.of("update")[-1].batch, online).any()
+    last = [u.batch for u in record.of("update")[-10:]]
+    seen = torch.cat([b[0][is_row_of(b, online)] for b in last])
+    assert len(seen.unique(dim=0)) > 5, "always the same rows"
 
 
 @pytest.mark.parametrize("fields", [{}, COMPAT])
@@ -550,6 +553,8 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
         if stop is not None:
             assert part.summary == {}
             assert part._stop is None, "it was never asked to stop"
+            collected = part.of("step", role="train")
+            assert collected or len(part.of("energy")) in (0, 2), "went on for longer"
     assert_same(whole.parts(), part.parts())
     assert whole.rows_of("evaluations.csv") == part.rows_of("evaluations.csv")
     rows = [list(map(without_losses, r.rows_of("metrics.csv"))) for r in (whole, part)]
@@ -563,3 +568,30 @@ def test_the_time_estimate_changes_no_number(name, recorded):
     """Measured or left out: the same networks, buffers and random streams at the end."""
     with_estimate = recorded(name, estimate=True)
     assert_same(recorded(name).parts(), with_estimate.parts())
+
+
+@every_algorithm
+def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded):
+    """So runs that differ in nothing else can share an offline model."""
+    config = recorded(name).config
+    other = {
+        "online_iterations": 0,
+        "online_warmup": 3,
+        "utd": 1,
+        "actor_lr_online": 5e-4,
+        "expl_noise": 0.1,
+        "noise_clip": 0.3,
+        "cql_alpha_online": 1.0,
+        "mixing_ratio": 0.5,
+        "dare": {"cap": 1},
+    }
+    unread = config.ONLINE - {"load_model"}
+    assert unread <= other.keys()
+    assert {"online_iterations", "online_warmup", "utd", "load_model"} <= config.ONLINE
+    mine = {k: v for k, v in other.items() if hasattr(config, k)}
+    assert mine.keys() == unread
+    changed = recorded(name, **mine)
+    offline = [[u.logs for u in r.of("update")[:7]] for r in (recorded(name), changed)]
+    assert offline[0] == offline[1]
+    scores = [r.summary["score_offline"] for r in (recorded(name), changed)]
+    assert scores[0] == scores[1]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wiring
+from wiring import networks_of
 
 from corl_dare.exchange import alignment_score, exchange, reorder
 
@@ -194,6 +195,7 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
 ):
     """IQL clips its samples, so both densities have atoms at the bounds; Cal-QL does not."""
     record = recorded(name, patched=patched, dare=RATIO)
+    means = []
     for update in online_updates(record):
         event = references_of(record, update)
         clips = name == "dare_iql"
@@ -201,6 +203,9 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
         rows = drawn(record, event.states)
         torch.testing.assert_close(event.actions, rows[1])
         scores = event.policy - event.out
+        means.append(
+            [scores[:N_OFFLINE].mean().item(), scores[N_OFFLINE:].mean().item()]
+        )
         result = exchange(
             scores[:N_OFFLINE],
             scores[N_OFFLINE:],
@@ -210,6 +215,13 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
         expected = reorder(rows, result.order)
         torch.testing.assert_close(update.batch[1], expected[1])
     assert not record.of("energy")
+    logged = [] if patched else record.rows_of("metrics.csv")
+    logged = [row for row in logged if row["score_off_mean"]]
+    assert patched or len(logged) == 6
+    for row in logged:
+        found = [float(row[f"score_{half}_mean"]) for half in ("off", "on")]
+        expected = means[2 * (int(row["step"]) - 9) - 1]
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 # ---------------------------------------------------------------- which rows carry what
@@ -350,6 +362,35 @@ def test_released_rows_of_iql_have_the_sac_policy_loss(options, patched, recorde
         cloned = factor * -policy.log_prob(actions).sum(-1)
         loss = (update.weight * cloned + (1 - update.weight) * free).mean()
         assert update.logs["actor_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@both
+@patched_too
+def test_the_stream_of_released_losses_begins_at_the_seed(name, patched, recorded):
+    record = recorded(name, patched=patched)
+    seed = record.config.seed
+    if name == "dare_iql" or patched:
+        stream = torch.Generator().manual_seed(seed).get_state()
+        assert torch.equal(online_updates(record)[0].stream, stream)
+
+
+@both
+def test_with_dare_off_a_run_is_the_baseline_to_the_bit(name, recorded):
+    record = recorded(name, dare={"enabled": False})
+    assert not (record.of("fit") or record.of("energy") or online_updates(record))
+    baseline = recorded(name.removeprefix("dare_"))
+    for key, value in networks_of(baseline.trainer).items():
+        mine = networks_of(record.trainer)[key].state_dict()
+        for part, tensor in value.state_dict().items():
+            assert torch.equal(tensor, mine[part]), (key, part)
+
+
+@both
+def test_the_summary_has_the_mean_number_of_exchanges(name, recorded):
+    record = recorded(name)
+    found = [r["exchanged"] for r in record.rows_of("metrics.csv") if r["exchanged"]]
+    mean = np.mean([float(x) for x in found])
+    assert record.summary["exchanges_mean"] == pytest.approx(mean)
 
 
 # ---------------------------------------------------------------- the energy

@@ -74,5 +74,5 @@ def assert_equal(a, b, where=""):
             assert_equal(x, y, f"{where}[{i}]")
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+    else:  # nan is the same as nan
+        assert a == b or (a != a and b != b), f"{where}: {a} is not {b}"

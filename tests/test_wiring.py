@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import wiring
+from helpers import assert_equal
 from wiring import CQL, DARE, GOAL
 
 ALL = list(wiring.ALGORITHMS)
@@ -507,21 +508,6 @@ def test_load_model_starts_from_the_weights_of_the_file(name, with_corl_files, r
 # ---------------------------------------------------------------- stop and resume
 
 
-def assert_same(a, b, where="checkpoint"):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), f"{where} differs"
-    else:
-        assert a == b or (a != a and b != b), f"{where}: {a} is not {b}"
-
-
 def stop_after(count, kind, **fields):
     """Ask to stop at the nth event of a kind."""
     return lambda record, event: len(record.of(kind, **fields)) == count
@@ -555,7 +541,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
             assert part._stop is None, "it was never asked to stop"
             collected = part.of("step", role="train")
             assert collected or len(part.of("energy")) in (0, 2), "went on for longer"
-    assert_same(whole.parts(), part.parts())
+    assert_equal(whole.parts(), part.parts())
     assert whole.rows_of("evaluations.csv") == part.rows_of("evaluations.csv")
     rows = [list(map(without_losses, r.rows_of("metrics.csv"))) for r in (whole, part)]
     assert rows[0] == rows[1]
@@ -567,7 +553,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
 def test_the_time_estimate_changes_no_number(name, recorded):
     """Measured or left out: the same networks, buffers and random streams at the end."""
     with_estimate = recorded(name, estimate=True)
-    assert_same(recorded(name).parts(), with_estimate.parts())
+    assert_equal(recorded(name).parts(), with_estimate.parts())
 
 
 @every_algorithm

@@ -65,6 +65,11 @@ def heading(store: Store) -> str:
     lines = [
         "# Exchange accuracy: the tables",
         "",
+        "What was found, in one table and a few sentences: "
+        "[results](../README.md#does-the-exchange-move-the-right-rows). The section AUC below "
+        "says which scores tell the rows of two policies apart, the section on the exchange "
+        "which rules make the halves purer, the last one what a score costs.",
+        "",
         "Written by `python -m benchmarks.exchange_accuracy --report` from the `seed_N.json`"
         " files in this folder. What the numbers mean: docs/exchange_accuracy.md.",
         "",

@@ -49,6 +49,21 @@ def test_the_scale_of_q_is_asked_only_where_it_matters(tmp_path, fields, scale):
     assert hook.q_scale == scale and bool(asked) is (scale == 0.5)
 
 
+def test_literal_leaves_q_as_it_is_whatever_scale_is_given(tmp_path):
+    config = DareConfig(q_scale="literal", behavior_width=0.05)
+    hook = prepare(
+        config,
+        make_buffer(40),
+        make_buffer(30),
+        dataset_hash="rows",
+        cache_dir=tmp_path,
+        begin=False,
+        q_function=lambda s, a: a.sum(1),
+        q_scale=0.5,
+    )
+    assert hook.q_scale == 1.0
+
+
 def test_prepare_wants_states_and_actions_or_neither(tmp_path):
     buffers = make_buffer(40), make_buffer(30)
     with pytest.raises(ValueError, match="states and actions"):

@@ -402,7 +402,7 @@ DATASET = Group(
     ],
 )
 LOOP = Group(
-    "tests/test_session.py",
+    "tests/test_session_alone.py tests/test_session.py",
     "cal_ql",
     "turns or batches or evaluation or metrics or switch or seconds",
     "tests/test_runs.py",
@@ -520,7 +520,7 @@ LOOP = Group(
     ],
 )
 SWITCH = Group(
-    "tests/test_session.py",
+    "tests/test_session_alone.py tests/test_session.py",
     "cal_ql",
     "switch or rate or stopped or warm or calibration",
     "",
@@ -577,7 +577,7 @@ SWITCH = Group(
     ],
 )
 SAVING = Group(
-    "tests/test_session.py",
+    "tests/test_session_alone.py tests/test_session.py",
     "cal_ql",
     "checkpoints or corls_files or load_model or stopped or killed",
     "tests/test_runs.py",
@@ -660,7 +660,8 @@ SAVING = Group(
     ],
 )
 ESTIMATE = Group(
-    "tests/test_session.py tests/test_rollback.py",
+    "tests/test_session_alone.py tests/test_session.py "
+    "tests/test_rollback_kinds.py tests/test_rollback.py",
     "",
     "(cal_ql or dare_iql) and estimate",
     "",
@@ -734,10 +735,10 @@ ESTIMATE = Group(
     ],
 )
 FACTS = Group(
-    "tests/test_session.py",
+    "tests/test_session_alone.py tests/test_session.py",
     "dare_iql",
     "fitted or energy or exchange or ratio or clipped or cache_of or q_of",
-    "tests/test_hook.py",
+    "tests/test_hook.py tests/test_prepare.py",
     [
         Mutant(
             FINETUNE, '"offline": self.offline_buffer', '"offline": self.online_buffer'
@@ -808,7 +809,7 @@ THE_HOOK = Group(
     "",
     "dare_iql",
     "exchange or energy or references or support or ratio or weights or fitted or stopped",
-    "tests/test_hook.py",
+    "tests/test_hook.py tests/test_prepare.py",
     [
         Mutant(HOOK, "                skip_inverted=self.config.skip_inverted,\n", ""),
         Mutant(
@@ -923,7 +924,7 @@ PREPARE = Group(
     "",
     "dare_iql",
     "fitted or energy or cache_of or q_of or stopped",
-    "tests/test_hook.py",
+    "tests/test_hook.py tests/test_prepare.py",
     [
         Mutant(
             HOOK,
@@ -997,7 +998,7 @@ RELEASE = Group(
     "tests/test_losses.py",
     "",
     "dare and (weights or gap or iql_have or proposals or follows)",
-    "tests/test_hook.py",
+    "tests/test_hook.py tests/test_prepare.py",
     [
         Mutant(
             HOOK,

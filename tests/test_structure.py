@@ -311,3 +311,11 @@ def test_no_pickle_is_ever_executed():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 flags = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert flags.get("weights_only") == "True", path
+
+
+def test_the_tests_that_look_for_put_in_mistakes_exist():
+    """pytest fails on a missing file, which would count as a mistake that was caught."""
+    text = "".join(p.read_text() for p in ROOT.glob("scripts/mutant*.py"))
+    named = set(re.findall(r"tests/test_\w+\.py", text))
+    assert len(named) > 10
+    assert all((ROOT / name).is_file() for name in named)

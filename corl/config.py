@@ -344,12 +344,16 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True)
 
 
-def main(train: Callable[[Any], Any], config_class: type) -> None:
+def main(
+    train: Callable[[Any], Any], config_class: type, argv: Sequence[str] | None = None
+) -> None:
     """The command line of an algorithm file: config, `train`, errors as one line.
+
+    `argv` takes the place of the command line's arguments.
 
     Set CORL_DARE_TRACEBACK=1 to see where an error came from.
     """
-    config = parse_config(config_class)
+    config = parse_config(config_class, argv)
     try:
         train(config)
     except KeyboardInterrupt as stop:

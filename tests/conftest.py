@@ -1,5 +1,53 @@
-"""No test looks for data on the network."""
+"""Options and marks of all tests. No test looks for data on the network.
+
+A fault that a run may meet is a test with the mark `fault(kind)`. With `--all-faults`, which
+`make faults` gives, the many slow instances run too (mark `whole`), and the last lines count the
+faults of each kind that ended as they should.
+"""
 
 import os
+from collections import Counter
+
+import pytest
 
 os.environ["CORL_DARE_D4RL_URL"] = ""
+FAULT = (
+    "fault"  # name of the mark, and of the property that carries its kind to the summary
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-faults",
+        action="store_true",
+        help="also the slow instances of faults, and a count of each kind",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    whole = [item for item in items if item.get_closest_marker("whole")]
+    if whole and not config.getoption("--all-faults"):
+        items[:] = [item for item in items if item not in whole]
+        config.hook.pytest_deselected(items=whole)
+    for item in items:
+        mark = item.get_closest_marker(FAULT)
+        if mark is not None:
+            item.user_properties.append((FAULT, mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--all-faults"):
+        return
+    tried, passed = Counter(), Counter()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.getreports(outcome):
+            kind = dict(report.user_properties).get(FAULT)
+            # A test that could not even be prepared has no call.
+            if kind is None or (outcome != "error" and report.when != "call"):
+                continue
+            tried[kind] += 1
+            passed[kind] += outcome == "passed"
+    terminalreporter.section("faults that ended as they should")
+    for kind in sorted(tried):
+        terminalreporter.write_line(f"{kind}: {passed[kind]}/{tried[kind]}")

@@ -76,7 +76,7 @@ from corl.finetune import (  # noqa: F401
 )
 from corl.finetune import modify_reward_linear as modify_reward  # noqa: F401
 from corl.finetune import modify_reward_linear_online as modify_reward_online  # noqa: F401
-from corl_dare.config import LOGS, MEANS, PANELS, DareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, UNDEFINED, DareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, prepare
 
 BASELINE = "cal_ql"
@@ -830,7 +830,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             trainer.detach_multipliers()
         source = session.mixed
         if config.dare.enabled:
-            session.show(PANELS, MEANS)
+            session.show(PANELS, MEANS, UNDEFINED)
             scale = config.reward_scale if config.normalize_reward else 1.0
             source = prepare(
                 config.dare,

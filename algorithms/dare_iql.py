@@ -66,7 +66,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
-from corl_dare.config import LOGS, MEANS, PANELS, DareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, UNDEFINED, DareConfig
 from corl_dare.hook import (
     DareHook,
     Release,
@@ -590,7 +590,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
         if config.dare.enabled:
-            session.show(PANELS, MEANS)
+            session.show(PANELS, MEANS, UNDEFINED)
             source = prepare(
                 config.dare,
                 **session.facts(),

@@ -137,7 +137,12 @@ def load(path: str) -> None:
     cpu, clock = time.process_time() - cpu, time.time() - clock
     size = sum(values.nbytes for values in found.arrays.values())
     over = (resident("VmHWM") - before) / size
-    print(json.dumps({"cpu_seconds": cpu, "seconds": clock, "peak_over_arrays": over}))
+    print(
+        json.dumps(
+            {"cpu_seconds": cpu, "seconds": clock, "peak_over_arrays": over},
+            allow_nan=False,
+        )
+    )
 
 
 def main() -> None:
@@ -164,10 +169,10 @@ def main() -> None:
         "numpy": np.__version__,
         "h5py": h5py.__version__,
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2, allow_nan=False))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(args.out.name + ".part")
-    part.write_text(json.dumps(result, indent=2) + "\n")
+    part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     os.replace(part, args.out)
 
 

@@ -299,7 +299,7 @@ def main() -> None:
         "versions": machine.versions(),
         "commit": machine.git_commit(),
     }
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    out.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

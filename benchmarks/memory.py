@@ -106,7 +106,7 @@ def main() -> None:
             "versions": machine.versions(),
             "commit": machine.git_commit(),
         }
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+        args.out.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,9 @@ def main() -> None:
     }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record(args, rates, device), indent=2) + "\n")
+        args.out.write_text(
+            json.dumps(record(args, rates, device), indent=2, allow_nan=False) + "\n"
+        )
 
 
 def measure_algorithm(

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from corl import envs, physics, runs, tasks
+from corl import envs, finite, physics, runs, tasks
 from corl.buffers import ReplayBuffer
 from corl.config import FinetuneConfig
 
@@ -142,9 +142,9 @@ class OnlineCollector:
         self.success = self.success or is_goal_reached(float(reward), info)
         # A time-out is not an end: the value of the next state still counts.
         real_done = bool(terminated) and self.episode_step < self.task.horizon
-        self.buffer.add_transition(
-            self.state, action, self.reward(reward), next_state, real_done
-        )
+        stored = self.reward(reward)
+        finite.check_reward(stored, reward)
+        self.buffer.add_transition(self.state, action, stored, next_state, real_done)
         self.state = next_state
         if terminated or truncated:
             self._finish_episode()
@@ -207,7 +207,9 @@ class Evaluator:
             # Upstream's regret is that of the training episodes.
             counted = self.collector.successes if config.compat else self.successes
             logs["success_rate"] = success
-            logs["regret"] = 1.0 - float(np.mean(counted)) if counted else float("nan")
+            # Without an episode there is no regret yet.
+            if counted:
+                logs["regret"] = 1.0 - float(np.mean(counted))
         return logs
 
     def state_dict(self) -> Dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from corl import files, machine
+from corl import files, finite, machine
 
 FORMAT = 1  # version of the layout of checkpoint.pt
 
@@ -208,12 +208,15 @@ def export_corl(run: Path | str, out: Path | str | None = None) -> Path:
         The file.
 
     Raises:
-        ValueError: no readable checkpoint in the folder, or a place that cannot be written.
+        ValueError: no readable checkpoint in the folder, one whose weights are not finite, or a
+            place that cannot be written.
     """
     path = Path(run) / "checkpoint.pt"
     state = read(path)
     if not isinstance(state, dict) or "trainer" not in state.get("parts", {}):
         raise ValueError(f"{path} is not a checkpoint of a corl-dare run")
+    if bad := finite.first_bad(finite.named_tensors(state["parts"]["trainer"], "")):
+        raise ValueError(f"{path} is of a run that diverged: its {bad} is not finite")
     out = Path(out or Path(run) / f"checkpoint_{state['step'] - 1}.pt")
     if not out.parent.is_dir():
         raise ValueError(f"cannot write {out}: {out.parent} is not a folder")

@@ -359,7 +359,7 @@ def main(
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("CORL_DARE_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import numpy as np
 import torch
 
-from corl import checkpoints, compiled, envs, machine, runs, tasks
+from corl import checkpoints, compiled, envs, finite, machine, runs, tasks
 from corl.acting import (  # noqa: F401
     Actor,
     Evaluator,
@@ -128,8 +128,10 @@ class Session:
         self.run.dataset, self.normalization = data.provenance, data.normalization
         self._rewards = {k: data.arrays[k] for k in ("rewards", "terminals")}
         mean, std = data.normalization.mean, data.normalization.std
-        env = wrap_env(self._env, mean, std)
-        eval_env = wrap_env(self._eval_env, mean, std)
+        env, eval_env = (
+            wrap_env(finite.CheckedEnv(raw, role, config), mean, std)
+            for raw, role in ((self._env, "training"), (self._eval_env, "evaluation"))
+        )
         self.offline_buffer = new_buffer(config, task, device)
         self.offline_buffer.load_d4rl_dataset(data.arrays)
         self.online_buffer = self.offline_buffer
@@ -174,6 +176,11 @@ class Session:
         if loads and self.config.load_model:
             state = checkpoints.load_corl_checkpoint(self.config.load_model, loads)
             part.load_weights(state)
+            if bad := finite.first_bad(finite.weights_of(part, name)):
+                raise ValueError(
+                    f"load_model {self.config.load_model} holds weights that are not finite "
+                    f"({bad}); choose a checkpoint of before its run diverged"
+                )
         self._parts[name] = part
         return part
 
@@ -193,9 +200,14 @@ class Session:
             "bar": progress_bar,
         }
 
-    def show(self, panels: Sequence[Dict[str, Any]], means: Dict[str, str]) -> None:
-        """Panels for curves.png and means for the summary, see `runs.Run`."""
-        self.run.panels, self.run.means = panels, means
+    def show(
+        self,
+        panels: Sequence[Dict[str, Any]],
+        means: Dict[str, str],
+        undefined: Collection[str] = (),
+    ) -> None:
+        """Panels for curves.png, means for the summary, metrics without a value: see `runs.Run`."""
+        self.run.panels, self.run.means, self.run.undefined = panels, means, undefined
 
     def return_span(self) -> float:
         """Largest minus smallest return of the dataset's finished episodes, as trained on."""
@@ -224,6 +236,7 @@ class Session:
                 part.begin(self.should_stop)
         if self.run.checkpoint is not None:
             self.run.restore(self._parts)
+            finite.check_weights(self._parts, self.config)
 
     def _estimate(
         self, offline: Callable[[], Any], online: Callable[[], Any]
@@ -360,11 +373,16 @@ class Session:
         config, step = self.config, self.run.step + 1
         metrics = {**metrics, **self._collector.episode}
         evaluated = step % config.eval_freq == 0
+        logged = evaluated or step % config.log_freq == 0
+        if logged:
+            # Before the evaluation, which would take hours or fail on values that diverged.
+            metrics = self.run.read(metrics)
         if evaluated:
+            finite.check_weights(self._parts, config)
             metrics.update(
                 self._evaluator.evaluate(self.run, self._actor, step, self._phase)
             )
-        if evaluated or step % config.log_freq == 0:
+        if logged:
             self.run.log(step, self._phase, metrics)
         if evaluated:
             self.run.step = step

@@ -41,6 +41,11 @@ def _scale_by_span(dataset: Dict, env_name: str, max_episode_steps: int) -> Dict
     if not is_locomotion(env_name):
         return {}
     low, high = return_reward_range(dataset, max_episode_steps)
+    if not high > low:
+        raise ValueError(
+            "normalize_reward divides rewards by the span of the dataset's returns, but every "
+            f"finished episode returns {low:g}; set normalize_reward to false"
+        )
     dataset["rewards"] /= high - low  # two roundings, as upstream
     dataset["rewards"] *= max_episode_steps
     return {"min_ret": low, "max_ret": high, "max_episode_steps": max_episode_steps}

@@ -15,11 +15,12 @@ writes a run's weights as CORL's `checkpoint_N.pt`.
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from corl import checkpoints, curves, files, machine
+from corl import checkpoints, curves, files, finite, machine
 from corl.config import ConfigError, dump_config
 from corl.progress import progress_bar
 
@@ -52,9 +53,12 @@ class Run:
         panels: what curves.png shows below the score, see `curves.plot_curves`.
         means: entry of the summary -> metric whose mean over all logged rows it is. The progress
             bar shows these metrics.
+        undefined: metrics that need not have a value; where they are not finite, metrics.csv has
+            a blank. Any other metric that is not finite ends the run.
 
     Use as a context manager: inside, the first SIGINT or SIGTERM sets `stop_requested`, a second
-    one interrupts at once.
+    one interrupts at once. A FloatingPointError that leaves the block says the step and the last
+    good checkpoint, too.
 
     Raises:
         ConfigError: the folder cannot be made or written, or there is nothing to resume.
@@ -70,12 +74,18 @@ class Run:
         self.total = config.offline_iterations + config.online_iterations
         self.panels: Sequence[Mapping[str, Any]] = []
         self.means: dict[str, str] = {}
+        self.undefined: Collection[str] = ()
+        self.left_out: set[str] = set()  # columns that an older run's metrics.csv lacks
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
+        self.current: tuple[str, int] | None = (
+            None  # phase and number of the running one
+        )
+        self.saved_step: int | None = None  # of checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
@@ -130,7 +140,7 @@ class Run:
                 f"{self.folder} has no checkpoint.pt yet; start the run again instead"
             )
         self.checkpoint = checkpoints.load_checkpoint(path, self.algorithm)
-        self.step = self.checkpoint["step"]
+        self.step = self.saved_step = self.checkpoint["step"]
         for name in CARRIED:
             if name in self.checkpoint["run"]:
                 setattr(self, name, self.checkpoint["run"][name])
@@ -143,6 +153,7 @@ class Run:
             lines = [",".join(r) for r in [rows[0], *kept]]
             self._write(name, "\n".join(lines) + "\n")
             if name == "metrics.csv":
+                self.left_out = set(self.columns) - set(rows[0])
                 self.columns = rows[0]
         # Without `resume`, so that the file still describes a run of its own.
         config = dataclasses.replace(self.config, resume=None)
@@ -177,6 +188,17 @@ class Run:
                 self.print(
                     f"wandb did not finish ({failure}); metrics.csv has everything"
                 )
+        if len(error) > 1 and isinstance(error[1], FloatingPointError):
+            raise FloatingPointError(self._diverged(error[1])) from None
+
+    def _diverged(self, error: FloatingPointError) -> str:
+        """The error's text with the step before it and the last good checkpoint after it."""
+        path = machine.tidy_path(self.folder / "checkpoint.pt")
+        where = "" if self.current is None else "{} step {}: ".format(*self.current)
+        kept = "no checkpoint was written yet"
+        if self.saved_step is not None:
+            kept = f"the last good checkpoint is {path} (step {self.saved_step})"
+        return f"{where}{error}; {kept}"
 
     # -- progress -------------------------------------------------------------------------
 
@@ -196,23 +218,43 @@ class Run:
         for t in range(self.step, last):
             if self.stop_requested:
                 return
+            self.current = phase, t + 1
             yield t
             self.step = t + 1
             self.bar.update()
 
     # -- logs -----------------------------------------------------------------------------
 
-    def log(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
-        """One row of metrics.csv; tensors are read here, in one transfer."""
-        unknown = set(metrics) - set(self.columns)
-        if unknown:
-            raise KeyError(f"metrics {sorted(unknown)} are not columns of metrics.csv")
+    def read(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics as numbers, without those that are undefined; tensors in one transfer.
+
+        Raises:
+            FloatingPointError: a metric is not finite that must be.
+        """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}
         values = dict(metrics)
         if tensors:
             scalars = [v.detach().double().reshape(()) for v in tensors.values()]
             stacked = torch.stack(scalars)
             values.update(zip(tensors, stacked.tolist(), strict=True))
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        for name in bad:
+            if name not in self.undefined:
+                cause = finite.likely_cause(self.config)
+                raise FloatingPointError(f"{name} is {values[name]}: {cause}")
+        return {k: v for k, v in values.items() if k not in bad}
+
+    def log(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
+        """One row of metrics.csv; tensors are read here, in one transfer.
+
+        Raises:
+            FloatingPointError: as of `read`.
+        """
+        unknown = set(metrics) - set(self.columns) - self.left_out
+        if unknown:
+            raise KeyError(f"metrics {sorted(unknown)} are not columns of metrics.csv")
+        values = self.read(metrics)
+        values = {k: v for k, v in values.items() if k not in self.left_out}
         row = {"step": step, "phase": phase, **values}
         with open(self.folder / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
@@ -232,7 +274,18 @@ class Run:
     def evaluation(
         self, step: int, phase: str, returns: np.ndarray, scores: np.ndarray
     ) -> float:
-        """Rows of evaluations.csv, one per episode; returns the mean normalized score."""
+        """Rows of evaluations.csv, one per episode; returns the mean normalized score.
+
+        Raises:
+            FloatingPointError: a return or a score is not finite.
+        """
+        for name, values in (("return", returns), ("normalized score", scores)):
+            bad = np.flatnonzero(~np.isfinite(values))
+            if len(bad):
+                raise FloatingPointError(
+                    f"the {name} of evaluation episode {bad[0]} is {values[bad[0]]:g}: "
+                    f"{finite.likely_cause(self.config)}"
+                )
         with open(self.folder / "evaluations.csv", "a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
@@ -271,7 +324,12 @@ class Run:
         return self.wall_seconds + time.perf_counter() - self.started
 
     def save(self, parts: dict[str, Any]) -> None:
-        """checkpoint.pt: `state_dict` of every part, the global random streams, the counters."""
+        """checkpoint.pt: `state_dict` of every part, the global random streams, the counters.
+
+        Raises:
+            FloatingPointError: a weight is not finite; the file stays as it was.
+        """
+        finite.check_weights(parts, self.config)
         state = {
             "format": checkpoints.FORMAT,
             "algorithm": self.algorithm,
@@ -291,6 +349,7 @@ class Run:
             with open(self.folder / name, "ab") as file:
                 os.fsync(file.fileno())
         checkpoints.save_checkpoint(self.folder / "checkpoint.pt", state)
+        self.saved_step = self.step
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Put the parts and the random streams of the checkpoint back.
@@ -329,7 +388,9 @@ class Run:
         of this process.
         """
         summary = self._summary()
-        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        self._write(
+            "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        )
         curves.plot_curves(
             self.folder, self.config, self.dataset.get("label", ""), self.panels
         )
@@ -376,6 +437,8 @@ class Run:
         found = {}
         for entry, name in self.means.items():
             values = [float(text) for text in columns.get(name, ()) if text]
+            # Rows of before version 0.6 may hold nan, where there is a blank now.
+            values = [value for value in values if math.isfinite(value)]
             found[entry] = sum(values) / len(values) if values else None
         return found
 

@@ -7,7 +7,7 @@ import torch
 
 from corl import tasks
 from corl.buffers import ReplayBuffer
-from corl.data import sources
+from corl.data import schema, sources
 from corl.rewards import SPAN_REWARDS, RewardRule, get_return_to_go
 
 
@@ -68,7 +68,8 @@ def load_data(config: Any, task: tasks.Task, device: str = "cpu") -> Data:
     rows need their return-to-go.
 
     Raises:
-        ValueError, RuntimeError: see `sources.resolve`; a dataset larger than the buffer.
+        ValueError, RuntimeError: see `sources.resolve`; a dataset larger than the buffer; rewards,
+            returns-to-go or normalized states that are not finite, or whose squares are not.
     """
     dataset = sources.resolve(
         task,
@@ -82,18 +83,56 @@ def load_data(config: Any, task: tasks.Task, device: str = "cpu") -> Data:
             f"buffer_size {config.buffer_size} is smaller than the dataset of "
             f"{len(arrays['rewards'])} rows; set it to at least {len(arrays['rewards'])}"
         )
+    # What overflows here is said below, in an error.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        try:
+            reward_args = _prepare_rewards(arrays, task, config)
+            normalization = _normalize(arrays, config, device)
+        except ValueError as error:
+            raise ValueError(f"{dataset.provenance['path']}: {error}") from None
+    return Data(arrays, dataset.provenance, normalization, reward_args)
+
+
+def _prepare_rewards(
+    arrays: Dict[str, np.ndarray], task: tasks.Task, config: Any
+) -> Dict[str, Any]:
+    """Scale the rewards in place and add returns-to-go; returns what online rewards need."""
     reward_args = {}
     if config.normalize_reward:
         reward_args = reward_rule(config).offline(arrays, config.env, config)
+        _check("rewards", arrays["rewards"], "normalize_reward")
     if keeps_mc_returns(config):
         arrays["mc_returns"] = get_return_to_go(arrays, task, config)
+        _check(
+            "rewards", arrays["mc_returns"], "the sum that makes returns-to-go of them"
+        )
+    return reward_args
+
+
+def _normalize(arrays: Dict[str, np.ndarray], config: Any, device: str) -> Normalization:
+    """Normalize the states in place."""
     mean, std = np.zeros(1, np.float32), np.ones(1, np.float32)
     if config.normalize:
         mean, std = compute_mean_std(arrays["observations"], eps=1e-3)
+        # An infinite deviation would make every state 0.
+        for name, values in (("mean", mean), ("standard deviation", std)):
+            _check("observations", values, f"their {name} (normalize)")
     normalization = Normalization(mean, std, device)
     for key in ("observations", "next_observations"):
         arrays[key] = normalization.apply(arrays[key])
-    return Data(arrays, dataset.provenance, normalization, reward_args)
+        _check(key, arrays[key], "normalize")
+    return normalization
+
+
+def _check(key: str, values: np.ndarray, made_by: str) -> None:
+    """Raises ValueError where float32 cannot hold the squares of what a setting made of a key."""
+    largest = max(values.max(), -values.min())
+    # Not "larger than": comparisons with nan are false.
+    if not largest <= schema.LARGEST:
+        raise ValueError(
+            f"{key} are not usable after {made_by}: the largest value is {largest:g}, and above "
+            f"{schema.LARGEST:.2g} float32 has no squares; mend the data"
+        )
 
 
 def reward_rule(config: Any) -> RewardRule:

@@ -133,7 +133,7 @@ def cached_file(
         "lr": lr,
         "seed": seed,
     }
-    text = json.dumps(settings, sort_keys=True)
+    text = json.dumps(settings, sort_keys=True, allow_nan=False)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Path(cache_dir) / f"behavior-{model.kind}-{key}.safetensors", text
 
@@ -186,6 +186,12 @@ def _load(model: BehaviorModel, path: Path, settings: str) -> None:
         raise RuntimeError(
             f"{path} is damaged (checksum differs); delete it to train the model again"
         )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RuntimeError(
+                f"{path} holds weights that are not finite ({name}); delete it to train the "
+                "model again"
+            )
     model.load_state_dict(tensors)
 
 

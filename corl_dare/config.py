@@ -20,8 +20,17 @@ LOGS = (
     "amplitude_before",
     "amplitude_after",
     "inverted",
+    "refused",
     "references_clipped",
     "energy_loss",
+)
+# Those that have no value in a batch whose exchange was refused.
+UNDEFINED = (
+    "separation_point",
+    "score_off_mean",
+    "score_off_std",
+    "score_on_mean",
+    "score_on_std",
 )
 # Entries of a run's summary that are means of a metric over the online phase.
 MEANS = {"exchanges_mean": "exchanged"}

@@ -16,7 +16,7 @@ from corl import files
 from corl.config import FinetuneConfig, read_yaml
 from corl.curves import read_csv
 from experiments import stats
-from experiments.values import dump_json, flatten, read_json
+from experiments.values import dump_json, flatten, plain, read_json
 
 # Version of the form of a stored run.
 FORMAT = 1
@@ -83,7 +83,7 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
         "dataset": data,
         "machine": summary["machine"],
         "versions": summary["versions"],
-        "config": _plain(settings),
+        "config": plain(settings),
         "before": _before(evaluations, _offline_runs(summary, config)),
         "evaluations": evaluations,
         "metrics": _thin_metrics(folder / "metrics.csv", config["offline_iterations"]),
@@ -184,15 +184,6 @@ def _before(evaluations: list[dict], sources: list) -> dict[str, Any] | None:
             offline = [e for e in entries if e["phase"] == "offline"]
             offline = [e for e in offline if e["step"] <= step]
     return offline[-1] if offline else None
-
-
-def _plain(value: Any) -> Any:
-    """Settings as JSON can hold them: an infinite bound as text."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _thin_metrics(path: Path, switch: int) -> dict[str, list]:

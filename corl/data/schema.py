@@ -20,6 +20,9 @@ FLAGS = ("terminals", "timeouts")
 TORSO_HEIGHT = 0.7
 # D4RL's boxes are [-1, 1]; the rest is room for rounding.
 ACTION_BOUND = 1.0 + 1e-3
+# The largest number with a square in float32: errors are squared, and so are states where their
+# standard deviation is computed.
+LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def load_hdf5(path: Path | str, task: tasks.Task | str) -> dict[str, np.ndarray]:
@@ -79,9 +82,9 @@ def validate(
         bool. N is at least 2.
 
     Raises:
-        ValueError: a wrong shape, type or length, a value that is not finite in float32, an
-            action outside [-1, 1], a flag that is neither 0 nor 1, or rows of another robot. The
-            message names file, key and row.
+        ValueError: a wrong shape, type or length, a value that is not finite in float32 or has no
+            square there, an action outside [-1, 1], a flag that is neither 0 nor 1, or rows of
+            another robot. The message names file, key and row.
     """
     columns = {k: np.asarray(raw[k]) for k in REQUIRED + OPTIONAL if k in raw}
     return _clean(columns, task, path)
@@ -117,6 +120,11 @@ def _clean(
         _reject(
             ~np.isfinite(cast), values, key, path, "values must be finite in float32"
         )
+        largest = max(cast.max(), -cast.min())
+        if largest > LARGEST:
+            large = np.abs(cast) > LARGEST
+            rule = f"the largest is {largest:.3g}, and above {LARGEST:.2g} float32 has no squares"
+            _reject(large, values, key, path, rule)
         if key == "actions":
             outside = np.abs(cast) > ACTION_BOUND
             _reject(outside, values, key, path, "actions must be within [-1, 1]")

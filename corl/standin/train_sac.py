@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corl import envs, files, tasks
+from corl import envs, files, finite, tasks
 from corl.progress import progress_bar
 from corl.standin import policies
 
@@ -181,6 +181,7 @@ def train(
 
     Raises:
         ValueError: the training in `out` is further than `steps`.
+        FloatingPointError: a transition or a weight is not finite; the last snapshot is kept.
     """
     out.mkdir(parents=True, exist_ok=True)
     facts = tasks.ROBOTS[robot]
@@ -198,6 +199,10 @@ def train(
         action = env.action_space.sample() if t < warmup else agent.act(state)
         next_state, reward, terminated, truncated, _ = env.step(action)
         row = np.concatenate([state, action, [reward], next_state, [terminated]])
+        if not np.isfinite(row).all():
+            raise FloatingPointError(
+                f"step {t + 1}: the state, action, reward or next state is not finite"
+            )
         buffer[t] = torch.from_numpy(row)
         state = next_state
         if terminated or truncated:
@@ -207,6 +212,11 @@ def train(
             s, a, r, s2, d = buffer[rows].split(widths, dim=1)
             agent.update([s, a, r.squeeze(1), s2, d.squeeze(1)])
         if (t + 1) % snapshot_every == 0:
+            if bad := finite.first_bad(finite.weights_of(agent, "SAC")):
+                raise FloatingPointError(
+                    f"step {t + 1}: {bad} is not finite: the training diverged; earlier "
+                    f"snapshots stay in {out}"
+                )
             _save_snapshot(out, agent, robot, t + 1, time.time() - clock)
             saved = {"step": t + 1, "agent": agent.state_dict()}
             with files.replacing(out / "state.pt") as file:
@@ -363,23 +373,16 @@ def main() -> None:
         parser.error("a level is one snapshot; only --level series ships several")
     # The matrices are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    if args.ship is not None:
-        try:
-            if args.level == "series":
-                ship_series(args.robot, args.out, args.ship, args.seed)
-            else:
-                ship(args.robot, args.out, args.ship[0], args.level, args.seed)
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from error
-        return
-    train(
-        args.robot,
-        args.steps,
-        args.out,
-        args.seed,
-        args.snapshot_every,
-        device=args.device,
-    )
+    try:
+        if args.ship is None:
+            every, device = args.snapshot_every, args.device
+            train(args.robot, args.steps, args.out, args.seed, every, device=device)
+        elif args.level == "series":
+            ship_series(args.robot, args.out, args.ship, args.seed)
+        else:
+            ship(args.robot, args.out, args.ship[0], args.level, args.seed)
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -168,6 +168,10 @@ def search(
                 for s, heading in zip(seeds, (0.0, math.pi / 6), strict=True)
             ]
             speeds[i] = np.mean(covered) / (0.1 * steps)
+        if not np.isfinite(speeds).all():
+            raise ValueError(
+                f"generation {generation + 1}: a walk's speed is not finite"
+            )
         order = np.argsort(-speeds)
         mean, std = draws[order[:elite]].mean(0), draws[order[:elite]].std(0)
         # Without a floor the search would end where it stands.
@@ -253,6 +257,10 @@ def clone(
         first.bias.sub_(first.weight @ center)
         means = torch.tanh(policy.net(x[count:])[:, : policies.ACTIONS])
         left = (means - y[count:]).square().mean() / y[count:].var(0).mean()
+    if not math.isfinite(left):
+        raise ValueError(
+            f"the clone's error is {float(left)} after {updates} updates; its training diverged"
+        )
     return policy.requires_grad_(False), float(1 - left)
 
 
@@ -279,7 +287,7 @@ def train(out: Path, seed: int = 0) -> None:
     out.mkdir(parents=True, exist_ok=True)
     gait, log = search(seed=seed)
     print(f"gait: {log[-1]['speed_elite']:.2f} m/s in its own search, {gait}")
-    text = json.dumps(dataclasses.asdict(gait), indent=2) + "\n"
+    text = json.dumps(dataclasses.asdict(gait), indent=2, allow_nan=False) + "\n"
     files.write_text(out / "gait.json", text)
     with open(out / "train.csv", "w", newline="") as handle:
         writer = csv.DictWriter(handle, log[0])

@@ -18,6 +18,7 @@ import torch
 from corl import checkpoints, compiled, envs, finite, machine, runs, tasks
 from corl.acting import (  # noqa: F401
     Actor,
+    CheckedEnv,
     Evaluator,
     OnlineCollector,
     add_noise,
@@ -129,7 +130,7 @@ class Session:
         self._rewards = {k: data.arrays[k] for k in ("rewards", "terminals")}
         mean, std = data.normalization.mean, data.normalization.std
         env, eval_env = (
-            wrap_env(finite.CheckedEnv(raw, role, config), mean, std)
+            wrap_env(CheckedEnv(raw, role, config), mean, std)
             for raw, role in ((self._env, "training"), (self._eval_env, "evaluation"))
         )
         self.offline_buffer = new_buffer(config, task, device)
@@ -176,7 +177,7 @@ class Session:
         if loads and self.config.load_model:
             state = checkpoints.load_corl_checkpoint(self.config.load_model, loads)
             part.load_weights(state)
-            if bad := finite.first_bad(finite.weights_of(part, name)):
+            if bad := finite.bad_weight({name: part}):
                 raise ValueError(
                     f"load_model {self.config.load_model} holds weights that are not finite "
                     f"({bad}); choose a checkpoint of before its run diverged"
@@ -236,7 +237,11 @@ class Session:
                 part.begin(self.should_stop)
         if self.run.checkpoint is not None:
             self.run.restore(self._parts)
-            finite.check_weights(self._parts, self.config)
+            if bad := finite.bad_weight(self._parts):
+                raise ValueError(
+                    f"{self.run.folder / 'checkpoint.pt'} is of a run that diverged: its {bad} "
+                    "is not finite; start a new run, with a lower learning rate"
+                )
 
     def _estimate(
         self, offline: Callable[[], Any], online: Callable[[], Any]

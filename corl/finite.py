@@ -1,4 +1,4 @@
-"""What is not finite: the weights of a run's parts, an environment's values, a file's tensors.
+"""What is not finite: which weights of a run's parts or tensors of a file, and why.
 
 Each check says what is not finite and what the likely cause is, in a `FloatingPointError`. `Run`
 adds the step and the last good checkpoint. No check reads a tensor on its own: all flags of a
@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
 import torch
 
 from corl.data.schema import LARGEST
@@ -59,12 +57,16 @@ def first_bad(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return ""
 
 
-def check_weights(parts: Mapping[str, Any], config: Any) -> None:
-    """Raises FloatingPointError where the weights of a part are not finite."""
-    bad = first_bad(
+def bad_weight(parts: Mapping[str, Any]) -> str:
+    """The name of the first of all parts' weights that is not finite, or ""."""
+    return first_bad(
         pair for name, part in parts.items() for pair in weights_of(part, name)
     )
-    if bad:
+
+
+def check_weights(parts: Mapping[str, Any], config: Any) -> None:
+    """Raises FloatingPointError where the weights of a part are not finite."""
+    if bad := bad_weight(parts):
         raise FloatingPointError(f"{bad} is not finite: {likely_cause(config)}")
 
 
@@ -87,73 +89,8 @@ def _learning_rates(config: Any, prefix: str) -> Iterator[tuple[str, float]]:
                 yield prefix + field.name, value
 
 
-class CheckedEnv(gym.Wrapper):
-    """An environment that takes finite actions and hands out values that can be learned from.
-
-    `reset` and `step` raise FloatingPointError where an action is not finite, and where an
-    observation or a reward has no square in float32.
-
-    Args:
-        env: the environment, with raw observations and rewards.
-        role: `training` or `evaluation`.
-        config: of the run; it names the task and the likely cause of a bad action.
-    """
-
-    def __init__(self, env: gym.Env, role: str, config: Any):
-        super().__init__(env)
-        self._name, self._config = f"the {role} environment {config.env}", config
-
-    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode."""
-        observation, info = self.env.reset(**options)
-        self._check(observation, "observation")
-        return observation, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Take an action (A,)."""
-        if not np.isfinite(action).all():
-            raise FloatingPointError(
-                f"the policy's action in {self._name} is not finite: "
-                f"{likely_cause(self._config)}"
-            )
-        result = self.env.step(action)
-        self._check(result[0], "observation")
-        self._check(result[1], "reward")
-        return result
-
-    def _check(self, values: Any, what: str) -> None:
-        # Not "larger than": comparisons with nan are false.
-        if np.abs(values).max() <= LARGEST:
-            return
-        values = np.atleast_1d(values).astype(float)
-        place = int(np.argmax(~(np.abs(values) <= LARGEST)))
-        dimension = f" (dimension {place})" if len(values) > 1 else ""
-        raise FloatingPointError(
-            f"{self._name} gave the {what} {values[place]:g}{dimension}"
-            f"{self._episode_step()}: {rule(values[place])}; look for the fault in the "
-            "environment"
-        )
-
-    def _episode_step(self) -> str:
-        try:
-            return (
-                f" in step {self.env.get_wrapper_attr('_elapsed_steps')} of its episode"
-            )
-        except AttributeError:
-            return ""
-
-
-def check_reward(stored: float, raw: Any) -> None:
-    """Raises FloatingPointError where a reward, as it is stored, has no square in float32."""
-    if not abs(stored) <= LARGEST:
-        raise FloatingPointError(
-            f"normalize_reward turns the reward {float(raw):g} into {float(stored):g}: "
-            f"{rule(stored)}; set normalize_reward to false or look at the returns of the dataset"
-        )
-
-
 def rule(value: Any) -> str:
     """The rule that a number breaks which is not finite or has no square in float32."""
     if not math.isfinite(value):
-        return "it must be finite"
-    return f"numbers above {LARGEST:.2g} cannot be squared in float32"
+        return "which is not finite"
+    return f"and numbers above {LARGEST:.2g} cannot be squared in float32"

@@ -128,6 +128,11 @@ def get_return_to_go(dataset: Dict, task: tasks.Task, config: Any) -> np.ndarray
     does not go on from this one, and after the task's horizon. With `is_sparse_reward` an episode
     whose last reward is that of failure never ends: each of its rows gets r / (1 - discount).
     """
+    if config.is_sparse_reward and config.discount == 1:
+        raise ValueError(
+            "is_sparse_reward with discount 1 makes the return of an endless failure infinite; "
+            "set discount below 1"
+        )
     rewards = dataset["rewards"]
     jump = dataset["observations"][1:] - dataset["next_observations"][:-1]
     ends = np.append(np.linalg.norm(jump, axis=1) > 1e-6, True)

@@ -5,9 +5,9 @@ from typing import Any, Dict, NamedTuple, Tuple
 import numpy as np
 import torch
 
-from corl import tasks
+from corl import finite, tasks
 from corl.buffers import ReplayBuffer
-from corl.data import schema, sources
+from corl.data import sources
 from corl.rewards import SPAN_REWARDS, RewardRule, get_return_to_go
 
 
@@ -128,10 +128,10 @@ def _check(key: str, values: np.ndarray, made_by: str) -> None:
     """Raises ValueError where float32 cannot hold the squares of what a setting made of a key."""
     largest = max(values.max(), -values.min())
     # Not "larger than": comparisons with nan are false.
-    if not largest <= schema.LARGEST:
+    if not largest <= finite.LARGEST:
         raise ValueError(
-            f"{key} are not usable after {made_by}: the largest value is {largest:g}, and above "
-            f"{schema.LARGEST:.2g} float32 has no squares; mend the data"
+            f"{key} cannot be used after {made_by}: the largest value is {largest:g}, "
+            f"{finite.rule(largest)}; mend the data"
         )
 
 

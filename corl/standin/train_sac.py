@@ -212,7 +212,7 @@ def train(
             s, a, r, s2, d = buffer[rows].split(widths, dim=1)
             agent.update([s, a, r.squeeze(1), s2, d.squeeze(1)])
         if (t + 1) % snapshot_every == 0:
-            if bad := finite.first_bad(finite.weights_of(agent, "SAC")):
+            if bad := finite.bad_weight({"SAC": agent}):
                 raise FloatingPointError(
                     f"step {t + 1}: {bad} is not finite: the training diverged; earlier "
                     f"snapshots stay in {out}"

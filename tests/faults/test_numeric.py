@@ -382,7 +382,8 @@ def test_bad_weights_are_not_exported_and_not_gone_on_with(finished, good, tmp_p
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     command = algorithm(module_of("iql"))
     outcome = run(command, "--resume", tmp_path, "--online_iterations", 10)
-    assert_refused(outcome, "checkpoint.pt", "qf", "not finite")
+    assert_refused(outcome, r"checkpoint\.pt is of a run that diverged: its trainer.qf")
+    assert "last good" not in outcome.err
 
 
 def test_a_cell_whose_model_is_not_finite_has_failed(finished, tmp_path):

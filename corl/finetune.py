@@ -6,6 +6,7 @@ live in `buffers`, `rewards`, `acting` and `training_data`. `Session` is no fram
 stands in the algorithm file.
 """
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import numpy as np
 import torch
 
-from corl import checkpoints, compiled, envs, machine, runs, tasks
+from corl import checkpoints, compiled, envs, fits, machine, runs, tasks
 from corl.acting import (  # noqa: F401
     Actor,
     Evaluator,
@@ -115,11 +116,11 @@ class Session:
         try:
             self._open()
         except BaseException:
-            self.run.__exit__(None, None, None)
+            self.run.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.run.__exit__(*error)
 
     def _open(self) -> None:
@@ -173,7 +174,7 @@ class Session:
         """
         if loads and self.config.load_model:
             state = checkpoints.load_corl_checkpoint(self.config.load_model, loads)
-            part.load_weights(state)
+            fits.load_weights(part, state, self.config.load_model)
         self._parts[name] = part
         return part
 

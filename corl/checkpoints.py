@@ -13,6 +13,7 @@ import argparse
 import random
 import re
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
     Nothing in the file is executed; any other class in it is refused.
 
     Args:
-        path: the file.
+        path: the file, or a run folder, whose `checkpoint.pt` is meant.
         required: keys that the algorithm reads.
 
     Raises:
@@ -140,9 +141,10 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
             another algorithm.
     """
     with torch.serialization.safe_globals([_PickledScalar]):
-        state = read(Path(path))
+        state = read(_weights_file(Path(path)))
     if isinstance(state, dict) and "parts" in state:
-        state = state["parts"]["trainer"]
+        parts = state["parts"]
+        state = parts.get("trainer") if isinstance(parts, dict) else None
     if isinstance(state, dict):
         # A random stream is no weight and may belong to another device; a new run has its own.
         state = {k: v for k, v in state.items() if k != "dare_generator"}
@@ -153,6 +155,18 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
             f"{path} has no {missing[0]!r}: it is not a checkpoint of this algorithm"
         )
     return state
+
+
+def _weights_file(path: Path) -> Path:
+    """The file that `load_model` means: a run folder stands for its checkpoint."""
+    if not path.is_dir():
+        return path
+    if not (path / "checkpoint.pt").is_file():
+        raise ValueError(
+            f"{path} is a folder without checkpoint.pt: name a run folder that has one, or a "
+            "file such as checkpoint_999999.pt"
+        )
+    return path / "checkpoint.pt"
 
 
 def _scalar_state(value: Any, name: str) -> Any:
@@ -213,19 +227,25 @@ def export_corl(run: Path | str, out: Path | str | None = None) -> Path:
     """
     path = Path(run) / "checkpoint.pt"
     state = read(path)
-    if not isinstance(state, dict) or "trainer" not in state.get("parts", {}):
+    parts = state.get("parts") if isinstance(state, dict) else None
+    if not isinstance(parts, dict) or not isinstance(parts.get("trainer"), dict):
         raise ValueError(f"{path} is not a checkpoint of a corl-dare run")
+    if not isinstance(state.get("step"), int):
+        raise ValueError(f"{path} is damaged: it has no number of steps")
     if bad := finite.first_bad(finite.named_tensors(state["parts"]["trainer"], "")):
         raise ValueError(f"{path} is of a run that diverged: its {bad} is not finite")
     out = Path(out or Path(run) / f"checkpoint_{state['step'] - 1}.pt")
     if not out.parent.is_dir():
         raise ValueError(f"cannot write {out}: {out.parent} is not a folder")
-    save_corl_checkpoint(out, state["parts"]["trainer"])
+    save_corl_checkpoint(out, parts["trainer"])
     return out
 
 
 def read(path: Path) -> Any:
     """The contents of a torch file, on the CPU, without executing anything in it.
+
+    The file is an archive with a checksum of each of its records, which torch itself does not
+    compare.
 
     Raises:
         ValueError: the file is missing or damaged, or holds Python objects.
@@ -233,6 +253,10 @@ def read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = "Unsupported" in str(error) or "weights_only" in str(error)
@@ -243,7 +267,9 @@ def read(path: Path) -> Any:
             why = f"it holds Python objects{name}, which are never unpickled"
         else:
             why = f"it is damaged or not a checkpoint ({type(error).__name__})"
-        raise ValueError(f"cannot read {path}: {why}") from None
+        raise ValueError(
+            f"cannot read {path}: {why}; put a good copy in its place or take another file"
+        ) from None
 
 
 def command_line(argv: Sequence[str] | None = None) -> None:

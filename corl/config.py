@@ -358,7 +358,8 @@ def main(
         train(config)
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
-        raise SystemExit(130) from None
+        # A shell's for SIGINT, unless the run knows of another signal.
+        raise SystemExit(getattr(stop, "status", 130)) from None
     except (ValueError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("CORL_DARE_TRACEBACK"):
             raise

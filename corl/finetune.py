@@ -6,6 +6,7 @@ live in `buffers`, `rewards`, `acting` and `training_data`. `Session` is no fram
 stands in the algorithm file.
 """
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import numpy as np
 import torch
 
-from corl import checkpoints, compiled, envs, finite, machine, runs, tasks
+from corl import checkpoints, compiled, envs, finite, fits, machine, runs, tasks
 from corl.acting import (  # noqa: F401
     Actor,
     CheckedEnv,
@@ -116,11 +117,11 @@ class Session:
         try:
             self._open()
         except BaseException:
-            self.run.__exit__(None, None, None)
+            self.run.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.run.__exit__(*error)
 
     def _open(self) -> None:
@@ -176,7 +177,7 @@ class Session:
         """
         if loads and self.config.load_model:
             state = checkpoints.load_corl_checkpoint(self.config.load_model, loads)
-            part.load_weights(state)
+            fits.load_weights(part, state, self.config.load_model)
             if bad := finite.bad_weight({name: part}):
                 raise ValueError(
                     f"load_model {self.config.load_model} holds weights that are not finite "

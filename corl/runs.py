@@ -14,22 +14,26 @@ writes a run's weights as CORL's `checkpoint_N.pt`.
 
 import csv
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from corl import checkpoints, curves, files, finite, machine
+from corl import checkpoints, curves, files, finite, fits, locks, machine
 from corl.config import ConfigError, dump_config
 from corl.progress import progress_bar
 
@@ -38,6 +42,19 @@ COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
 OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
 CARRIED = ("scores", "wall_seconds", "update_seconds", "updates", "switched")
+# Files that grow row by row. A checkpoint knows what was in them.
+TABLES = ("metrics.csv", "evaluations.csv")
+WRITTEN = ("config.yaml", "checkpoint.pt", "summary.json", "curves.png", *TABLES)
+# Bytes of `name`; file systems take 255 for a folder, and task, seed and time need some.
+LONGEST_NAME = 150
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; `status` is the exit status that says which, as a shell has it."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(*([message] if message else []))
+        self.status = 128 + number
 
 
 class Run:
@@ -57,11 +74,14 @@ class Run:
             a blank. Any other metric that is not finite ends the run.
 
     Use as a context manager: inside, the first SIGINT or SIGTERM sets `stop_requested`, a second
-    one interrupts at once. A FloatingPointError that leaves the block says the step and the last
-    good checkpoint, too.
+    one interrupts at once. The folder belongs to this process until the block ends. A new folder
+    goes away when an error ends the block before the first step is done. A FloatingPointError
+    that leaves the block says the step and the last good checkpoint, too.
 
     Raises:
-        ConfigError: the folder cannot be made or written, or there is nothing to resume.
+        ConfigError: the folder cannot be made or written, or there is nothing to resume, or it
+            does not belong to these settings.
+        InUseError: another process is at work on the folder.
     """
 
     def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
@@ -71,20 +91,19 @@ class Run:
             )
         self.config, self.algorithm = config, algorithm
         self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
+        self._known = set(self.columns)
         self.total = config.offline_iterations + config.online_iterations
         self.panels: Sequence[Mapping[str, Any]] = []
         self.means: dict[str, str] = {}
         self.undefined: Collection[str] = ()
-        self.left_out: set[str] = set()  # columns that an older run's metrics.csv lacks
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
-        self.current: tuple[str, int] | None = (
-            None  # phase and number of the running one
-        )
+        # Phase and number of the running iteration.
+        self.current: tuple[str, int] | None = None
         self.saved_step: int | None = None  # of checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
@@ -92,19 +111,61 @@ class Run:
         self.switched = False  # has the switch to the online phase been made?
         self.bar: tqdm | None = None
         self.wandb: Any = None
-        if config.resume:
-            self.folder = Path(config.resume)
-            self._resume()
-        else:
-            self.folder = self._new_folder()
-            self._write("config.yaml", dump_config(config))
-            self._write("metrics.csv", ",".join(self.columns) + "\n")
-            self._write("evaluations.csv", "step,phase,episode,return,score\n")
+        self._signal: int | None = None  # the one that asked to stop
+        self._made: list[Path] = []  # the new folder, and those above it that are new
+        self._rows = 0  # written by this process
+        self._lock = ExitStack()
+        try:
+            self._open()
+        except BaseException:
+            self._close(failed=True)
+            raise
         self.started = time.perf_counter()
         self._start_wandb()
 
+    def _open(self) -> None:
+        if self.config.resume:
+            self.folder = Path(self.config.resume)
+            self._hold()
+            self._resume()
+        else:
+            self.folder = self._new_folder()
+            self._hold()
+            self._write("config.yaml", dump_config(self.config))
+            self._write("metrics.csv", ",".join(self.columns) + "\n")
+            self._write("evaluations.csv", "step,phase,episode,return,score\n")
+
+    def _hold(self) -> None:
+        """Keep other processes out of the folder until `_close`."""
+        if not self.folder.is_dir():
+            raise ConfigError(f"{self.folder} is not a folder, so no run folder")
+        path = self.folder / "run.lock"
+        try:
+            self._lock.enter_context(locks.holding(path, str(self.folder)))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot lock {path} ({error.strerror}); mend the rights of the folder, or "
+                "remove the file if no process works there"
+            ) from None
+
+    def _close(self, failed: bool) -> None:
+        """Give the folder back. A new one in which nothing was done goes away."""
+        self._lock.close()
+        nothing = not self.step and not self._rows
+        if failed and self._made and nothing and not self._has_checkpoint:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self._made[1:]:
+                # Another run may have begun in it.
+                with suppress(OSError):
+                    folder.rmdir()
+
+    @property
+    def _has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoint.pt").is_file()
+
     def _new_folder(self) -> Path:
         config = self.config
+        _check_name(config.name)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         base = (
             Path(config.runs_dir) / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
@@ -112,7 +173,9 @@ class Run:
         folder, count = base, 1
         while True:
             try:
+                new = [path for path in (folder, *folder.parents) if not path.exists()]
                 folder.mkdir(parents=True)
+                self._made = new
                 break
             except FileExistsError:
                 count += 1
@@ -135,37 +198,72 @@ class Run:
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
-        if not path.is_file():
+        if not self._has_checkpoint:
             raise ConfigError(
                 f"{self.folder} has no checkpoint.pt yet; start the run again instead"
             )
-        self.checkpoint = checkpoints.load_checkpoint(path, self.algorithm)
-        self.step = self.saved_step = self.checkpoint["step"]
-        for name in CARRIED:
-            if name in self.checkpoint["run"]:
-                setattr(self, name, self.checkpoint["run"][name])
-        # Rows written after the checkpoint will be written again.
-        for name in ("metrics.csv", "evaluations.csv"):
-            with open(self.folder / name, newline="") as file:
-                rows = list(csv.reader(file))
-            whole = [r for r in rows[1:] if len(r) == len(rows[0])]
-            kept = [r for r in whole if int(r[0]) <= self.step]
-            lines = [",".join(r) for r in [rows[0], *kept]]
-            self._write(name, "\n".join(lines) + "\n")
-            if name == "metrics.csv":
-                self.left_out = set(self.columns) - set(rows[0])
-                self.columns = rows[0]
+        state = checkpoints.load_checkpoint(path, self.algorithm)
+        fits.check_layout(state, path)
+        self.checkpoint = state
+        self.step = self.saved_step = state["step"]
         # Without `resume`, so that the file still describes a run of its own.
         config = dataclasses.replace(self.config, resume=None)
+        self._check_same(state.get("config"), dataclasses.asdict(config))
+        if self.step > self.total:
+            needed = self.step - self.config.offline_iterations
+            raise ConfigError(
+                f"online_iterations {self.config.online_iterations} is less than {path} has "
+                f"behind it (step {self.step}): give --online_iterations {needed} or more"
+            )
+        for name in CARRIED:
+            if name in state["run"]:
+                setattr(self, name, state["run"][name])
+        for name in WRITTEN:
+            files.remove_remains(self.folder / name)
+        for name in TABLES:
+            text = self._rows_of(name, state.get("tables", {}).get(name))
+            # Always written anew: where the file is a link, what it leads to stays as it is.
+            self._write(name, text)
+            if name == "metrics.csv":
+                self.columns = next(csv.reader(io.StringIO(text)))
         self._write("config.yaml", dump_config(config))
+
+    def _check_same(self, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
+        """The settings must be those of the checkpoint; before version 0.2 it had none."""
+        kind = type(self.config)
+        may_differ = kind.RESUMABLE | getattr(kind, "BOOKKEEPING", frozenset())
+        for name, old, new in _changes(saved or {}, now):
+            if name not in may_differ:
+                raise ConfigError(
+                    f"{self.folder / 'config.yaml'}: {name} is {new!r}, but the checkpoint was "
+                    f"trained with {old!r}; put that back or start a new run"
+                )
+
+    def _rows_of(self, name: str, known: dict[str, Any] | None) -> str:
+        """A table as it was at the checkpoint; rows written after it will be written again."""
+        path = self.folder / name
+        try:
+            content = path.read_bytes()
+            if known is None:  # of before version 0.2
+                return _rows_up_to(content, self.step)
+            content = content[: known["bytes"]]
+            if hashlib.sha256(content).hexdigest() != known["sha256"]:
+                raise ValueError("its checksum differs")
+            return content.decode()
+        except (OSError, ValueError, csv.Error) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(
+                f"{path} is not as the run left it at step {self.step} ({why}): put the file "
+                f"back, or start a new run from its weights with --load_model {self.folder}"
+            ) from None
 
     # -- stopping -------------------------------------------------------------------------
 
     def __enter__(self) -> "Run":
         def ask_to_stop(number: int, frame: Any) -> None:
             if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
+                raise Interrupted("", number)
+            self.stop_requested, self._signal = True, number
             # Not print: the signal may have come in the middle of one, which raises.
             with suppress(OSError):
                 os.write(2, b"\nstopping after this step; once more to stop at once\n")
@@ -176,7 +274,12 @@ class Run:
         }
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.bar is not None:
@@ -188,8 +291,13 @@ class Run:
                 self.print(
                     f"wandb did not finish ({failure}); metrics.csv has everything"
                 )
-        if len(error) > 1 and isinstance(error[1], FloatingPointError):
-            raise FloatingPointError(self._diverged(error[1])) from None
+        diverged = isinstance(error, FloatingPointError)
+        self._close(failed=error is not None)
+        if diverged:
+            raise FloatingPointError(self._diverged(error)) from None
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped and self._signal is not None and not isinstance(error, Interrupted):
+            raise Interrupted(str(error), self._signal) from error
 
     def _diverged(self, error: FloatingPointError) -> str:
         """The error's text with the step before it and the last good checkpoint after it."""
@@ -250,14 +358,16 @@ class Run:
         Raises:
             FloatingPointError: as of `read`.
         """
-        unknown = set(metrics) - set(self.columns) - self.left_out
+        unknown = set(metrics) - self._known - set(self.columns)
         if unknown:
             raise KeyError(f"metrics {sorted(unknown)} are not columns of metrics.csv")
         values = self.read(metrics)
-        values = {k: v for k, v in values.items() if k not in self.left_out}
         row = {"step": step, "phase": phase, **values}
+        self._rows += 1
         with open(self.folder / "metrics.csv", "a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            # The table of a run of an older version has no column for a newer metric.
+            options: Any = {"extrasaction": "ignore", "lineterminator": "\n"}
+            csv.DictWriter(file, self.columns, **options).writerow(row)
         if self.bar is not None:
             shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
             for name in self.means.values():
@@ -335,7 +445,9 @@ class Run:
             "algorithm": self.algorithm,
             "step": self.step,
             "rng": checkpoints.rng_state(),
+            "config": dataclasses.asdict(dataclasses.replace(self.config, resume=None)),
             "dataset_sha256": self.dataset.get("sha256"),
+            "tables": {name: self._brought_to_disk(name) for name in TABLES},
             "run": {
                 **{name: getattr(self, name) for name in CARRIED},
                 "scores": [list(s) for s in self.scores],
@@ -345,19 +457,24 @@ class Run:
                 name: checkpoints.pack(part.state_dict()) for name, part in parts.items()
             },
         }
-        for name in ("metrics.csv", "evaluations.csv"):  # rows that will not come again
-            with open(self.folder / name, "ab") as file:
-                os.fsync(file.fileno())
         checkpoints.save_checkpoint(self.folder / "checkpoint.pt", state)
         self.saved_step = self.step
+
+    def _brought_to_disk(self, name: str) -> dict[str, Any]:
+        """Sync a table, whose rows will not come again; its size and checksum."""
+        with open(self.folder / name, "ab") as file:
+            os.fsync(file.fileno())
+        content = (self.folder / name).read_bytes()
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Put the parts and the random streams of the checkpoint back.
 
         Raises:
             ConfigError: the dataset is not the one that the run began with.
+            ValueError: a part is missing or of another kind or size.
         """
-        state = self.checkpoint
+        state, path = self.checkpoint, self.folder / "checkpoint.pt"
         assert state is not None
         if state["dataset_sha256"] != self.dataset.get("sha256"):
             raise ConfigError(
@@ -366,17 +483,22 @@ class Run:
             )
         saved = state["parts"]
         for name, part in parts.items():
-            old_name = OLD_NAMES.get(name, name)
-            part.load_state_dict(
-                checkpoints.unpack(saved[name] if name in saved else saved[old_name])
-            )
-        checkpoints.set_rng_state(state["rng"])
+            found = saved.get(name, saved.get(OLD_NAMES.get(name, name)))
+            fits.load_part(part, found, path, name)
+        with fits.fitting(path, "rng"):
+            checkpoints.set_rng_state(state["rng"])
         self.checkpoint = None
 
     def interrupted(self) -> None:
-        """Say how to go on."""
+        """Say how to go on.
+
+        Raises:
+            SystemExit: a signal asked to stop; its status says which, so that no `&&` goes on.
+        """
         folder = machine.tidy_path(self.folder)
         self.print(f"saved at step {self.step}; go on with: --resume {folder}")
+        if self._signal is not None:
+            raise SystemExit(128 + self._signal)
 
     def finish(self) -> dict[str, Any]:
         """Write curves.png and summary.json and print the result; returns the summary.
@@ -459,3 +581,42 @@ class Run:
             f"run folder: {machine.tidy_path(self.folder)}\n"
             f"curves: {machine.tidy_path(self.folder / 'curves.png')}"
         )
+
+
+def _check_name(name: str) -> None:
+    """`name` must be a part of the name of a folder, so that no run leaves `runs_dir`."""
+    length = len(name.encode(errors="replace"))
+    bad = not name.strip() or name.startswith(".") or not name.isprintable()
+    if bad or set(name) & set("/\\") or length > LONGEST_NAME:
+        shown = name if len(name) <= 60 else f"{name[:60]}..."
+        raise ConfigError(
+            f"name {shown!r} cannot be a part of a folder's name: give one to {LONGEST_NAME} "
+            "printable characters without / and \\ and without a dot in front; runs_dir says "
+            "where runs go"
+        )
+
+
+def _changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The fields of both that differ, as (name, old value, new value); blocks are looked into."""
+    for name in old.keys() & new.keys():
+        before, after = old[name], new[name]
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}", before, after
+
+
+def _rows_up_to(content: bytes, step: int) -> str:
+    """The header of a table and its whole rows up to a step.
+
+    Raises:
+        ValueError, csv.Error: it is no table of a run.
+    """
+    rows = list(csv.reader(io.StringIO(content.decode())))
+    if not rows or rows[0][:2] != ["step", "phase"]:
+        raise ValueError("its first line does not begin with step,phase")
+    whole = [row for row in rows[1:] if len(row) == len(rows[0])]
+    kept = [rows[0], *(row for row in whole if int(row[0]) <= step)]
+    return "".join(",".join(row) + "\n" for row in kept)

@@ -511,17 +511,17 @@ def test_a_broken_run_goes_on_to_the_same_files(here):
 
 
 def test_time_adds_up_over_resumes(here):
-    run = make_run()
-    run.wall_seconds = 1000.0
-    run.dataset = {"sha256": "abc"}
-    run.save({})
+    with make_run() as run:
+        run.wall_seconds = 1000.0
+        run.dataset = {"sha256": "abc"}
+        run.save({})
     resumed = runs.Run(Config(resume=str(run.folder)), "iql", [])
     assert 1000.0 <= resumed.finish()["wall_seconds"] < 1100.0
 
 
 def test_the_config_of_a_resumed_run_still_runs_it_from_the_start(here):
-    run = make_run(seed=4)
-    run.save({})
+    with make_run(seed=4) as run:
+        run.save({})
     config = parse("--resume", run.folder, "--online_iterations", "60")
     assert (config.seed, config.online_iterations) == (4, 60)
     assert runs.Run(config, "iql", []).total == 64
@@ -530,7 +530,8 @@ def test_the_config_of_a_resumed_run_still_runs_it_from_the_start(here):
 
 
 def test_what_cannot_be_resumed_is_refused(here):
-    run = make_run()
+    with make_run() as run:
+        pass
     with pytest.raises(ConfigError, match=r"no checkpoint\.pt yet"):
         runs.Run(Config(resume=str(run.folder)), "iql", [])
     run.dataset = {"sha256": "abc"}
@@ -627,7 +628,7 @@ main(train, Config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_exits_with_0_and_says_how_to_go_on(here, number):
+def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
     text = TOY.format(root=str(ROOT), tests=str(ROOT / "tests"))
     (here / "toy_run.py").write_text(text)
     command = [sys.executable, "toy_run.py"]
@@ -638,7 +639,7 @@ def test_a_signal_saves_exits_with_0_and_says_how_to_go_on(here, number):
         folder = process.stdout.readline().split()[-1]
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 128 + number, errors
     hint = re.search(r"saved at step (\d+); go on with: --resume (\S+)", output)
     step = int(hint.group(1))
     assert hint.group(2) == folder and 3 <= step < 3000

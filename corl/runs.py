@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from corl import checkpoints, curves, files, machine
-from corl.config import ConfigError, dump_config
+from corl.config import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
 
 COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
@@ -61,10 +61,6 @@ class Run:
     """
 
     def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
-        if config.wandb_mode not in ("disabled", "offline", "online"):
-            raise ConfigError(
-                f"wandb_mode {config.wandb_mode!r} is not one of disabled, offline, online"
-            )
         self.config, self.algorithm = config, algorithm
         self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
         self.total = config.offline_iterations + config.online_iterations
@@ -83,11 +79,11 @@ class Run:
         self.bar: tqdm | None = None
         self.wandb: Any = None
         if config.resume:
-            self.folder = Path(config.resume)
+            self.folder = expand(config.resume)
             self._resume()
         else:
             self.folder = self._new_folder()
-            self._write("config.yaml", dump_config(config))
+            self._write("config.yaml", dump_config(with_absolute_paths(config)))
             self._write("metrics.csv", ",".join(self.columns) + "\n")
             self._write("evaluations.csv", "step,phase,episode,return,score\n")
         self.started = time.perf_counter()
@@ -97,7 +93,8 @@ class Run:
         config = self.config
         stamp = time.strftime("%Y%m%d-%H%M%S")
         base = (
-            Path(config.runs_dir) / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
+            expand(config.runs_dir)
+            / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
         )
         folder, count = base, 1
         while True:
@@ -112,7 +109,7 @@ class Run:
                     f"cannot make the run folder {folder} ({error.strerror}); set runs_dir "
                     "to a place you may write to"
                 ) from None
-            if not Path(config.runs_dir).is_dir():
+            if not expand(config.runs_dir).is_dir():
                 raise ConfigError(f"runs_dir {config.runs_dir} is not a folder")
         return folder
 
@@ -146,7 +143,7 @@ class Run:
                 self.columns = rows[0]
         # Without `resume`, so that the file still describes a run of its own.
         config = dataclasses.replace(self.config, resume=None)
-        self._write("config.yaml", dump_config(config))
+        self._write("config.yaml", dump_config(with_absolute_paths(config)))
 
     # -- stopping -------------------------------------------------------------------------
 
@@ -292,19 +289,29 @@ class Run:
                 os.fsync(file.fileno())
         checkpoints.save_checkpoint(self.folder / "checkpoint.pt", state)
 
+    def check_dataset(self) -> None:
+        """Before a resumed run spends time: `dataset` must be what the run began with.
+
+        Raises:
+            ConfigError: its sha256 is another.
+        """
+        began = self.checkpoint["dataset_sha256"] if self.checkpoint else None
+        if self.checkpoint and began != self.dataset.get("sha256"):
+            raise ConfigError(
+                f"the dataset {self.dataset.get('path')} is not the one this run began with "
+                "(its sha256 differs); put that file back, give its new place with "
+                "--dataset_path, or start a new run"
+            )
+
     def restore(self, parts: dict[str, Any]) -> None:
         """Put the parts and the random streams of the checkpoint back.
 
         Raises:
             ConfigError: the dataset is not the one that the run began with.
         """
+        self.check_dataset()
         state = self.checkpoint
         assert state is not None
-        if state["dataset_sha256"] != self.dataset.get("sha256"):
-            raise ConfigError(
-                f"the dataset {self.dataset.get('path')} is not the one this run began with "
-                "(its sha256 differs); put that file back or start a new run"
-            )
         saved = state["parts"]
         for name, part in parts.items():
             old_name = OLD_NAMES.get(name, name)

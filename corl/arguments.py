@@ -1,6 +1,7 @@
 """Arguments of the commands beside the algorithm files: argparse, with errors in one line."""
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,14 @@ def number(kind: type, interval: str) -> Callable[[str], Any]:
         return value
 
     return read
+
+
+def setting(field: dataclasses.Field) -> Callable[[str], Any]:
+    """The `type` of a benchmark's setting: a seed, a positive number or a text."""
+    kind: Any = type(field.default)
+    if field.name == "seed":
+        return number(int, SEED)
+    return number(kind, "(0, 1e9]") if kind in (int, float) else kind
 
 
 def path(text: str) -> Path:

@@ -105,6 +105,11 @@ class DareIQLConfig(DareConfig):
     value: str = "all"  # V learns on: all rows; offline: weight 1 only; iv: Eq. 35
     # DARE-IV (the paper's appendix G) is policy awr with value iv.
 
+    RANGES: ClassVar[dict] = DareConfig.RANGES | {
+        "entropy_alpha": "[0, inf)",
+        "backup_actions": "[1, 1e4]",
+    }
+
     def __post_init__(self):
         super().__post_init__()
         if self.value not in ("all", "offline", "iv"):
@@ -113,8 +118,6 @@ class DareIQLConfig(DareConfig):
             )
         if self.policy not in ("sac", "awr"):
             raise ValueError(f"dare.policy must be sac or awr, not {self.policy!r}")
-        if self.backup_actions < 1:
-            raise ValueError("dare.backup_actions must be at least 1")
 
 
 @dataclass
@@ -144,6 +147,15 @@ class TrainConfig(FinetuneConfig):
     # DARE
     dare: DareIQLConfig = dataclasses.field(default_factory=DareIQLConfig)
 
+    RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
+        "actor_dropout": "[0, 1)",
+        "tau": "(0, 1]",
+        "beta": "[0, inf)",
+        "iql_tau": "(0, 1)",
+        **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
+        **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
+        "mixing_ratio": "(0, 1)",
+    }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
         "actor_lr_online",
@@ -155,8 +167,6 @@ class TrainConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 < self.iql_tau < 1.0:
-            raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
         if self.dare.enabled and self.mixing_ratio is None:
             self.mixing_ratio = 0.5
         if self.dare.score == "policy_ratio" and self.iql_deterministic:

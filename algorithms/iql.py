@@ -93,6 +93,15 @@ class TrainConfig(FinetuneConfig):
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
     actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
 
+    RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
+        "actor_dropout": "[0, 1)",
+        "tau": "(0, 1]",
+        "beta": "[0, inf)",
+        "iql_tau": "(0, 1)",
+        **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
+        **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
+        "mixing_ratio": "(0, 1)",
+    }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
         "actor_lr_online",
@@ -103,8 +112,6 @@ class TrainConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 < self.iql_tau < 1.0:
-            raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 

@@ -9,7 +9,6 @@ Cal-QL hold pickled modules `Scalar`; only their data is read.
 writes a run's weights as CORL's `checkpoint_N.pt`.
 """
 
-import argparse
 import random
 import re
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from corl import files, finite, machine
+from corl import arguments, files, finite, machine
 
 FORMAT = 1  # version of the layout of checkpoint.pt
 
@@ -274,17 +273,19 @@ def read(path: Path) -> Any:
 
 def command_line(argv: Sequence[str] | None = None) -> None:
     """`python -m corl.checkpoints export RUN --to corl [--out FILE]`."""
-    parser = argparse.ArgumentParser(prog="python -m corl.checkpoints")
+    parser = arguments.Parser(prog="python -m corl.checkpoints")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a run's weights for other code")
-    export.add_argument("run", help="run folder")
+    export.add_argument("run", type=arguments.path, help="run folder")
     export.add_argument("--to", choices=("corl",), required=True)
-    export.add_argument("--out", help="file to write; default: checkpoint_N.pt in RUN")
+    export.add_argument(
+        "--out",
+        type=arguments.path,
+        help="file to write; default: checkpoint_N.pt in RUN",
+    )
     args = parser.parse_args(argv)
-    try:
+    with arguments.errors_in_one_line():
         print(machine.tidy_path(export_corl(args.run, args.out)))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

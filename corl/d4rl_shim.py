@@ -27,7 +27,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from corl import envs, tasks
+from corl import arguments, envs, tasks
 from corl.data import schema, sources
 
 
@@ -351,7 +351,7 @@ def run_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line that the top of this file shows."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="python -m corl.d4rl_shim",
         description="Run an unmodified CORL script.",
     )

@@ -30,6 +30,7 @@ from corl.acting import (  # noqa: F401
     wrap_env,
 )
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
+from corl.config import expand
 from corl.data import sources
 from corl.progress import progress_bar
 from corl.rewards import (  # noqa: F401
@@ -48,6 +49,7 @@ from corl.rollback import Snapshot
 from corl.training_data import (  # noqa: F401
     Data,
     Normalization,
+    check_memory,
     compute_mean_std,
     load_data,
     new_buffer,
@@ -105,6 +107,7 @@ class Session:
         self.device = machine.pick_device(config.device)
         machine.configure_threads(config.threads)
         self.task = tasks.task(config.env)
+        check_memory(config, self.task, self.device)
         self._env = envs.make(self.task, config.env_backend)
         self._eval_env = envs.make(self.task, config.env_backend)
         self._algorithm, self._columns = Path(file).stem, [*columns, *COLUMNS]
@@ -128,6 +131,7 @@ class Session:
         config, task, device = self.config, self.task, self.device
         data = load_data(config, task, device)
         self.run.dataset, self.normalization = data.provenance, data.normalization
+        self.run.check_dataset()
         self._rewards = {k: data.arrays[k] for k in ("rewards", "terminals")}
         mean, std = data.normalization.mean, data.normalization.std
         env, eval_env = (
@@ -173,15 +177,16 @@ class Session:
                 seconds of what it does before the first step, and `begin(should_stop)`, which
                 does that.
             loads: the keys of CORL's checkpoints that `part.load_weights` reads; then
-                `load_model` is loaded into it.
+                `load_model` is loaded into it, unless a checkpoint is about to be.
         """
-        if loads and self.config.load_model:
-            state = checkpoints.load_corl_checkpoint(self.config.load_model, loads)
-            fits.load_weights(part, state, self.config.load_model)
+        if loads and self.config.load_model and self.run.checkpoint is None:
+            path = expand(self.config.load_model)
+            state = checkpoints.load_corl_checkpoint(path, loads)
+            fits.load_weights(part, state, path)
             if bad := finite.bad_weight({name: part}):
                 raise ValueError(
-                    f"load_model {self.config.load_model} holds weights that are not finite "
-                    f"({bad}); choose a checkpoint of before its run diverged"
+                    f"load_model {path} holds weights that are not finite ({bad}); choose a "
+                    "checkpoint of before its run diverged"
                 )
         self._parts[name] = part
         return part
@@ -402,7 +407,7 @@ class Session:
     def _save_corl_checkpoint(self, step: int) -> None:
         if self.config.checkpoints_path is None:
             return
-        folder = Path(self.config.checkpoints_path)
+        folder = expand(self.config.checkpoints_path)
         folder.mkdir(parents=True, exist_ok=True)
         # CORL counts from 0.
         path = folder / f"checkpoint_{step - 1}.pt"

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def configure_threads(count: int) -> None:
     if count < 1:
         raise ConfigError(f"threads must be at least 1, not {count}")
     torch.set_num_threads(count)
+
+
+def memory(device: str = "cpu") -> int | None:
+    """Bytes that a device has: free ones of a GPU, all of the machine or container otherwise.
+
+    None where the system does not say.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    found = []
+    with suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        # The word "max" stands for no limit.
+        with suppress(OSError, ValueError):
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min(found, default=None)
 
 
 def versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from corl import checkpoints, curves, files, finite, fits, locks, machine
-from corl.config import ConfigError, dump_config
+from corl.config import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
 
 COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
@@ -85,10 +85,6 @@ class Run:
     """
 
     def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
-        if config.wandb_mode not in ("disabled", "offline", "online"):
-            raise ConfigError(
-                f"wandb_mode {config.wandb_mode!r} is not one of disabled, offline, online"
-            )
         self.config, self.algorithm = config, algorithm
         self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
         self._known = set(self.columns)
@@ -125,13 +121,13 @@ class Run:
 
     def _open(self) -> None:
         if self.config.resume:
-            self.folder = Path(self.config.resume)
+            self.folder = expand(self.config.resume)
             self._hold()
             self._resume()
         else:
             self.folder = self._new_folder()
             self._hold()
-            self._write("config.yaml", dump_config(self.config))
+            self._write("config.yaml", dump_config(with_absolute_paths(self.config)))
             self._write("metrics.csv", ",".join(self.columns) + "\n")
             self._write("evaluations.csv", "step,phase,episode,return,score\n")
 
@@ -168,7 +164,8 @@ class Run:
         _check_name(config.name)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         base = (
-            Path(config.runs_dir) / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
+            expand(config.runs_dir)
+            / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
         )
         folder, count = base, 1
         while True:
@@ -185,7 +182,7 @@ class Run:
                     f"cannot make the run folder {folder} ({error.strerror}); set runs_dir "
                     "to a place you may write to"
                 ) from None
-            if not Path(config.runs_dir).is_dir():
+            if not expand(config.runs_dir).is_dir():
                 raise ConfigError(f"runs_dir {config.runs_dir} is not a folder")
         return folder
 
@@ -206,9 +203,7 @@ class Run:
         fits.check_layout(state, path)
         self.checkpoint = state
         self.step = self.saved_step = state["step"]
-        # Without `resume`, so that the file still describes a run of its own.
-        config = dataclasses.replace(self.config, resume=None)
-        self._check_same(state.get("config"), dataclasses.asdict(config))
+        self._check_same(state.get("config"), self._settings())
         if self.step > self.total:
             needed = self.step - self.config.offline_iterations
             raise ConfigError(
@@ -226,7 +221,14 @@ class Run:
             self._write(name, text)
             if name == "metrics.csv":
                 self.columns = next(csv.reader(io.StringIO(text)))
-        self._write("config.yaml", dump_config(config))
+        # Without `resume`, so that the file still describes a run of its own.
+        config = dataclasses.replace(self.config, resume=None)
+        self._write("config.yaml", dump_config(with_absolute_paths(config)))
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint says of the settings: as config.yaml has them."""
+        config = dataclasses.replace(self.config, resume=None)
+        return dataclasses.asdict(with_absolute_paths(config))
 
     def _check_same(self, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
         """The settings must be those of the checkpoint; before version 0.2 it had none."""
@@ -291,9 +293,8 @@ class Run:
                 self.print(
                     f"wandb did not finish ({failure}); metrics.csv has everything"
                 )
-        diverged = isinstance(error, FloatingPointError)
         self._close(failed=error is not None)
-        if diverged:
+        if isinstance(error, FloatingPointError):
             raise FloatingPointError(self._diverged(error)) from None
         stopped = isinstance(error, KeyboardInterrupt)
         if stopped and self._signal is not None and not isinstance(error, Interrupted):
@@ -445,7 +446,7 @@ class Run:
             "algorithm": self.algorithm,
             "step": self.step,
             "rng": checkpoints.rng_state(),
-            "config": dataclasses.asdict(dataclasses.replace(self.config, resume=None)),
+            "config": self._settings(),
             "dataset_sha256": self.dataset.get("sha256"),
             "tables": {name: self._brought_to_disk(name) for name in TABLES},
             "run": {
@@ -467,6 +468,20 @@ class Run:
         content = (self.folder / name).read_bytes()
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
+    def check_dataset(self) -> None:
+        """Before a resumed run spends time: `dataset` must be what the run began with.
+
+        Raises:
+            ConfigError: its sha256 is another.
+        """
+        began = self.checkpoint["dataset_sha256"] if self.checkpoint else None
+        if self.checkpoint and began != self.dataset.get("sha256"):
+            raise ConfigError(
+                f"the dataset {self.dataset.get('path')} is not the one this run began with "
+                "(its sha256 differs); put that file back, give its new place with "
+                "--dataset_path, or start a new run"
+            )
+
     def restore(self, parts: dict[str, Any]) -> None:
         """Put the parts and the random streams of the checkpoint back.
 
@@ -474,13 +489,9 @@ class Run:
             ConfigError: the dataset is not the one that the run began with.
             ValueError: a part is missing or of another kind or size.
         """
+        self.check_dataset()
         state, path = self.checkpoint, self.folder / "checkpoint.pt"
         assert state is not None
-        if state["dataset_sha256"] != self.dataset.get("sha256"):
-            raise ConfigError(
-                f"the dataset {self.dataset.get('path')} is not the one this run began with "
-                "(its sha256 differs); put that file back or start a new run"
-            )
         saved = state["parts"]
         for name, part in parts.items():
             found = saved.get(name, saved.get(OLD_NAMES.get(name, name)))

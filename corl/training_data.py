@@ -5,10 +5,14 @@ from typing import Any, Dict, NamedTuple, Tuple
 import numpy as np
 import torch
 
-from corl import finite, tasks
+from corl import finite, machine, tasks
 from corl.buffers import ReplayBuffer
 from corl.data import sources
 from corl.rewards import SPAN_REWARDS, RewardRule, get_return_to_go
+
+# Floats that an update keeps for each row of its batch, at least: two critics with two hidden
+# layers of 256.
+HIDDEN = 2 * 2 * 256
 
 
 def compute_mean_std(states: np.ndarray, eps: float) -> Tuple[np.ndarray, np.ndarray]:
@@ -143,6 +147,29 @@ def reward_rule(config: Any) -> RewardRule:
 def keeps_mc_returns(config: Any) -> bool:
     """Does this algorithm need returns-to-go?"""
     return getattr(config, "MC_RETURNS", False)
+
+
+def check_memory(config: Any, task: tasks.Task, device: str = "cpu") -> None:
+    """Refuse buffers and batches that this machine cannot hold, before any work.
+
+    Raises:
+        ValueError: the field, what it needs, what there is, and the largest value that fits.
+    """
+    have = machine.memory(device)
+    if have is None:
+        return
+    row = 4 * (2 * task.state_dim + task.action_dim + 2 + keeps_mc_returns(config))
+    buffers = 1 if getattr(config, "mixing_ratio", None) is None else 2
+    for field, size in {
+        "buffer_size": row * buffers,
+        "batch_size": row + 4 * HIDDEN,
+    }.items():
+        needed = getattr(config, field) * size
+        if needed > have:
+            raise ValueError(
+                f"{field} {getattr(config, field)} needs {needed / 1e9:.4g} GB of memory, and "
+                f"{device} has {have / 1e9:.4g} GB; set {field} to at most {have // size}"
+            )
 
 
 def new_buffer(config: Any, task: tasks.Task, device: str = "cpu") -> ReplayBuffer:

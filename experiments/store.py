@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from corl import files
-from corl.config import FinetuneConfig, read_yaml
+from corl.config import FinetuneConfig, expand, read_yaml
 from corl.curves import read_csv
 from experiments import stats
 from experiments.values import dump_json, flatten, plain, read_json
@@ -165,9 +165,9 @@ def _offline_runs(summary: Mapping, config: Mapping) -> list[tuple[Path, float]]
     """Folders where the run of the loaded model may be, and the step it was loaded at."""
     found = []
     if summary.get("offline_run"):  # a sweep says it
-        found.append((Path(summary["offline_run"]).expanduser(), math.inf))
+        found.append((expand(summary["offline_run"]), math.inf))
     if config.get("load_model"):
-        file = Path(str(config["load_model"])).expanduser()
+        file = expand(config["load_model"])
         number = re.fullmatch(r"checkpoint_(\d+)\.pt", file.name)
         step = int(number.group(1)) + 1 if number else math.inf
         for folder in (file.parent, file.parent / "run", file.parent.parent):

@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from corl import files, tasks
+from corl import arguments, files, tasks
 from corl.data import minari, published, schema, sources
 from corl.standin import policies
 
@@ -222,13 +222,21 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Find a dataset and print its card.")
+    parser = arguments.Parser(description="Find a dataset and print its card.")
     parser.add_argument("task", nargs="?", help="D4RL name, such as hopper-medium-v2")
     parser.add_argument("--source", choices=sources.SOURCES, default="auto")
     parser.add_argument("--path", help="HDF5 file, or minari:ID")
-    parser.add_argument("--cache_dir", type=Path, help="where stand-ins are kept")
-    parser.add_argument("--rows", type=int, help="size of a stand-in to collect")
-    parser.add_argument("--plot", type=Path, help="write a histogram of returns (PNG)")
+    parser.add_argument(
+        "--cache_dir", type=arguments.path, help="where stand-ins are kept"
+    )
+    parser.add_argument(
+        "--rows",
+        type=arguments.number(int, "[2, 1e9]"),
+        help="size of a stand-in to collect",
+    )
+    parser.add_argument(
+        "--plot", type=arguments.path, help="write a histogram of returns (PNG)"
+    )
     parser.add_argument(
         "--export",
         nargs=2,
@@ -236,7 +244,9 @@ def _parse_arguments() -> argparse.Namespace:
         help="d4rl FILE, or minari ID: write the dataset in that format",
     )
     parser.add_argument("--all", action="store_true", help="a line for every task")
-    parser.add_argument("--report", type=Path, help="compare all stand-ins with D4RL's")
+    parser.add_argument(
+        "--report", type=arguments.path, help="compare all stand-ins with D4RL's"
+    )
     args = parser.parse_args()
     if (args.task is not None) + args.all + (args.report is not None) != 1:
         parser.error("give one task, or --all, or --report FILE")

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from corl import files, tasks
+from corl.config import expand
 from corl.data import download, minari, published, schema
 from corl.standin import policies
 
@@ -118,7 +119,7 @@ def find(
     if source == "minari" or str(path).startswith("minari:"):
         return _from_minari(task, source, str(path).removeprefix("minari:"))
     if path is not None:
-        return _from_file(task, "file", Path(path).expanduser())
+        return _from_file(task, "file", expand(path))
     if source == "self-collected":
         return _from_file(task, source, _stand_in(task, cache_dir, rows))
     return _first_that_answers(task, source, cache_dir, rows)
@@ -153,7 +154,7 @@ class NotFound(Exception):
 
 
 def _d4rl_folder() -> Path:
-    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    return expand(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
 
 
 def in_d4rl_folder(task: tasks.Task) -> Path:
@@ -203,7 +204,7 @@ def _download(task: tasks.Task) -> Path:
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
     """Where prepared things are kept: the argument, CORL_DARE_CACHE or ~/.cache/corl_dare."""
     cache = cache_dir or os.environ.get("CORL_DARE_CACHE") or "~/.cache/corl_dare"
-    return Path(cache).expanduser()
+    return expand(cache)
 
 
 def stand_in_path(

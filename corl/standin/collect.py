@@ -37,7 +37,7 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import files, tasks
+from corl import arguments, files, tasks
 from corl.data import schema
 from corl.progress import progress_bar
 from corl.standin import maze_walks, policies, rollout
@@ -426,17 +426,34 @@ def summary(path: Path, task: tasks.Task) -> str:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")
-    parser.add_argument("--rows", type=int, help="default: 200000; D4RL's of a replay")
-    parser.add_argument("--out", type=Path, help="default: TASK-self-collected.hdf5")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--policy", type=Path, help="in place of the shipped policy")
+    parser.add_argument(
+        "--rows",
+        type=arguments.number(int, "[2, 1e9]"),
+        help="default: 200000; D4RL's of a replay",
+    )
+    parser.add_argument(
+        "--out", type=arguments.path, help="default: TASK-self-collected.hdf5"
+    )
+    parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
+    parser.add_argument(
+        "--policy", type=arguments.path, help="in place of the shipped policy"
+    )
     parser.add_argument(
         "--mix", choices=policies.SINGLE, help="second policy of a mixture"
     )
-    parser.add_argument("--share", type=float, default=0.5, help="rows of --mix, 0 to 1")
-    parser.add_argument("--workers", type=int, help="processes; default: by the cores")
+    parser.add_argument(
+        "--share",
+        type=arguments.number(float, "(0, 1)"),
+        default=0.5,
+        help="rows of --mix, 0 to 1",
+    )
+    parser.add_argument(
+        "--workers",
+        type=arguments.number(int, "[1, 1024]"),
+        help="processes; default: by the cores",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 

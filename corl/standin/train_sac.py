@@ -16,7 +16,6 @@ from, together with their returns:
         --ship 30000 80000 255000 --level series
 """
 
-import argparse
 import csv
 import math
 import shutil
@@ -29,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corl import envs, files, finite, tasks
+from corl import arguments, envs, files, finite, machine, tasks
 from corl.progress import progress_bar
 from corl.standin import policies
 
@@ -349,17 +348,18 @@ def _to_manifest(
 
 def main() -> None:
     """The command line that the top of this file shows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    count = arguments.number(int, "[1, 1e9]")
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("robot", choices=["hopper", "halfcheetah", "walker2d"])
-    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=count, default=1_000_000)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the snapshots"
+        "--out", type=arguments.path, required=True, help="folder of the snapshots"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--snapshot_every", type=int, default=10_000)
+    parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
+    parser.add_argument("--snapshot_every", type=count, default=10_000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--ship", type=int, nargs="+", help="snapshots to ship instead of training"
+        "--ship", type=count, nargs="+", help="snapshots to ship instead of training"
     )
     parser.add_argument(
         "--level",
@@ -373,16 +373,15 @@ def main() -> None:
         parser.error("a level is one snapshot; only --level series ships several")
     # The matrices are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    try:
+    with arguments.errors_in_one_line():
         if args.ship is None:
-            every, device = args.snapshot_every, args.device
-            train(args.robot, args.steps, args.out, args.seed, every, device=device)
+            device = machine.pick_device(args.device)
+            settings = args.robot, args.steps, args.out, args.seed, args.snapshot_every
+            train(*settings, device=device)
         elif args.level == "series":
             ship_series(args.robot, args.out, args.ship, args.seed)
         else:
             ship(args.robot, args.out, args.ship[0], args.level, args.seed)
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

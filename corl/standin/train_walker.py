@@ -10,7 +10,6 @@ policy of the state alone. Both run on the open plane, with D4RL's ant and torqu
     python -m corl.standin.train_walker --out walker --ship   # evaluates, becomes the shipped one
 """
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -25,7 +24,7 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import antmaze, files
+from corl import antmaze, arguments, files
 from corl.progress import progress_bar
 from corl.standin import policies, walker
 
@@ -336,19 +335,19 @@ def ship(out: Path, seed: int = 0) -> None:
 
 def main() -> None:
     """The command line that the top of this file shows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the training")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--out", type=arguments.path, required=True, help="folder of the training"
+    )
+    parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
     parser.add_argument(
         "--ship", action="store_true", help="ship the trained policy instead of training"
     )
     args = parser.parse_args()
     # The matrices are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    try:
+    with arguments.errors_in_one_line():
         (ship if args.ship else train)(args.out, args.seed)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import random
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -254,7 +255,10 @@ def read(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum differs")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of foreign pickles before it refuses them.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = "Unsupported" in str(error) or "weights_only" in str(error)
         # "Unsupported operand" comes from bytes that are no pickle at all.

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import antmaze, files
+from corl import antmaze, files, locks
 from corl.progress import progress_bar
 from corl.standin import policies, walker
 
@@ -277,6 +278,11 @@ def evaluate(
 def train(out: Path, seed: int = 0) -> None:
     """Search the gait and clone it; `gait.json`, `train.csv` and the policy go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    with locks.holding(out / "train.lock", str(out)):
+        _train(out, seed)
+
+
+def _train(out: Path, seed: int) -> None:
     gait, log = search(seed=seed)
     print(f"gait: {log[-1]['speed_elite']:.2f} m/s in its own search, {gait}")
     text = json.dumps(dataclasses.asdict(gait), indent=2) + "\n"
@@ -339,8 +345,11 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         (ship if args.ship else train)(args.out, args.seed)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print("interrupted; the command begins anew", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,13 +58,17 @@ def path(text: str) -> Path:
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line(interrupted: str = "interrupted") -> Iterator[None]:
     """Inside, an error that a user can mend ends the program with one line and status 1.
 
-    Set CORL_DARE_TRACEBACK=1 to see where it came from.
+    Ctrl-C ends it with the line `interrupted` and status 130, as a shell has it. Set
+    CORL_DARE_TRACEBACK=1 to see where an error came from.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("CORL_DARE_TRACEBACK"):
             raise

@@ -12,6 +12,7 @@ writes a run's weights as CORL's `checkpoint_N.pt`.
 import random
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -256,7 +257,10 @@ def read(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum differs")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of foreign pickles before it refuses them.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = "Unsupported" in str(error) or "weights_only" in str(error)
         # "Unsupported operand" comes from bytes that are no pickle at all.

@@ -236,7 +236,14 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         origin = str(file)
         values.update(read_yaml(file))
     values = without_foreign_blocks(config_class, values, origin)
-    _check(config_class, values, origin)
+    try:
+        _check(config_class, values, origin)
+    except ConfigError as error:
+        if not flags.get("resume"):
+            raise
+        raise ConfigError(
+            f"{error}; is it a run of another algorithm, or was the file edited?"
+        ) from None
     if values.get("resume") and "resume" not in flags:
         raise ConfigError(f"{origin}: resume is a flag, --resume RUN; take it out here")
     for name, value in flags.items():

@@ -204,9 +204,11 @@ def _save_unfinished(state: dict[str, Any], path: Path, settings: str) -> None:
 
 
 def _load_unfinished(path: Path, settings: str) -> dict[str, Any] | None:
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        # Never there, or another process has just finished this very model.
         return None
-    content = path.read_bytes()
     size = hashlib.sha256().digest_size
     digest, data = content[:size], content[size:]
     why = "is damaged"

@@ -562,6 +562,18 @@ def test_the_first_signal_asks_the_second_interrupts_and_handlers_come_back(here
     assert "once more to stop at once" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_that_a_signal_ends_says_which_and_leaves_no_folder(here, number):
+    with pytest.raises(KeyboardInterrupt, match="after 50 updates") as caught:
+        with make_run():
+            signal.raise_signal(number)
+            raise KeyboardInterrupt(
+                "stopped after 50 updates"
+            )  # as a part's `begin` does
+    assert caught.value.status == 128 + number
+    assert not (here / "runs").exists()
+
+
 def test_a_signal_in_the_middle_of_a_print_does_no_harm(here, monkeypatch, capfd):
     """Streams refuse to be entered twice, so the handler must not use them."""
     run = make_run()
@@ -661,6 +673,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt("after 50"), 130, "interrupted: after 50\n"),
+        (runs.Interrupted("after 50", 15), 143, "interrupted: after 50\n"),
     ],
 )
 def test_main_shows_errors_as_one_line(monkeypatch, capsys, error, status, line):

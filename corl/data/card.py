@@ -11,6 +11,7 @@ another format. The last makes every stand-in and compares it with what D4RL pub
 """
 
 import argparse
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,8 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+        print(INTERRUPTED, file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -17,9 +17,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import filelock
-
-from corl import files
+from corl import files, locks
 from corl.progress import progress_bar
 
 TIMEOUT = 5.0  # seconds without an answer
@@ -64,7 +62,8 @@ def download(
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(target.name + ".lock")):
+        lock = target.with_name(target.name + ".lock")
+        with locks.holding(lock, str(target), wait=True):
             if not target.exists():
                 part = target.with_name(target.name + ".part")
                 fetch(url, part, size, digest, timeout, progress)

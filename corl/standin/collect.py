@@ -30,14 +30,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
 import torch
 
-from corl import arguments, files, tasks
+from corl import arguments, files, locks, tasks
 from corl.data import schema
 from corl.progress import progress_bar
 from corl.standin import maze_walks, policies, rollout
@@ -265,7 +264,7 @@ def collect(
         return out
     with _writing_to(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out.with_name(out.name + ".lock")):
+        with locks.holding(out.with_name(out.name + ".lock"), str(out), wait=True):
             if out.exists():
                 _check_same(out, plan.settings)
                 return out
@@ -476,7 +475,8 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+        print(INTERRUPTED, file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corl import arguments, envs, files, finite, machine, tasks
+from corl import arguments, envs, files, finite, locks, machine, tasks
 from corl.progress import progress_bar
 from corl.standin import policies
 
@@ -181,8 +181,23 @@ def train(
     Raises:
         ValueError: the training in `out` is further than `steps`.
         FloatingPointError: a transition or a weight is not finite; the last snapshot is kept.
+        InUseError: another process trains in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with locks.holding(out / "train.lock", str(out)):
+        _train(robot, steps, out, seed, snapshot_every, warmup, batch_size, device)
+
+
+def _train(
+    robot: str,
+    steps: int,
+    out: Path,
+    seed: int,
+    snapshot_every: int,
+    warmup: int,
+    batch_size: int,
+    device: str,
+) -> None:
     facts = tasks.ROBOTS[robot]
     agent = SAC(facts.state_dim, facts.action_dim, device, seed)
     # One row per transition: state, action, reward, next state, end.
@@ -226,14 +241,29 @@ def _restore(out: Path, agent: SAC, buffer: torch.Tensor) -> int:
     """Put the state of an interrupted training into agent and buffer; its steps, 0 if none."""
     path = out / "state.pt"
     if not path.exists():
+        _cut_log(out / "train.csv", 0)
         return 0
     saved = torch.load(path, weights_only=True)
     start = saved["step"]
     if start > len(buffer):
         raise ValueError(f"{path} is at step {start}; --steps must be at least that")
+    _cut_log(out / "train.csv", start)
     agent.load_state_dict(saved["agent"])
     buffer[:start] = saved["buffer"].to(buffer.device)
     return start
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the lines after a step: a killed training writes them again."""
+    if not path.exists():
+        return
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    kept = [line for line in lines if int(line.split(b",")[0]) <= step]
+    if not kept:
+        path.unlink()
+        return
+    with files.replacing(path) as file:
+        file.write(b"".join([header, *kept]))
 
 
 def _save_snapshot(out: Path, agent: SAC, robot: str, step: int, seconds: float) -> None:
@@ -373,7 +403,7 @@ def main() -> None:
         parser.error("a level is one snapshot; only --level series ships several")
     # The matrices are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    with arguments.errors_in_one_line():
+    with arguments.errors_in_one_line("interrupted; repeat the command to go on"):
         if args.ship is None:
             device = machine.pick_device(args.device)
             settings = args.robot, args.steps, args.out, args.seed, args.snapshot_every

@@ -24,7 +24,7 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import antmaze, arguments, files
+from corl import antmaze, arguments, files, locks
 from corl.progress import progress_bar
 from corl.standin import policies, walker
 
@@ -284,6 +284,11 @@ def evaluate(
 def train(out: Path, seed: int = 0) -> None:
     """Search the gait and clone it; `gait.json`, `train.csv` and the policy go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    with locks.holding(out / "train.lock", str(out)):
+        _train(out, seed)
+
+
+def _train(out: Path, seed: int) -> None:
     gait, log = search(seed=seed)
     print(f"gait: {log[-1]['speed_elite']:.2f} m/s in its own search, {gait}")
     text = json.dumps(dataclasses.asdict(gait), indent=2, allow_nan=False) + "\n"
@@ -346,7 +351,7 @@ def main() -> None:
     args = parser.parse_args()
     # The matrices are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    with arguments.errors_in_one_line():
+    with arguments.errors_in_one_line("interrupted; the command begins anew"):
         (ship if args.ship else train)(args.out, args.seed)
 
 

@@ -16,6 +16,7 @@ import harness
 import torch
 
 from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from corl import curves
 from corl.config import main
 
 MODULES = {
@@ -35,6 +36,8 @@ FIELDS = {
     "seed": 1,
 }
 SECONDS = 120  # for what takes a few
+# What the server imports; where it does not find the algorithms, each process imports them.
+IMPORTS = [f"algorithms.{name}" for name in MODULES]
 
 
 class Left(NamedTuple):
@@ -63,6 +66,8 @@ def _work(name, argv, log, cache):
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
+    # The picture is the last thing that a run makes, and would take half of its time.
+    curves.plot_curves = lambda *arguments: None
     module = MODULES[name]
     main(module.train, module.TrainConfig, argv)
 
@@ -71,7 +76,7 @@ def _work(name, argv, log, cache):
 def started(name, argv, log):
     """A process that runs an algorithm file; whatever happens, it ends with the block."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes"])
+    context.set_forkserver_preload(IMPORTS)
     words = [str(word) for word in argv]
     cache = os.environ["CORL_DARE_CACHE"]
     process = context.Process(target=_work, args=(name, words, str(log), cache))

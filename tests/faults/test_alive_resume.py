@@ -18,13 +18,27 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def alone(good, tmp_path_factory):
+    """What a run leaves behind that nobody disturbed; each is made once."""
+    known = {}
+
+    def get(name):
+        if name not in known:
+            folder = tmp_path_factory.mktemp(name)
+            processes.finish(
+                name, processes.flags_of(name, folder, good), folder / "log"
+            )
+            known[name] = processes.left_by(processes.run_folder(folder))
+        return known[name]
+
+    return get
+
+
 @pytest.mark.parametrize("name, resumed", CASES)
-def test_a_second_process_is_refused(name, resumed, good, tmp_path):
+def test_a_second_process_is_refused(name, resumed, good, tmp_path, alone):
     """While the first, new or itself resumed, is stopped in the middle; then it goes on."""
     log, command = tmp_path / "log", harness.algorithm(processes.MODULES[name])
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    processes.finish(name, processes.flags_of(name, alone, good), log)
     flags = processes.flags_of(name, tmp_path, good)
     if resumed:
         with processes.started(name, flags, log) as process:
@@ -43,11 +57,9 @@ def test_a_second_process_is_refused(name, resumed, good, tmp_path):
         os.kill(process.pid, signal.SIGCONT)
         process.join(processes.SECONDS)
         assert process.exitcode == 0, log.read_text()
-    first, whole = map(processes.left_by, (run, processes.run_folder(alone)))
+    first, whole = processes.left_by(run), alone(name)
     assert (first.metrics, first.evaluations) == (whole.metrics, whole.evaluations)
     assert_equal(first.checkpoint, whole.checkpoint)
-    # The lock is free again, and a finished run may be asked to finish once more.
-    processes.finish(name, ["--resume", run], log)
 
 
 def wait_for_lock(process, run, log):

@@ -104,6 +104,8 @@ class Run:
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
+        # Returns of the last evaluation of this process, and the updates before it.
+        self.evaluated: tuple[np.ndarray, int] = (np.empty(0), 0)
         self.switched = False  # has the switch to the online phase been made?
         self.bar: tqdm | None = None
         self.wandb: Any = None
@@ -401,6 +403,7 @@ class Run:
             writer = csv.writer(file, lineterminator="\n")
             for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
                 writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        self._warn_of_standstill(step, phase, returns)
         mean = float(np.mean(scores))
         self.scores.append([step, phase, mean])
         self.print(
@@ -408,6 +411,22 @@ class Run:
             f"normalized score {mean:.1f}"
         )
         return mean
+
+    def _warn_of_standstill(self, step: int, phase: str, returns: np.ndarray) -> None:
+        """Say so where updates have left the policy as it was.
+
+        All evaluations start from the same seed. So the same policy gives the same returns to the
+        last bit, and another one does not, but for sparse rewards, whose sums are whole numbers.
+        """
+        before, updates = self.evaluated
+        fractions = (np.asarray(returns) % 1 != 0).any()
+        if fractions and np.array_equal(before, returns) and self.updates > updates:
+            self.print(
+                f"warning: {phase} step {step}: the returns equal those of the last evaluation to "
+                f"the last bit after {self.updates - updates} updates, so the policy has "
+                "stopped learning; look at actor losses and learning rates"
+            )
+        self.evaluated = returns, self.updates
 
     def _start_wandb(self) -> None:
         config = self.config
@@ -570,7 +589,7 @@ class Run:
         found = {}
         for entry, name in self.means.items():
             values = [float(text) for text in columns.get(name, ()) if text]
-            # Rows of before version 0.6 may hold nan, where there is a blank now.
+            # Older versions wrote nan where there is a blank now.
             values = [value for value in values if math.isfinite(value)]
             found[entry] = sum(values) / len(values) if values else None
         return found

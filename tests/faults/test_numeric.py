@@ -478,6 +478,17 @@ def test_refused_exchanges_are_counted_and_their_scores_left_blank(
 # ---------------------------------------------------------------- all as it should be
 
 
+@pytest.mark.parametrize("rate", ["1e-30", "3e-4"])
+def test_a_policy_that_stands_still_is_said_to(rate, good, tmp_path):
+    """The run goes on: its numbers are finite."""
+    fields = {"actor_lr": rate, "eval_freq": 5, "online_iterations": 0}
+    outcome = try_run("iql", tmp_path, good, **fields)
+    assert outcome.status == 0, outcome
+    warned = "step 10: the returns equal those of the last evaluation" in outcome.out
+    assert warned == (rate == "1e-30")
+    assert ("stopped learning" in outcome.out) == warned
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=whole) for n in ALGORITHMS])
 def test_a_good_run_has_no_number_that_is_not_finite(name, good, tmp_path):
     outcome = try_run(name, tmp_path, good, log_freq=1)

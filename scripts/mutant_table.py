@@ -584,7 +584,7 @@ SAVING = Group(
     [
         Mutant(FINETUNE, 'f"checkpoint_{step - 1}.pt"', 'f"checkpoint_{step}.pt"'),
         Mutant(FINETUNE, "if self.config.checkpoints_path is None:", "if True:"),
-        Mutant(FINETUNE, "if loads and self.config.load_model:", "if False:"),
+        Mutant(FINETUNE, "if loads and self.config.load_model and", "if False and"),
         Mutant(FINETUNE, "part.load_weights(state)", "part.load_state_dict(state)"),
         Mutant(FINETUNE, "            self.run.step = step\n", ""),
         Mutant(
@@ -1224,8 +1224,8 @@ SETS = Group(
         Mutant(
             CONFIG, '*("device", "threads", "runs_dir"', '*("device", "seed", "runs_dir"'
         ),
-        Mutant(CONFIG, '"wandb_mode", "device"}', '"wandb_mode", "device", "seed"}'),
-        Mutant(CONFIG, '{"resume", "online_iterations", ', '{"resume", '),
+        Mutant(CONFIG, '"wandb_mode", "device"),', '"wandb_mode", "device", "seed"),'),
+        Mutant(CONFIG, '*("resume", "online_iterations", ', '*("resume", '),
         Mutant(
             DIQL, '        "noise_clip",\n        "dare",\n', '        "noise_clip",\n'
         ),

@@ -112,6 +112,7 @@ class Session:
 
     def __enter__(self) -> "Session":
         self.run = runs.Run(self.config, self._algorithm, self._columns).__enter__()
+        self.run.device = self.device
         try:
             self._open()
         except BaseException:
@@ -167,7 +168,8 @@ class Session:
             name: its name in checkpoints.
             part: has `state_dict` and `load_state_dict`. It may have `estimate(seconds_of)`, the
                 seconds of what it does before the first step, and `begin(should_stop)`, which
-                does that.
+                does that. `load_state_dict` may set its attribute `reseeded`: a random stream is
+                of another kind of device and begins anew.
             loads: the keys of CORL's checkpoints that `part.load_weights` reads; then
                 `load_model` is loaded into it.
         """

@@ -73,6 +73,7 @@ class Run:
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
+        self.device = "cpu"  # where the run runs
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
@@ -276,6 +277,7 @@ class Run:
             "format": checkpoints.FORMAT,
             "algorithm": self.algorithm,
             "step": self.step,
+            "device": self.device,
             "rng": checkpoints.rng_state(),
             "dataset_sha256": self.dataset.get("sha256"),
             "run": {
@@ -311,7 +313,14 @@ class Run:
             part.load_state_dict(
                 checkpoints.unpack(saved[name] if name in saved else saved[old_name])
             )
-        checkpoints.set_rng_state(state["rng"])
+        before = state.get("device")
+        kept = checkpoints.set_rng_state(state["rng"], self.device, before, self.step)
+        if not kept or any(getattr(part, "reseeded", False) for part in parts.values()):
+            self.print(
+                f"resumed on {self.device}, the checkpoint is of another kind of device: its "
+                f"random streams begin anew, from seed {self.config.seed} and step "
+                f"{self.step}, so numbers differ from those of a run that stayed"
+            )
         self.checkpoint = None
 
     def interrupted(self) -> None:

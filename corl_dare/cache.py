@@ -5,6 +5,7 @@ keeps it. An interrupted training goes on from its last state. Nothing is unpick
 safetensors, unfinished trainings are read with `torch.load(weights_only=True)` after a checksum.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from corl_dare.behavior import BehaviorModel, fit, make_behavior_model
+from corl_dare.streams import put_back
 
 # Raise it when a file of old weights would mean something else.
 FORMAT = 1
@@ -48,8 +50,8 @@ def fit_cached(
     The file name holds a hash of the kind, options, training settings, seed, dimensions,
     `dataset_hash` and format. Weights and noise come from `seed`. An interrupted training
     leaves `*.DEVICE.unfinished`, written once a minute and before a stop: the next call
-    goes on from it, to the bits of an unbroken training. A damaged one is reported, and
-    the training starts afresh.
+    goes on from it, to the bits of an unbroken training. On another kind of device it goes on
+    with a new random stream and says so. A damaged file is reported and not used.
 
     Returns:
         The model on `device` (eval, no gradients), its file, and whether it was loaded.
@@ -78,23 +80,25 @@ def fit_cached(
     if loaded:
         _load(model, path, text)
     else:
-        # The states of generators differ between kinds of device.
+        # A name per kind of device, since the states of generators differ between them.
         unfinished = path.with_suffix(f".{torch.device(device).type}.unfinished")
+        generator = torch.Generator(device).manual_seed(seed)
         fit(
             model,
             states,
             actions,
             **settings,
-            generator=torch.Generator(device).manual_seed(seed),
+            generator=generator,
             device=device,
             progress=progress,
             bar=bar,
             should_stop=should_stop,
             save=lambda state: _save_unfinished(state, unfinished, text),
-            resume=_load_unfinished(unfinished, text),
+            resume=_furthest_unfinished(path, unfinished, text, generator),
         )
         _save(model, path, text)
-        unfinished.unlink(missing_ok=True)
+        for file in _unfinished_files(path):
+            file.unlink(missing_ok=True)
     return model.to(device).eval().requires_grad_(False), path, loaded
 
 
@@ -197,17 +201,47 @@ def _save_unfinished(state: dict[str, Any], path: Path, settings: str) -> None:
     _write(path, hashlib.sha256(data).digest() + data)
 
 
-def _load_unfinished(path: Path, settings: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+def _unfinished_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.unfinished"))
+
+
+def _furthest_unfinished(
+    path: Path, own: Path, settings: str, generator: torch.Generator
+) -> dict[str, Any] | None:
+    """Of the unfinished trainings of all devices the one with most updates; `own` wins a tie.
+
+    If it is of another kind of device, it goes on with a new stream of `generator`.
+    """
+    names = sorted(_unfinished_files(path), key=lambda file: file != own)
+    states, damaged = [], []
+    for name in names:
+        state, why = _load_unfinished(name, settings)
+        if state is None:
+            damaged.append(f"{name} {why}")
+        else:
+            states.append(state)
+    # Of equals, max takes the first.
+    best = max(states, key=lambda state: state["updates"], default=None)
+    if damaged:
+        then = "from the start" if best is None else f"from update {best['updates']}"
+        print(f"{'; '.join(damaged)}; the behavior model is trained {then}")
+    if best is not None and not put_back(generator, best["generator"], best["updates"]):
+        best["generator"] = generator.get_state()
+        print(
+            f"the behavior model goes on at update {best['updates']}, on another kind of "
+            "device; its random stream is seeded anew, so its numbers differ"
+        )
+    return best
+
+
+def _load_unfinished(path: Path, settings: str) -> tuple[dict[str, Any] | None, str]:
+    """The state in a file, or None and what is wrong with the file."""
     content = path.read_bytes()
     size = hashlib.sha256().digest_size
     digest, data = content[:size], content[size:]
-    why = "is damaged"
-    if hashlib.sha256(data).digest() == digest:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if state["settings"] == settings:
-            return state
-        why = "belongs to other settings"
-    print(f"{path} {why}; the behavior model is trained from the start")
-    return None
+    if hashlib.sha256(data).digest() != digest:
+        return None, "is damaged"
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if state["settings"] != settings:
+        return None, "belongs to other settings"
+    return state, ""

@@ -43,6 +43,7 @@ from corl_dare.config import DareConfig
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 from corl_dare.rows import SlotCache, draw, draw_rows, storage
+from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
@@ -258,6 +259,8 @@ class DareHook:
         self.row_generator = torch.Generator().manual_seed(seed)
         self.samples = 0  # batches drawn so far: the clock of the caches
         self.energy_steps = 0
+        # Has `load_state_dict` begun a stream anew, because the old one is of another device?
+        self.reseeded = False
         self._exchange, self._density_scores = exchange, self.density_scores
         if compile is not None:
             self._density_scores = compile(self.density_scores)
@@ -575,10 +578,19 @@ class DareHook:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a `state_dict` of a hook with the same config and buffers."""
-        self.generator.set_state(state["generator"].cpu())
-        self.row_generator.set_state(state["row_generator"].cpu())
+        """Restore a `state_dict` of a hook with the same config and buffers.
+
+        Random streams of another kind of device begin anew, and `reseeded` is true then.
+        """
         self.samples, self.energy_steps = state["calls"], state["energy_steps"]
+        kept = [
+            put_back(generator, state[name], self.samples, self.energy_steps)
+            for name, generator in (
+                ("generator", self.generator),
+                ("row_generator", self.row_generator),
+            )
+        ]
+        self.reseeded = not all(kept)
         named = {"reference": self.reference_caches, "support": self.support_caches}
         for name, saved in state["caches"].items():
             caches = named[name]

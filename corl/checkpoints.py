@@ -112,7 +112,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; a crash at any moment leaves the old file or the new one, whole.
 
     Raises:
-        OSError: as of `files.replacing`.
+        CannotWrite: as of `files.replacing`.
     """
     with files.replacing(path) as file:
         torch.save(state, file)

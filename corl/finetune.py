@@ -15,7 +15,7 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import numpy as np
 import torch
 
-from corl import checkpoints, compiled, envs, machine, runs, tasks
+from corl import checkpoints, compiled, envs, files, machine, runs, tasks
 from corl.acting import (  # noqa: F401
     Actor,
     Evaluator,
@@ -28,6 +28,7 @@ from corl.acting import (  # noqa: F401
     wrap_env,
 )
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
+from corl.config import ConfigError
 from corl.data import sources
 from corl.progress import progress_bar
 from corl.rewards import (  # noqa: F401
@@ -65,6 +66,19 @@ class Sizes(NamedTuple):
     max_action: float
 
 
+def _check_places(config: Any) -> None:
+    """Raise ConfigError where the run cannot write what it has to, before any work."""
+    fields = ("resume" if config.resume else "runs_dir", "checkpoints_path")
+    for name in fields:
+        place = getattr(config, name)
+        if place is None:
+            continue
+        try:
+            files.check_writable(place)
+        except OSError as error:
+            raise ConfigError(f"{name}: {error}") from None
+
+
 class Session:
     """A run from its start to its end: device, data, environments, seeds, folder and steps.
 
@@ -100,6 +114,7 @@ class Session:
 
     def __init__(self, config: Any, file: str, columns: Sequence[str]):
         self.config = config
+        _check_places(config)
         self.device = machine.pick_device(config.device)
         machine.configure_threads(config.threads)
         self.task = tasks.task(config.env)
@@ -381,7 +396,8 @@ class Session:
         if self.config.checkpoints_path is None:
             return
         folder = Path(self.config.checkpoints_path)
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         # CORL counts from 0.
         path = folder / f"checkpoint_{step - 1}.pt"
         checkpoints.save_corl_checkpoint(path, self._parts["trainer"].state_dict())

@@ -14,6 +14,7 @@ writes a run's weights as CORL's `checkpoint_N.pt`.
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -77,6 +78,7 @@ class Run:
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
+        self.saved_step: int | None = None  # those of checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
@@ -122,7 +124,7 @@ class Run:
         try:
             files.write_text(path, text)
         except OSError as error:
-            raise ConfigError(f"cannot write {path} ({error.strerror})") from None
+            raise ConfigError(str(error)) from None
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -131,7 +133,7 @@ class Run:
                 f"{self.folder} has no checkpoint.pt yet; start the run again instead"
             )
         self.checkpoint = checkpoints.load_checkpoint(path, self.algorithm)
-        self.step = self.checkpoint["step"]
+        self.step = self.saved_step = self.checkpoint["step"]
         for name in CARRIED:
             if name in self.checkpoint["run"]:
                 setattr(self, name, self.checkpoint["run"][name])
@@ -167,6 +169,13 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._close()
+        if isinstance(error[1], OSError):
+            # No room, most often, and nobody has to look for the step.
+            raise RuntimeError(f"{error[1]}; {self.way_on()}") from error[1]
+
+    def _close(self) -> None:
+        """End what outlives a step: signal handlers, the progress bar, wandb."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.bar is not None:
@@ -183,8 +192,9 @@ class Run:
 
     def print(self, text: str) -> None:
         """A line that does not tear the progress bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with files.writing("standard output"):
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def steps(self, phase: str, last: int) -> Iterator[int]:
         """The iterations up to `last` that are left, 0-based, behind a progress bar.
@@ -215,8 +225,9 @@ class Run:
             stacked = torch.stack(scalars)
             values.update(zip(tensors, stacked.tolist(), strict=True))
         row = {"step": step, "phase": phase, **values}
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        line = io.StringIO()
+        csv.DictWriter(line, self.columns, lineterminator="\n").writerow(row)
+        files.append(self.folder / "metrics.csv", line.getvalue())
         if self.bar is not None:
             shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
             for name in self.means.values():
@@ -234,10 +245,11 @@ class Run:
         self, step: int, phase: str, returns: np.ndarray, scores: np.ndarray
     ) -> float:
         """Rows of evaluations.csv, one per episode; returns the mean normalized score."""
-        with open(self.folder / "evaluations.csv", "a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
-                writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
+            writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        files.append(self.folder / "evaluations.csv", lines.getvalue())
         mean = float(np.mean(scores))
         self.scores.append([step, phase, mean])
         self.print(
@@ -290,9 +302,9 @@ class Run:
             },
         }
         for name in ("metrics.csv", "evaluations.csv"):  # rows that will not come again
-            with open(self.folder / name, "ab") as file:
-                os.fsync(file.fileno())
+            files.sync(self.folder / name)
         checkpoints.save_checkpoint(self.folder / "checkpoint.pt", state)
+        self.saved_step = self.step
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Put the parts and the random streams of the checkpoint back.
@@ -323,6 +335,16 @@ class Run:
             )
         self.checkpoint = None
 
+    def way_on(self) -> str:
+        """What is left of a run that failed, and how it goes on."""
+        if self.saved_step is None:
+            return "there is no checkpoint yet, so start the run again"
+        folder = machine.tidy_path(self.folder)
+        return (
+            f"the last checkpoint is of step {self.saved_step}, go on with: "
+            f"--resume {folder}"
+        )
+
     def interrupted(self) -> None:
         """Say how to go on."""
         folder = machine.tidy_path(self.folder)
@@ -338,7 +360,8 @@ class Run:
         of this process.
         """
         summary = self._summary()
-        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(summary, indent=2) + "\n"
+        files.write_text(self.folder / "summary.json", text)
         curves.plot_curves(
             self.folder, self.config, self.dataset.get("label", ""), self.panels
         )

@@ -11,7 +11,9 @@ import io
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,18 @@ from tqdm import tqdm
 
 from corl_dare.behavior import BehaviorModel, fit, make_behavior_model
 from corl_dare.streams import put_back
+
+
+class CacheError(OSError):
+    """The cache cannot be written; one line says which file, why, and what helps."""
+
+    def __init__(self, path: Path, error: OSError):
+        reason = error.strerror or " ".join(str(error).split())
+        super().__init__(
+            f"cannot write {path} ({reason}); free some space there, mend its rights, or set "
+            "CORL_DARE_CACHE to another folder"
+        )
+
 
 # Raise it when a file of old weights would mean something else.
 FORMAT = 1
@@ -59,7 +73,7 @@ def fit_cached(
     Raises:
         ValueError: see `make_behavior_model` and `fit`; an empty dataset hash.
         RuntimeError: the cached file is damaged or belongs to other settings.
-        OSError: the cache cannot be written.
+        CacheError: the cache cannot be written, which is tried before the training.
         KeyboardInterrupt: see `fit`.
     """
     _check_data(states, actions, dataset_hash)
@@ -80,6 +94,7 @@ def fit_cached(
     if loaded:
         _load(model, path, text)
     else:
+        check_writable(path)
         # A name per kind of device, since the states of generators differ between them.
         unfinished = path.with_suffix(f".{torch.device(device).type}.unfinished")
         generator = torch.Generator(device).manual_seed(seed)
@@ -158,18 +173,37 @@ def _save(model: BehaviorModel, path: Path, settings: str) -> None:
 def _write(path: Path, data: bytes) -> None:
     """Atomically: a crash at any moment leaves the old file or the new one, whole."""
     # The plugin's own writer: it must not need the host's.
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # A new file, so that nothing is written through a link of that name.
         with open(part, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CacheError(path, error) from error
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Make and remove a file beside a file of the cache.
+
+    Raises:
+        CacheError: no room, or no right to write.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            # A full disk often has room for a name, but not for a byte.
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        raise CacheError(path, error) from error
 
 
 def _load(model: BehaviorModel, path: Path, settings: str) -> None:

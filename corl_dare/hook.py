@@ -38,7 +38,7 @@ from corl_dare.behavior import (
     make_behavior_model,
     noise_schedule,
 )
-from corl_dare.cache import cached_file, fit_cached
+from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
@@ -630,6 +630,7 @@ def prepare(
 
     Raises:
         ValueError: a missing part, or data that cannot be fitted; see `cache.fit_cached`.
+        CacheError: the model has to be trained, and the cache cannot be written.
     """
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
@@ -656,6 +657,11 @@ def prepare(
         data=BehaviorData(states, actions, dataset_hash, Path(cache_dir) / "behavior"),
         **options,
     )
+    if hook.data is not None:
+        model_file = hook._behavior_file(hook.data)
+        # Not after the first phase or a long fit.
+        if not model_file.exists():
+            check_writable(model_file)
     if begin:
         hook.begin()
     return hook

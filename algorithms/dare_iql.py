@@ -74,6 +74,7 @@ from corl_dare.hook import (
     energy_q_scale,
     prepare,
 )
+from corl_dare.streams import put_back
 
 BASELINE = "iql"
 EXP_ADV_MAX = 100.0
@@ -536,7 +537,8 @@ class ImplicitQLearning:
         """Go on from a `state_dict`."""
         self.load_weights(state_dict)
         self.anneal = state_dict.get("anneal", True)
-        self.dare_generator.set_state(state_dict["dare_generator"].cpu())
+        kept = put_back(self.dare_generator, state_dict["dare_generator"], self.total_it)
+        self.reseeded = not kept
 
     def load_weights(self, state_dict: Dict[str, Any]) -> None:
         """Start from the networks and optimizers of a `state_dict` or a CORL checkpoint."""

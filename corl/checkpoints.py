@@ -65,20 +65,55 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the streams of `rng_state` back."""
+def set_rng_state(
+    state: dict[str, Any], device: str = "cpu", before: str | None = None, step: int = 0
+) -> bool:
+    """Put the streams of `rng_state` back; returns whether that of the device goes on.
+
+    A GPU that has no saved stream begins one whose seed follows from the run's seed and `step`.
+
+    Args:
+        state: of `rng_state`, maybe of a machine with more GPUs or with fewer.
+        device: where the run goes on.
+        before: where it ran, None where the checkpoint does not say.
+        step: how far the run is.
+    """
     random.setstate(unpack(state["python"]))
     np.random.set_state(unpack(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    saved = state.get("cuda", [])
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for number, stream in enumerate(saved[:count]):
+        torch.cuda.set_rng_state(stream, number)
+    kind, number = _kind_and_number(device)
+    old_kind, old_number = _kind_and_number(before or device)
+    if kind != "cuda":
+        return kind == old_kind
+    if old_kind == "cuda" and old_number < len(saved):
+        # The same stream, though the run's GPU may have another number here.
+        torch.cuda.set_rng_state(saved[old_number], number)
+        return True
+    with torch.cuda.device(number):
+        torch.cuda.manual_seed(fresh_seed(torch.initial_seed(), step))
+    return False
+
+
+def fresh_seed(seed: int, step: int) -> int:
+    """The seed of a random stream that begins at a step of a training of this seed."""
+    mixed = np.random.SeedSequence([seed, step])
+    return int(mixed.generate_state(1, np.uint64)[0])
+
+
+def _kind_and_number(device: str) -> tuple[str, int]:
+    kind, _, number = device.partition(":")
+    return kind, int(number or 0)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; a crash at any moment leaves the old file or the new one, whole.
 
     Raises:
-        OSError: as of `files.replacing`.
+        CannotWrite: as of `files.replacing`.
     """
     with files.replacing(path) as file:
         torch.save(state, file)

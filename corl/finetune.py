@@ -16,7 +16,7 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import numpy as np
 import torch
 
-from corl import checkpoints, compiled, envs, finite, fits, machine, runs, tasks
+from corl import checkpoints, compiled, envs, files, finite, fits, machine, runs, tasks
 from corl.acting import (  # noqa: F401
     Actor,
     CheckedEnv,
@@ -30,7 +30,7 @@ from corl.acting import (  # noqa: F401
     wrap_env,
 )
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
-from corl.config import expand
+from corl.config import ConfigError, expand
 from corl.data import sources
 from corl.progress import progress_bar
 from corl.rewards import (  # noqa: F401
@@ -69,6 +69,19 @@ class Sizes(NamedTuple):
     max_action: float
 
 
+def _check_places(config: Any) -> None:
+    """Raise ConfigError where the run cannot write what it has to, before any work."""
+    fields = ("resume" if config.resume else "runs_dir", "checkpoints_path")
+    for name in fields:
+        place = getattr(config, name)
+        if place is None:
+            continue
+        try:
+            files.check_writable(place)
+        except OSError as error:
+            raise ConfigError(f"{name}: {error}") from None
+
+
 class Session:
     """A run from its start to its end: device, data, environments, seeds, folder and steps.
 
@@ -104,6 +117,7 @@ class Session:
 
     def __init__(self, config: Any, file: str, columns: Sequence[str]):
         self.config = config
+        _check_places(config)
         self.device = machine.pick_device(config.device)
         machine.configure_threads(config.threads)
         self.task = tasks.task(config.env)
@@ -117,6 +131,7 @@ class Session:
 
     def __enter__(self) -> "Session":
         self.run = runs.Run(self.config, self._algorithm, self._columns).__enter__()
+        self.run.device = self.device
         try:
             self._open()
         except BaseException:
@@ -175,7 +190,8 @@ class Session:
             name: its name in checkpoints.
             part: has `state_dict` and `load_state_dict`. It may have `estimate(seconds_of)`, the
                 seconds of what it does before the first step, and `begin(should_stop)`, which
-                does that.
+                does that. `load_state_dict` may set its attribute `reseeded`: a random stream is
+                of another kind of device and begins anew.
             loads: the keys of CORL's checkpoints that `part.load_weights` reads; then
                 `load_model` is loaded into it, unless a checkpoint is about to be.
         """
@@ -408,7 +424,8 @@ class Session:
         if self.config.checkpoints_path is None:
             return
         folder = expand(self.config.checkpoints_path)
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         # CORL counts from 0.
         path = folder / f"checkpoint_{step - 1}.pt"
         checkpoints.save_corl_checkpoint(path, self._parts["trainer"].state_dict())

@@ -21,7 +21,7 @@ def pick_device(name: str) -> str:
     none, a line says so and the cpu is taken.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: another name, or a number that no device has.
     """
     if name != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
@@ -30,6 +30,11 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         print(f"device {name}: no CUDA device here, running on the cpu")
         return "cpu"
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name} is not here, the last one is "
+            f"cuda:{torch.cuda.device_count() - 1}; set device to one of those"
+        )
     return name
 
 

@@ -95,12 +95,13 @@ class Run:
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
+        self.device = "cpu"  # where the run runs
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
         # Phase and number of the running iteration.
         self.current: tuple[str, int] | None = None
-        self.saved_step: int | None = None  # of checkpoint.pt
+        self.saved_step: int | None = None  # iterations done in checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
@@ -193,7 +194,7 @@ class Run:
         try:
             files.write_text(path, text)
         except OSError as error:
-            raise ConfigError(f"cannot write {path} ({error.strerror})") from None
+            raise ConfigError(str(error)) from None
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -284,6 +285,19 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+        self._close(failed=error is not None)
+        if isinstance(error, FloatingPointError):
+            raise FloatingPointError(self._diverged(error)) from None
+        if isinstance(error, OSError):
+            # No room, most often, and nobody has to look for the step.
+            raise RuntimeError(f"{error}; {self.way_on()}") from error
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped and self._signal is not None and not isinstance(error, Interrupted):
+            raise Interrupted(str(error), self._signal) from error
+
+    def _end(self) -> None:
+        """End what outlives a step: signal handlers, the progress bar, wandb."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.bar is not None:
@@ -315,8 +329,9 @@ class Run:
 
     def print(self, text: str) -> None:
         """A line that does not tear the progress bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with files.writing("standard output"):
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def steps(self, phase: str, last: int) -> Iterator[int]:
         """The iterations up to `last` that are left, 0-based, behind a progress bar.
@@ -367,10 +382,11 @@ class Run:
         values = self.read(metrics)
         row = {"step": step, "phase": phase, **values}
         self._rows += 1
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
-            # The table of a run of an older version has no column for a newer metric.
-            options: Any = {"extrasaction": "ignore", "lineterminator": "\n"}
-            csv.DictWriter(file, self.columns, **options).writerow(row)
+        line = io.StringIO()
+        # The table of a run of an older version has no column for a newer metric.
+        options: Any = {"extrasaction": "ignore", "lineterminator": "\n"}
+        csv.DictWriter(line, self.columns, **options).writerow(row)
+        files.append(self.folder / "metrics.csv", line.getvalue())
         if self.bar is not None:
             shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
             for name in self.means.values():
@@ -399,10 +415,11 @@ class Run:
                     f"the {name} of evaluation episode {bad[0]} is {values[bad[0]]:g}: "
                     f"{finite.likely_cause(self.config)}"
                 )
-        with open(self.folder / "evaluations.csv", "a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
-                writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
+            writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        files.append(self.folder / "evaluations.csv", lines.getvalue())
         self._warn_of_standstill(step, phase, returns)
         mean = float(np.mean(scores))
         self.scores.append([step, phase, mean])
@@ -464,6 +481,7 @@ class Run:
             "format": checkpoints.FORMAT,
             "algorithm": self.algorithm,
             "step": self.step,
+            "device": self.device,
             "rng": checkpoints.rng_state(),
             "config": self._settings(),
             "dataset_sha256": self.dataset.get("sha256"),
@@ -482,9 +500,9 @@ class Run:
 
     def _brought_to_disk(self, name: str) -> dict[str, Any]:
         """Sync a table, whose rows will not come again; its size and checksum."""
-        with open(self.folder / name, "ab") as file:
-            os.fsync(file.fileno())
-        content = (self.folder / name).read_bytes()
+        path = self.folder / name
+        files.sync(path)
+        content = path.read_bytes()
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def check_dataset(self) -> None:
@@ -515,9 +533,28 @@ class Run:
         for name, part in parts.items():
             found = saved.get(name, saved.get(OLD_NAMES.get(name, name)))
             fits.load_part(part, found, path, name)
+        before = state.get("device")
         with fits.fitting(path, "rng"):
-            checkpoints.set_rng_state(state["rng"])
+            kept = checkpoints.set_rng_state(
+                state["rng"], self.device, before, self.step
+            )
+        if not kept or any(getattr(part, "reseeded", False) for part in parts.values()):
+            self.print(
+                f"resumed on {self.device}, the checkpoint is of another kind of device: its "
+                f"random streams begin anew, from seed {self.config.seed} and step "
+                f"{self.step}, so numbers differ from those of a run that stayed"
+            )
         self.checkpoint = None
+
+    def way_on(self) -> str:
+        """What is left of a run that failed, and how it goes on."""
+        if self.saved_step is None:
+            return "there is no checkpoint yet, so start the run again"
+        folder = machine.tidy_path(self.folder)
+        return (
+            f"the last checkpoint is of step {self.saved_step}, go on with: "
+            f"--resume {folder}"
+        )
 
     def interrupted(self) -> None:
         """Say how to go on.
@@ -540,9 +577,8 @@ class Run:
         of this process.
         """
         summary = self._summary()
-        self._write(
-            "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"
-        )
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        files.write_text(self.folder / "summary.json", text)
         curves.plot_curves(
             self.folder, self.config, self.dataset.get("label", ""), self.panels
         )

@@ -38,11 +38,12 @@ from corl_dare.behavior import (
     make_behavior_model,
     noise_schedule,
 )
-from corl_dare.cache import cached_file, fit_cached
+from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 from corl_dare.rows import SlotCache, draw, draw_rows, storage
+from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
@@ -260,6 +261,8 @@ class DareHook:
         self.energy_steps = 0
         # Batches so far whose exchange was refused, since a score was not finite.
         self.refused = torch.zeros((), device=device)
+        # Has `load_state_dict` begun a stream anew, because the old one is of another device?
+        self.reseeded = False
         self._exchange, self._density_scores = exchange, self.density_scores
         if compile is not None:
             self._density_scores = compile(self.density_scores)
@@ -596,12 +599,21 @@ class DareHook:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a `state_dict` of a hook with the same config and buffers."""
-        self.generator.set_state(state["generator"].cpu())
-        self.row_generator.set_state(state["row_generator"].cpu())
+        """Restore a `state_dict` of a hook with the same config and buffers.
+
+        Random streams of another kind of device begin anew, and `reseeded` is true then.
+        """
         self.samples, self.energy_steps = state["calls"], state["energy_steps"]
         # Checkpoints of older versions did not count.
         self.refused = state.get("refused", torch.zeros(())).to(self.device)
+        kept = [
+            put_back(generator, state[name], self.samples, self.energy_steps)
+            for name, generator in (
+                ("generator", self.generator),
+                ("row_generator", self.row_generator),
+            )
+        ]
+        self.reseeded = not all(kept)
         named = {"reference": self.reference_caches, "support": self.support_caches}
         for name, saved in state["caches"].items():
             caches = named[name]
@@ -641,6 +653,7 @@ def prepare(
 
     Raises:
         ValueError: a missing part, or data that cannot be fitted; see `cache.fit_cached`.
+        CacheError: the model has to be trained, and the cache cannot be written.
     """
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
@@ -667,6 +680,11 @@ def prepare(
         data=BehaviorData(states, actions, dataset_hash, Path(cache_dir) / "behavior"),
         **options,
     )
+    if hook.data is not None:
+        model_file = hook._behavior_file(hook.data)
+        # Not after the first phase or a long fit.
+        if not model_file.exists():
+            check_writable(model_file)
     if begin:
         hook.begin()
     return hook

@@ -290,6 +290,8 @@ def _writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, files.CannotWrite):
+            reason = f"{Path(error.filename).name}: {error.reason}"
         raise RuntimeError(
             f"cannot write to {folder} ({reason}); free some space, mend its rights or "
             "choose another folder (--out, or CORL_DARE_CACHE for the cache)"

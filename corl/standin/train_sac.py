@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corl import arguments, envs, files, finite, locks, machine, tasks
+from corl import arguments, checkpoints, envs, files, finite, locks, machine, tasks
 from corl.progress import progress_bar
 from corl.standin import policies
 
@@ -142,15 +142,21 @@ class SAC:
             "generator": self.generator.get_state(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore a `state_dict`."""
+    def load_state_dict(self, state: dict, step: int) -> None:
+        """Restore a `state_dict` of a step, of any device."""
         for name in ("policy", "critic", "target"):
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.generator.set_state(state["generator"].cpu())
+        stream = state["generator"].cpu()
+        if stream.numel() == self.generator.get_state().numel():
+            self.generator.set_state(stream)
+            return
+        print(f"step {step} was on another kind of device: a new random stream begins")
+        seed = checkpoints.fresh_seed(self.generator.initial_seed(), step)
+        self.generator.manual_seed(seed)
 
 
 def sampled_returns(agent: SAC, robot: str, episodes: int, seed: int) -> np.ndarray:
@@ -243,12 +249,12 @@ def _restore(out: Path, agent: SAC, buffer: torch.Tensor) -> int:
     if not path.exists():
         _cut_log(out / "train.csv", 0)
         return 0
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     start = saved["step"]
     if start > len(buffer):
         raise ValueError(f"{path} is at step {start}; --steps must be at least that")
     _cut_log(out / "train.csv", start)
-    agent.load_state_dict(saved["agent"])
+    agent.load_state_dict(saved["agent"], start)
     buffer[:start] = saved["buffer"].to(buffer.device)
     return start
 

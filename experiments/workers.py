@@ -9,7 +9,6 @@ then saves and stops.
 import json
 import os
 import runpy
-import secrets
 import shutil
 import signal
 import socket
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 from corl import checkpoints, files, machine
 from experiments.cells import Cell, lock, read_state, write_state
 from experiments.programs import ROOT
+from experiments.ray_head import Head, set_environment
 from experiments.values import read_json
 
 REQUIREMENTS = "requirements-sweep.txt"
@@ -187,11 +187,8 @@ class RayPool:
 
     def __init__(self, address: str | None, workers: int | None, gpus: float):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if address is None and "RAY_AUTH_MODE" not in os.environ:
-            # For this Ray alone: it would otherwise leave a token in the home folder, which
-            # changes how every later Ray of this user starts.
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if address is None:
+            set_environment()
         try:
             import ray
         except ImportError:
@@ -201,15 +198,19 @@ class RayPool:
         self.ray, self.gpus = ray, gpus
         # Sent as code and not by name: a worker of a cluster need not find this package.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self.head: Head | None = None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if address is None:
-            options |= {"num_cpus": workers, "include_dashboard": False}
-            options |= {"_node_ip_address": "127.0.0.1"}
         try:
-            if address not in (None, "auto"):
+            if address is None:
+                self.head = Head(workers)
+            elif address != "auto":
                 _check_reachable(address)  # Ray itself would try for many minutes
-            ray.init(address or "local", **options)
-        except (OSError, RuntimeError, ValueError) as error:
+            ray.init(self.head.address if self.head else address, **options)
+        except BaseException as error:
+            if self.head is not None:
+                self.head.close()
+            if not isinstance(error, (OSError, RuntimeError, ValueError)):
+                raise
             text = " ".join(str(error).split())
             raise RuntimeError(
                 f"no Ray at {address or 'this machine'}: {text}"
@@ -265,6 +266,8 @@ class RayPool:
 
     def close(self) -> None:
         self.ray.shutdown()
+        if self.head is not None:
+            self.head.close()
 
 
 def _check_reachable(address: str) -> None:

@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from corl import checkpoints, files, machine
-from experiments.cells import Cell, lock, read_state, write_state
+from experiments.cells import Cell, CellFile, lock, read_state, write_state
 from experiments.programs import ROOT
 from experiments.ray_head import Head, set_environment
 from experiments.values import read_json
@@ -34,6 +34,25 @@ GRACE = 30.0
 # Environment variables of the sweep that its cells get on every machine.
 PASSED_ON = ("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK")
 
+RUN_AGAIN = "run the sweep again, which writes it anew"
+REMOVE = "remove it, and the sweep writes it again"
+REMOVE_CELL = "remove the offline model's folder and run the sweep again"
+
+
+class DatasetFacts(TypedDict):
+    """What a summary says of its dataset, as far as it is read here."""
+
+    sha256: str
+
+
+class Concluded(TypedDict):
+    """What is read of a finished cell's `summary.json`."""
+
+    dataset: DatasetFacts
+    score_offline: float | None
+    score_final: float | None
+
+
 # ---------------------------------------------------------------- one cell, in its own process
 
 
@@ -42,6 +61,7 @@ def run_cell(folder: Path) -> None:
 
     Raises:
         SystemExit: the algorithm's own exit status, or `STOPPED` when it saved and stopped.
+        ValueError: a damaged file of the cell.
     """
     # Held until this process ends, however it ends: two sweeps, or a restarted one and what
     # its predecessor left running, never write into one cell at the same time.
@@ -49,7 +69,7 @@ def run_cell(folder: Path) -> None:
         if read_state(folder).get("state") == "done":
             return
         (folder / "state.json").unlink(missing_ok=True)
-        about = read_json(folder / "cell.json")
+        about = read_json(folder / "cell.json", RUN_AGAIN, form=CellFile)
         sys.argv = [about["algorithm"], *_arguments(folder)]
         try:
             runpy.run_path(about["algorithm"], run_name="__main__")
@@ -75,11 +95,12 @@ def _arguments(folder: Path) -> list[str]:
 def _conclude(folder: Path, about: dict[str, Any]) -> None:
     """Write what others need of a finished cell: the model, its score, the state."""
     run = folder / "run"
-    summary = read_json(run / "summary.json")
+    summary = read_json(run / "summary.json", REMOVE, form=Concluded, finite=False)
     if about["is_model"]:
         checkpoints.export_corl(run, folder / "model.pt")
     if about["offline"]:
-        offline = read_json(Path(about["offline"]) / "run/summary.json")
+        file = Path(about["offline"]) / "run/summary.json"
+        offline = read_json(file, REMOVE_CELL, form=Concluded, finite=False)
         here, there = summary["dataset"]["sha256"], offline["dataset"]["sha256"]
         if here != there:
             raise SystemExit(
@@ -274,9 +295,19 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError("write HOST:PORT or auto")
+    if int(port) > 65535:
+        raise ValueError(f"{port} is no port: ports end at 65535")
     socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line that the top of this file shows; errors are one line."""
+    try:
+        run_cell(Path(argv[0]))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
     _end_with_worker()
-    run_cell(Path(sys.argv[1]))
+    main(sys.argv[1:])

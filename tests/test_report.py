@@ -375,7 +375,7 @@ def test_a_crash_while_a_run_is_stored_leaves_the_old_file(
     [
         (None, "x.json does not exist: mend it"),
         ("{", r"x.json is damaged \(.*\); mend it"),
-        ("[1]", "x.json is no JSON object; mend it"),
+        ("[1]", r"x.json is damaged \(the file must be an object, not \[1\]\); mend it"),
     ],
 )
 def test_a_file_without_a_json_object_is_named(tmp_path, text, message):

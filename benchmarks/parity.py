@@ -13,8 +13,10 @@ import inspect
 import runpy
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,8 +101,30 @@ def differences(a, b, parts: list[str]) -> dict[str, float]:
     return found
 
 
-def iql_cases(upstream) -> dict[str, dict[str, float]]:
-    """Our IQL against upstream's: case -> largest difference of every parameter."""
+class Setup(NamedTuple):
+    """How the cases are run.
+
+    Attributes:
+        updates: per trainer.
+        rows: of a batch.
+        compare: given the trainers of a case, ours first, and the names of their parts.
+    """
+
+    updates: int = UPDATES
+    rows: int = B
+    compare: Callable[..., Any] = differences
+
+
+WHOLE = Setup()
+
+
+def sides(ours, upstream) -> list:
+    """The modules that a case is run with; without upstream's it is ours alone."""
+    return [ours] if upstream is None else [ours, upstream]
+
+
+def iql_cases(upstream, setup=WHOLE) -> dict[str, Any]:
+    """Our IQL against upstream's: case -> what `setup.compare` finds."""
     settings = {
         "iql, locomotion": {},
         "iql, antmaze": {"beta": 10.0, "iql_tau": 0.9},
@@ -111,14 +135,14 @@ def iql_cases(upstream) -> dict[str, dict[str, float]]:
     for name, fields in settings.items():
         config = iql.TrainConfig(env=TASK, offline_iterations=15, compat=True, **fields)
         trainers = []
-        for module in (iql, upstream):
+        for module in sides(iql, upstream):
             trainer, buffer = iql_trainer(module, config), buffer_of(module, 0)
             np.random.seed(1)
             torch.manual_seed(1)
-            for _ in range(UPDATES):
-                trainer.train(buffer.sample(B))
+            for _ in range(setup.updates):
+                trainer.train(buffer.sample(setup.rows))
             trainers.append(trainer)
-        results[name] = differences(*trainers, ["qf", "q_target", "vf", "actor"])
+        results[name] = setup.compare(*trainers, ["qf", "q_target", "vf", "actor"])
     return results
 
 
@@ -180,23 +204,23 @@ def cql_trainer(module, config):
     )
 
 
-def cql_cases(ours, upstream) -> dict[str, dict[str, float]]:
+def cql_cases(ours, upstream, setup=WHOLE) -> dict[str, Any]:
     """The same for CQL or Cal-QL, whose calibration ends halfway."""
     results = {}
     for name, fields in CQL_SETTINGS.items():
         config = ours.TrainConfig(env=TASK, policy_lr=1e-4, compat=True, **fields)
         trainers = []
-        for module in (ours, upstream):
+        for module in sides(ours, upstream):
             trainer, buffer = cql_trainer(module, config), buffer_of(module, 0)
             np.random.seed(1)
             torch.manual_seed(1)
-            for step in range(UPDATES):
-                if step == UPDATES // 2 and hasattr(trainer, "switch_calibration"):
+            for step in range(setup.updates):
+                if step == setup.updates // 2 and hasattr(trainer, "switch_calibration"):
                     trainer.switch_calibration()
-                trainer.train(buffer.sample(B))
+                trainer.train(buffer.sample(setup.rows))
             trainers.append(trainer)
         parts = CQL_PARTS + ["log_alpha"] * config.use_automatic_entropy_tuning
-        results[f"{Path(ours.__file__).stem}, {name}"] = differences(*trainers, parts)
+        results[f"{Path(ours.__file__).stem}, {name}"] = setup.compare(*trainers, parts)
     return results
 
 
@@ -232,7 +256,7 @@ def dare_hook_of(trainer, config, offline, online, behavior):
     )
 
 
-def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
+def dare_iql_cases(patched, setup=WHOLE) -> dict[str, Any]:
     """Our DARE-IQL against upstream's IQL with our patch."""
     density = {"behavior": "mixture", "guidance_scale": 0.0}
     small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
@@ -250,9 +274,11 @@ def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
     results = {}
     for name, fields in settings.items():
         trainers = []
-        for module in (dare_iql, patched):
+        for module in sides(dare_iql, patched):
             block = module.DareIQLConfig(**fields)
-            config = dare_iql.TrainConfig(env=TASK, offline_iterations=15, dare=block)
+            config = dare_iql.TrainConfig(
+                env=TASK, offline_iterations=15, batch_size=setup.rows, dare=block
+            )
             trainer = iql_trainer(module, config)
             trainer.dare = block
             trainer.dare_generator = torch.Generator().manual_seed(0)
@@ -260,17 +286,17 @@ def dare_iql_cases(patched) -> dict[str, dict[str, float]]:
             source = dare_hook_of(trainer, config, *buffers, behavior_of(block))
             np.random.seed(1)
             replay = ExchangedBuffer(source, trainer)
-            for _ in range(UPDATES):
+            for _ in range(setup.updates):
                 if module is dare_iql:
                     dare_iql.step(trainer, source, config)
                 else:
-                    trainer.train(replay.sample(B))
+                    trainer.train(replay.sample(setup.rows))
             trainers.append(trainer)
-        results[name] = differences(*trainers, ["qf", "q_target", "vf", "actor"])
+        results[name] = setup.compare(*trainers, ["qf", "q_target", "vf", "actor"])
     return results
 
 
-def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
+def dare_cal_ql_cases(patched, setup=WHOLE) -> dict[str, Any]:
     """Our DARE-Cal-QL against upstream's Cal-QL with our patch."""
     density = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
     small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
@@ -288,9 +314,11 @@ def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
     results = {}
     for name, (fields, dare) in settings.items():
         trainers = []
-        for module in (dare_cal_ql, patched):
+        for module in sides(dare_cal_ql, patched):
             block = module.DareCalQLConfig(**dare)
-            config = dare_cal_ql.TrainConfig(env=TASK, dare=block, **fields)
+            config = dare_cal_ql.TrainConfig(
+                env=TASK, batch_size=setup.rows, dare=block, **fields
+            )
             trainer = cql_trainer(module, config)
             trainer.switch_calibration()
             buffers = buffer_of(module, 0), buffer_of(module, 1)
@@ -310,13 +338,13 @@ def dare_cal_ql_cases(patched) -> dict[str, dict[str, float]]:
             np.random.seed(1)
             torch.manual_seed(1)
             replay = ExchangedBuffer(source, trainer)
-            for _ in range(UPDATES):
+            for _ in range(setup.updates):
                 if module is dare_cal_ql:
                     dare_cal_ql.step(trainer, source, config)
                 else:
-                    trainer.train(replay.sample(B))
+                    trainer.train(replay.sample(setup.rows))
             trainers.append(trainer)
-        results[name] = differences(*trainers, [*CQL_PARTS, "log_alpha"])
+        results[name] = setup.compare(*trainers, [*CQL_PARTS, "log_alpha"])
     return results
 
 

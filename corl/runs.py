@@ -309,12 +309,6 @@ class Run:
                 self.print(
                     f"wandb did not finish ({failure}); metrics.csv has everything"
                 )
-        self._close(failed=error is not None)
-        if isinstance(error, FloatingPointError):
-            raise FloatingPointError(self._diverged(error)) from None
-        stopped = isinstance(error, KeyboardInterrupt)
-        if stopped and self._signal is not None and not isinstance(error, Interrupted):
-            raise Interrupted(str(error), self._signal) from error
 
     def _diverged(self, error: FloatingPointError) -> str:
         """The error's text with the step before it and the last good checkpoint after it."""

@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import filelock
 
@@ -23,6 +23,26 @@ from experiments.values import flatten, plain, read_json
 # Folder of the offline models, beside the folders of the sweeps.
 OFFLINE = "offline"
 REMOVE_STATE = "remove it, and the sweep looks at the cell again"
+
+
+class CellState(TypedDict, total=False):
+    """`state.json`: how a cell ended, with its score or the last lines of its log."""
+
+    state: Literal["done", "failed"]
+    score: float | None
+    error: list[str]
+
+
+class CellFile(TypedDict):
+    """`cell.json`: what a cell is. offline: folder of the offline cell."""
+
+    method: str
+    task: str
+    seed: int
+    algorithm: str
+    overrides: dict[str, Any]
+    offline: str | None
+    is_model: bool
 
 
 @dataclass
@@ -91,7 +111,12 @@ def check_begun(cell: Cell) -> None:
     """
     if not any(cell.folder.glob("*/config.yaml")):
         return
-    begun = flatten(read_yaml(cell.folder / "config.yaml"))
+    try:
+        begun = flatten(read_yaml(cell.folder / "config.yaml"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}; put the file back, or remove {machine.tidy_path(cell.folder)}"
+        ) from None
     model = Path(str(begun.get("load_model"))).parent.name
     if cell.model and model != cell.model.folder.name:
         raise ConfigError(
@@ -119,7 +144,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged.
     """
-    state = read_json(folder / "state.json", REMOVE_STATE, missing={})
+    # Older versions wrote a score that is no number as NaN.
+    state = read_json(
+        folder / "state.json", REMOVE_STATE, missing={}, form=CellState, finite=False
+    )
     score = state.get("score")
     if isinstance(score, float) and not math.isfinite(score):
         return {"state": "failed", "error": [f"its score is {score}"]}
@@ -147,7 +175,7 @@ def last_lines(folder: Path, count: int = 5) -> list[str]:
         with open(folder / "log.txt", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
             text = file.read().decode(errors="replace")
-    except FileNotFoundError:
+    except OSError:
         return []
     bar = re.compile(r".*\|\s*\d+/\d+ \[[^]]*\]")
     lines = [bar.sub("", line.split("\r")[-1]).strip() for line in text.split("\n")]

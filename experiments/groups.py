@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from corl.config import read_yaml
 from experiments.store import check_settings, online_steps, read_store
 
 EXPERIMENT_FIELDS = {
@@ -105,12 +104,7 @@ def read_experiment(folder: Path | str) -> Experiment:
 
 def _read_fields(file: Path) -> dict[str, Any]:
     """The fields of experiment.yaml, checked; {} where there is none."""
-    values = {}
-    if file.is_file():
-        try:
-            values = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+    values = read_yaml(file) if file.is_file() else {}
     _check_fields(values, EXPERIMENT_FIELDS, str(file))
     return values
 

@@ -10,9 +10,10 @@ distances in it mean something). Of an IQL run also the advantages of the rows t
 moves: what the conservative policy loss, weighted by the advantage, loses and gains by it.
 """
 
+import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -30,6 +31,12 @@ ROWS = 4096  # drawn from each buffer
 POINTS = 400  # of each buffer in the projection
 BINS = 60
 SHOWN = (2.5, 97.5)  # percentiles between which a histogram is drawn
+
+
+class Summary(TypedDict):
+    """What is read of the run's `summary.json`."""
+
+    algorithm: str
 
 
 class RunFiles(NamedTuple):
@@ -107,7 +114,14 @@ def read_files(folder: Path | str) -> RunFiles:
     folder = Path(folder)
     if not (folder / "summary.json").is_file():
         raise ValueError(f"{folder} is no finished run (no summary.json)")
-    name = read_json(folder / "summary.json")["algorithm"]
+    name = read_json(folder / "summary.json", "resume the run", form=Summary)[
+        "algorithm"
+    ]
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(
+            f"{folder / 'summary.json'}: algorithm {name!r} is no name of an algorithm file; "
+            "run it again"
+        )
     file = ROOT / "algorithms" / f"{name}.py"
     if not file.is_file():
         raise ValueError(

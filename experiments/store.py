@@ -4,11 +4,12 @@
 and provenance of one run. A label is one method. docs/report.md says what is refused, and why.
 """
 
+import csv
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -16,10 +17,9 @@ from corl import files
 from corl.config import FinetuneConfig, expand, read_yaml
 from corl.curves import read_csv
 from experiments import stats
-from experiments.values import dump_json, flatten, plain, read_json
+from experiments.stored import FORMAT, NAME, Machine, Snapshot, check_stored
+from experiments.values import check_form, dump_json, flatten, plain, read_json
 
-# Version of the form of a stored run.
-FORMAT = 1
 # Points of a metric's stored curve, at most.
 POINTS = 100
 # Columns of metrics.csv that are stored, of those that a run has. The first rows are what DARE
@@ -39,6 +39,10 @@ METRICS = (
 NOT_SETTINGS = FinetuneConfig.BOOKKEEPING | {
     *("dataset_path", "env", "load_model", "log_freq", "seed"),
 }
+# What to do about a damaged one.
+STORED_AGAIN = (
+    "take it from git, or remove it and add the run again (experiments.report add)"
+)
 # What a finished run's files hold in any case: file -> fields.
 REQUIRED = {
     "summary.json": (
@@ -47,6 +51,27 @@ REQUIRED = {
     ),
     "config.yaml": ("name", "offline_iterations"),
 }
+
+
+class Summary(TypedDict, total=False):
+    """What is read of a finished run's `summary.json`."""
+
+    algorithm: str
+    env: str
+    machine: Machine
+    versions: dict[str, str]
+    score_final: float | None
+    updates: int
+    updates_per_second: float
+    wall_seconds: float
+    offline_run: str | None
+
+
+class RunConfig(TypedDict, total=False):
+    """What is read of its `config.yaml`."""
+
+    name: str
+    offline_iterations: int
 
 
 # ---------------------------------------------------------------- from a run folder
@@ -64,11 +89,16 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
             without online evaluations, or with files that are damaged or disagree.
     """
     folder = Path(folder)
-    summary = read_json(folder / "summary.json", "the run is not finished; resume it")
+    summary = read_json(
+        folder / "summary.json",
+        "the run is not finished; resume it, which writes it",
+        form=Summary,
+    )
     config = read_yaml(folder / "config.yaml")
+    _naming(folder / "config.yaml", check_form, config, RunConfig, "")
     data = _check_provenance(folder, summary, config)
     label = label or str(config["name"])
-    if not re.fullmatch(r"\w[\w.,+=-]*", label):
+    if not re.fullmatch(NAME, label):
         raise ValueError(
             f"label {label!r} must be letters, digits and . , _ + = -, no sign first; give "
             "another one with --as"
@@ -92,8 +122,21 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
         "wall_seconds": _digits(summary["wall_seconds"]),
     }
     if (folder / "snapshot.json").is_file():
-        record["snapshot"] = read_json(folder / "snapshot.json")
+        record["snapshot"] = read_json(
+            folder / "snapshot.json",
+            "draw it again with `python -m experiments.report figures`",
+            form=Snapshot,
+        )
+    _naming(folder, check_stored, record)
     return record
+
+
+def _naming(path: Path, check: Callable[..., None], *values: Any) -> None:
+    """Run a check; its error names the file or folder and what to do."""
+    try:
+        check(*values)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); run it again") from None
 
 
 def _check_provenance(folder: Path, summary: Mapping, config: Mapping) -> dict[str, Any]:
@@ -128,6 +171,8 @@ def _check_final_score(folder: Path, evaluations: list[dict], summary: Mapping) 
             f"{folder} has no online evaluation; there is nothing to compare"
         )
     final = stats.final_score(scores)
+    if summary["score_final"] is None:
+        raise ValueError(f"{folder}: summary.json has no score_final; run it again")
     if not math.isclose(final, summary["score_final"], abs_tol=1e-6):
         raise ValueError(
             f"{folder}: evaluations.csv gives the final score {final:.3f}, summary.json says "
@@ -149,8 +194,8 @@ def _read_evaluations(path: Path) -> list[dict[str, Any]]:
             entry = found.setdefault((phase, int(step)), entry)
             entry["returns"].append(float(total))
             entry["scores"].append(float(score))
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+    except (OSError, KeyError, IndexError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}); run it again") from None
     for (phase, step), entry in found.items():
         if not np.isfinite(entry["returns"] + entry["scores"]).all():
             raise ValueError(
@@ -194,8 +239,8 @@ def _thin_metrics(path: Path, switch: int) -> dict[str, list]:
         bins = np.array_split(rows, min(POINTS, len(rows))) if rows else []
         thin = {"step": [int(columns["step"][b[-1]]) - switch for b in bins]}
         curves = {n: [float(v or "nan") for v in columns.get(n, [])] for n in METRICS}
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+    except (OSError, KeyError, IndexError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}); run it again") from None
     for name, curve in curves.items():
         values = np.array(curve)
         values = np.where(np.isfinite(values), values, np.nan)
@@ -253,14 +298,19 @@ def read_store(experiment: Path | str) -> list[dict[str, Any]]:
     """The stored runs of an experiment, by label, task and seed."""
     records = []
     for path in sorted(Path(experiment).glob("runs/*/*.json")):
-        record = read_json(path)
+        record = read_json(path, STORED_AGAIN)
+        names = {name: str(record.get(name)) for name in ("label", "env", "seed")}
         if record.get("format") != FORMAT or path != _store_path(
-            Path(experiment), record
+            Path(experiment), names
         ):
             raise ValueError(
                 f"{path} is no stored run of this place and format {FORMAT}; make it with "
                 "`python -m experiments.report add`"
             )
+        try:
+            check_stored(record)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); {STORED_AGAIN}") from None
         records.append(record)
     return sorted(records, key=lambda r: (r["label"], r["env"], r["seed"]))
 

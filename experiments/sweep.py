@@ -140,11 +140,11 @@ class Table:
         if state.get("state") == "failed":
             return "FAILED"
         if state.get("state") == "done":
-            score = state["score"]
+            score = state.get("score")
             return "done" if score is None else f"{score:.1f}"
         total = cell.config.offline_iterations + cell.config.online_iterations
         for file in cell.folder.glob("*/metrics.csv"):
-            step = _last_step(file)
+            step = max(0, min(_last_step(file), total))
             return f"{100 * step / max(total, 1):.0f} %"
         return "waiting"
 
@@ -215,7 +215,7 @@ def _last_step(file: Path) -> int:
         with open(file, newline="") as lines:
             rows = list(csv.reader(lines))
         return int(rows[-1][0])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, csv.Error):
         return 0  # only the header, or a row that is being written
 
 

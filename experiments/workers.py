@@ -10,7 +10,6 @@ import json
 import math
 import os
 import runpy
-import secrets
 import shutil
 import signal
 import socket
@@ -20,11 +19,12 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from corl import checkpoints, files, machine
-from experiments.cells import Cell, lock, read_state, write_state
+from experiments.cells import Cell, CellFile, lock, read_state, write_state
 from experiments.programs import ROOT
+from experiments.ray_head import Head, set_environment
 from experiments.values import read_json
 
 REQUIREMENTS = "requirements-sweep.txt"
@@ -35,6 +35,25 @@ GRACE = 30.0
 # Environment variables of the sweep that its cells get on every machine.
 PASSED_ON = ("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK")
 
+RUN_AGAIN = "run the sweep again, which writes it anew"
+REMOVE = "remove it, and the sweep writes it again"
+REMOVE_CELL = "remove the offline model's folder and run the sweep again"
+
+
+class DatasetFacts(TypedDict):
+    """What a summary says of its dataset, as far as it is read here."""
+
+    sha256: str
+
+
+class Concluded(TypedDict):
+    """What is read of a finished cell's `summary.json`."""
+
+    dataset: DatasetFacts
+    score_offline: float | None
+    score_final: float | None
+
+
 # ---------------------------------------------------------------- one cell, in its own process
 
 
@@ -43,6 +62,7 @@ def run_cell(folder: Path) -> None:
 
     Raises:
         SystemExit: the algorithm's own exit status, or `STOPPED` when it saved and stopped.
+        ValueError: a damaged file of the cell.
     """
     # Held until this process ends, however it ends: two sweeps, or a restarted one and what
     # its predecessor left running, never write into one cell at the same time.
@@ -50,7 +70,7 @@ def run_cell(folder: Path) -> None:
         if read_state(folder).get("state") == "done":
             return
         (folder / "state.json").unlink(missing_ok=True)
-        about = read_json(folder / "cell.json")
+        about = read_json(folder / "cell.json", RUN_AGAIN, form=CellFile)
         sys.argv = [about["algorithm"], *_arguments(folder)]
         try:
             runpy.run_path(about["algorithm"], run_name="__main__")
@@ -76,7 +96,7 @@ def _arguments(folder: Path) -> list[str]:
 def _conclude(folder: Path, about: dict[str, Any]) -> None:
     """Write what others need of a finished cell: the model, its score, the state."""
     run = folder / "run"
-    summary = read_json(run / "summary.json")
+    summary = read_json(run / "summary.json", REMOVE, form=Concluded, finite=False)
     for name, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SystemExit(f"error: {run / 'summary.json'}: {name} is {value}")
@@ -86,7 +106,8 @@ def _conclude(folder: Path, about: dict[str, Any]) -> None:
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
     if about["offline"]:
-        offline = read_json(Path(about["offline"]) / "run/summary.json")
+        file = Path(about["offline"]) / "run/summary.json"
+        offline = read_json(file, REMOVE_CELL, form=Concluded, finite=False)
         here, there = summary["dataset"]["sha256"], offline["dataset"]["sha256"]
         if here != there:
             raise SystemExit(
@@ -195,11 +216,8 @@ class RayPool:
 
     def __init__(self, address: str | None, workers: int | None, gpus: float):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if address is None and "RAY_AUTH_MODE" not in os.environ:
-            # For this Ray alone: it would otherwise leave a token in the home folder, which
-            # changes how every later Ray of this user starts.
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if address is None:
+            set_environment()
         try:
             import ray
         except ImportError:
@@ -209,15 +227,19 @@ class RayPool:
         self.ray, self.gpus = ray, gpus
         # Sent as code and not by name: a worker of a cluster need not find this package.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self.head: Head | None = None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if address is None:
-            options |= {"num_cpus": workers, "include_dashboard": False}
-            options |= {"_node_ip_address": "127.0.0.1"}
         try:
-            if address not in (None, "auto"):
+            if address is None:
+                self.head = Head(workers)
+            elif address != "auto":
                 _check_reachable(address)  # Ray itself would try for many minutes
-            ray.init(address or "local", **options)
-        except (OSError, RuntimeError, ValueError) as error:
+            ray.init(self.head.address if self.head else address, **options)
+        except BaseException as error:
+            if self.head is not None:
+                self.head.close()
+            if not isinstance(error, (OSError, RuntimeError, ValueError)):
+                raise
             text = " ".join(str(error).split())
             raise RuntimeError(
                 f"no Ray at {address or 'this machine'}: {text}"
@@ -273,15 +295,27 @@ class RayPool:
 
     def close(self) -> None:
         self.ray.shutdown()
+        if self.head is not None:
+            self.head.close()
 
 
 def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError("write HOST:PORT or auto")
+    if int(port) > 65535:
+        raise ValueError(f"{port} is no port: ports end at 65535")
     socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line that the top of this file shows; errors are one line."""
+    try:
+        run_cell(Path(argv[0]))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
     _end_with_worker()
-    run_cell(Path(sys.argv[1]))
+    main(sys.argv[1:])

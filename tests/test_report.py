@@ -57,6 +57,19 @@ class Config:
     dare: Dare = field(default_factory=Dare)
 
 
+SNAPSHOT = {
+    "step": 1,
+    "rows": 1,
+    "scores": None,
+    "advantages": None,
+    "action_error": {
+        **{"edges": [0.0, 1.0], "offline": [1], "online": [1]},
+        **{"offline_mean": 0.0, "online_mean": 0.0},
+    },
+    "projection": {"offline": [[0, 0]], "online": [[0, 0]], "variance": [1.0, 0.0]},
+}
+
+
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     """A run folder as `runs.Run` leaves it, with scores made up from the seed."""
@@ -265,9 +278,9 @@ def test_adding_again_renews_and_another_run_is_refused(make_run, tmp_path):
     (path,) = add([folder], store)
     before = path.read_bytes()
     assert add([folder], store) == [path] and path.read_bytes() == before
-    (folder / "snapshot.json").write_text('{"step": 1}')
+    (folder / "snapshot.json").write_text(json.dumps(SNAPSHOT))
     add([folder], store)
-    assert json.loads(path.read_text())["snapshot"] == {"step": 1}
+    assert json.loads(path.read_text())["snapshot"] == SNAPSHOT
     other = make_run(gain=5.0)
     with pytest.raises(ValueError, match="already holds another run of this label"):
         add([other], store)
@@ -357,7 +370,7 @@ def test_a_crash_while_a_run_is_stored_leaves_the_old_file(
     folder = make_run()
     (path,) = add([folder], tmp_path / "x")
     before = pages(tmp_path / "x")
-    (folder / "snapshot.json").write_text('{"step": 1}')
+    (folder / "snapshot.json").write_text(json.dumps(SNAPSHOT))
 
     def crash(*args):
         raise OSError("disk full")
@@ -375,7 +388,7 @@ def test_a_crash_while_a_run_is_stored_leaves_the_old_file(
     [
         (None, "x.json does not exist: mend it"),
         ("{", r"x.json is damaged \(.*\); mend it"),
-        ("[1]", "x.json is no JSON object; mend it"),
+        ("[1]", r"x.json is damaged \(the file must be an object, not \[1\]\); mend it"),
     ],
 )
 def test_a_file_without_a_json_object_is_named(tmp_path, text, message):

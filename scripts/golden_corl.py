@@ -1,0 +1,118 @@
+"""Golden numbers of CORL's own programs, by which tests hold ours without a CORL checkout.
+
+    python scripts/golden_corl.py --corl PATH      # writes tests/golden/corl.json
+
+Every case of benchmarks/parity.py is run with CORL's file, for fewer updates of fewer rows, and
+what its networks hold at the end is stored: of every parameter its sum, the sum of its absolute
+values and some of its values, and one SHA-256 over the bits of all. The cases named `patched` are
+CORL's file with our patch. tests/test_golden.py runs our files and compares.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from algorithms import cal_ql, cql
+from benchmarks import parity
+from corl import files, machine
+from experiments.values import dump_json
+from scripts import make_patches
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests/golden/corl.json"
+COMMAND = "python scripts/golden_corl.py --corl PATH"
+# One of the cases begins with 10 updates of behavior cloning.
+UPDATES, ROWS = 11, 16
+SAMPLES = 4
+DECIDE = ("torch", "numpy")
+
+
+def numbers(*trainers_and_parts: Any) -> dict[str, Any]:
+    """Of the last trainer: parameter -> its numbers, and the SHA-256 of all."""
+    *_, trainer, parts = trainers_and_parts
+    digest, found = hashlib.sha256(), {}
+    for part in parts:
+        for name, value in getattr(trainer, part).state_dict().items():
+            value = value.detach().contiguous()
+            digest.update(f"{part}.{name}".encode())
+            digest.update(value.numpy().tobytes())
+            flat = value.double().flatten()
+            places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long()
+            kept = [flat.sum(), flat.abs().sum(), *flat[places]]
+            found[f"{part}.{name}"] = [float(f"{x:.9g}") for x in kept]
+    return {"parameters": found, "sha256": digest.hexdigest()}
+
+
+SETUP = parity.Setup(UPDATES, ROWS, numbers)
+
+
+def cases(corl: Path | None) -> dict[str, Any]:
+    """Case -> numbers, of CORL's files below `corl`, or of ours."""
+    parts = ("iql", "cql", "cal_ql", "dare_iql", "dare_cal_ql")
+    return {k: v for part in parts for k, v in cases_of(part, corl).items()}
+
+
+def cases_of(part: str, corl: Path | None) -> dict[str, Any]:
+    """The cases of one algorithm file."""
+    if corl is None:
+        upstream = None
+    elif part.startswith("dare_"):
+        upstream = parity.patched_module(corl, part.removeprefix("dare_"))
+    else:
+        upstream = parity.load(corl / f"algorithms/finetune/{part}.py")
+    if part == "iql":
+        return parity.iql_cases(upstream, SETUP)
+    if part == "dare_iql":
+        return parity.dare_iql_cases(upstream, SETUP)
+    if part == "dare_cal_ql":
+        return parity.dare_cal_ql_cases(upstream, SETUP)
+    return parity.cql_cases({"cql": cql, "cal_ql": cal_ql}[part], upstream, SETUP)
+
+
+def made_here(record: dict[str, Any]) -> bool:
+    """Whether the numbers are of this processor and these versions."""
+    return record["made_on"] == made_on()
+
+
+def made_on() -> dict[str, str]:
+    """What decides the last bits of float32."""
+    versions = machine.versions()
+    processor = machine.describe()["processor"]
+    return {
+        "processor": processor,
+        # A name may stand for processors with different instructions.
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        **{name: versions[name] for name in DECIDE},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corl", type=Path, required=True, help="a CORL checkout")
+    args = parser.parse_args(argv)
+    machine.configure_threads(1)
+    for patch in make_patches.patches().values():
+        # Its SHA-256 shows that the checkout is of the commit below.
+        make_patches.check_target(patch, args.corl)
+    record = {
+        "corl": make_patches.COMMIT,
+        "command": COMMAND,
+        "made_on": made_on(),
+        "updates": UPDATES,
+        "rows": ROWS,
+        "cases": cases(args.corl),
+    }
+    GOLDEN.parent.mkdir(exist_ok=True)
+    files.write_text(GOLDEN, dump_json(record))
+    print(f"{GOLDEN.relative_to(ROOT)}: {len(record['cases'])} cases")
+
+
+if __name__ == "__main__":
+    main()

@@ -191,6 +191,11 @@ def export(dataset: sources.Dataset, form: str, target: str) -> None:
         ValueError, RuntimeError: as of `minari.to_d4rl` and `minari.to_minari`.
     """
     task, facts = dataset.task, dataset.provenance
+    if dataset.shuffled:
+        raise ValueError(
+            f"{facts['path']}: the rows are shuffled; readers of an exported file would take "
+            "each row for the next one of the row before"
+        )
     source = "minari" if facts["source"] == "minari" else "file"
     # Read again, because q-learning arrays lack some of the rows.
     raw, _ = sources.find(task, source, facts["path"])

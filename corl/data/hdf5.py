@@ -159,6 +159,33 @@ def plain_dataset(file: h5py.Group, path: Path | str, key: str) -> h5py.Dataset:
     return dataset
 
 
+def copy_plain(
+    source: h5py.Group, target: h5py.Group, path: Path | str, skip: Collection[str] = ()
+) -> None:
+    """Copy everything of a group but the keys in `skip`; errors as `plain_columns`."""
+    seen: set[int] = set()
+
+    def check(group: h5py.Group, keys: Collection[str]) -> None:
+        for key in keys:
+            if isinstance(group.get(key, getlink=True), h5py.HardLink):
+                item = group[key]
+                if isinstance(item, h5py.Group):
+                    address = h5py.h5o.get_info(item.id).addr
+                    if address not in seen:
+                        seen.add(address)
+                        check(item, list(item))
+                    continue
+                if not isinstance(item, h5py.Dataset) or item.shape is None:
+                    # Types and empty datasets hold no values.
+                    continue
+            plain_dataset(group, path, key)
+
+    keys = sorted(set(source) - set(skip))
+    check(source, keys)
+    for key in keys:
+        source.copy(source[key], target, key)
+
+
 def _check_written(dataset: h5py.Dataset, path: Path | str, key: str) -> None:
     """Rows that were never written would be read as zeros."""
     if not dataset.size:

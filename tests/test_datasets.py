@@ -736,7 +736,7 @@ def test_unreachable_server_is_asked_once_per_process(home, monkeypatch, capsys)
 
 def test_download_without_a_known_checksum_says_so(home, server, monkeypatch):
     monkeypatch.setattr(published, "CHECKSUMS", "")
-    label = sources.resolve(TASK).provenance["label"]
+    label = sources.resolve(TASK, "d4rl").provenance["label"]
     assert label.startswith("unknown file (not D4RL's checksum)")
 
 

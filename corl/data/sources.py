@@ -156,7 +156,11 @@ def _first_that_answers(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """`find` among D4RL's folder and server and, where `source` is auto, the stand-in."""
     reasons = []
-    for name, get in (("d4rl_dir", in_d4rl_folder), ("d4rl", _download)):
+
+    def ask(task: tasks.Task) -> Path:
+        return _download(task, asked_for=source == "d4rl")
+
+    for name, get in (("d4rl_dir", in_d4rl_folder), ("d4rl", ask)):
         if source in ("auto", name):
             try:
                 return _from_file(task, name, get(task))
@@ -198,10 +202,11 @@ def in_d4rl_folder(task: tasks.Task) -> Path:
     return path
 
 
-def _download(task: tasks.Task) -> Path:
+def _download(task: tasks.Task, asked_for: bool = False) -> Path:
     """D4RL's file, downloaded into D4RL's folder, where the package d4rl looks too.
 
-    Where the file's checksum is public, a file with another one is refused.
+    Where the file's checksum is public, a file with another one is refused. Where it is not, the
+    file comes over https, or has to be `asked_for`.
 
     Raises:
         NotFound: downloads are switched off, the server cannot be reached or has no such file.
@@ -218,6 +223,12 @@ def _download(task: tasks.Task) -> Path:
     if server in unreachable:
         raise NotFound(unreachable[server])
     known = published.known_files().get(task.name, ())
+    if not known and not asked_for and not address.startswith("https://"):
+        raise NotFound(
+            f"D4RL publishes no checksum of {target.name}, and {server} is not encrypted, so "
+            "nobody would notice a file that was changed on the way; dataset_source d4rl "
+            "fetches it all the same"
+        )
     try:
         return download.download(address, target, *known)
     except download.Unreachable as error:

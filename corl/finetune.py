@@ -124,9 +124,9 @@ class Session:
 
     def _open(self) -> None:
         config, task, device = self.config, self.task, self.device
-        data = load_data(config, task, device)
+        data = load_data(config, task, device, self.run.return_rule)
         self.run.dataset, self.normalization = data.provenance, data.normalization
-        self._rewards = {k: data.arrays[k] for k in ("rewards", "terminals")}
+        self._return_range = data.return_range
         mean, std = data.normalization.mean, data.normalization.std
         env = wrap_env(self._env, mean, std)
         eval_env = wrap_env(self._eval_env, mean, std)
@@ -198,8 +198,13 @@ class Session:
         self.run.panels, self.run.means = panels, means
 
     def return_span(self) -> float:
-        """Largest minus smallest return of the dataset's finished episodes, as trained on."""
-        low, high = return_reward_range(self._rewards, self.task.horizon)
+        """Largest minus smallest return of the dataset's finished episodes, as trained on.
+
+        Antmaze's returns, which count rows at the goal, scale nothing: 0.
+        """
+        if self.task.robot == "antmaze":
+            return 0.0
+        low, high = self._return_range()
         return high - low
 
     # -- start ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from corl import checkpoints, curves, files, machine
+from corl import checkpoints, curves, files, machine, rewards
 from corl.config import ConfigError, dump_config
 from corl.progress import progress_bar
 
@@ -36,7 +36,10 @@ COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
 # Names of parts in checkpoints of before version 0.2.
 OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
-CARRIED = ("scores", "wall_seconds", "update_seconds", "updates", "switched")
+CARRIED = (
+    *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
+    "return_rule",
+)
 
 
 class Run:
@@ -79,6 +82,7 @@ class Run:
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
+        self.return_rule = rewards.return_rule(config)  # of the dataset's return range
         self.switched = False  # has the switch to the online phase been made?
         self.bar: tqdm | None = None
         self.wandb: Any = None
@@ -131,6 +135,8 @@ class Run:
             )
         self.checkpoint = checkpoints.load_checkpoint(path, self.algorithm)
         self.step = self.checkpoint["step"]
+        # Runs of before this was written used upstream's rule, and go on with it.
+        self.return_rule = rewards.UPSTREAM
         for name in CARRIED:
             if name in self.checkpoint["run"]:
                 setattr(self, name, self.checkpoint["run"][name])
@@ -305,6 +311,14 @@ class Run:
                 f"the dataset {self.dataset.get('path')} is not the one this run began with "
                 "(its sha256 differs); put that file back or start a new run"
             )
+        if "return_rule" not in state["run"] and self.dataset.get("order") in (
+            "cut",
+            "shuffled",
+        ):
+            raise ConfigError(
+                f"{self.folder} began with an older version, which ignored that the rows of "
+                f"{self.dataset.get('path')} are {self.dataset['order']}; start a new run"
+            )
         saved = state["parts"]
         for name, part in parts.items():
             old_name = OLD_NAMES.get(name, name)
@@ -359,6 +373,8 @@ class Run:
                 "path": machine.tidy_path(data["path"]) if data.get("path") else None,
                 "sha256": data.get("sha256"),
                 "rows": data.get("rows"),
+                # None: the run scaled nothing by returns.
+                "return_range": data.get("return_range"),
             },
             **self.code,
             "machine": machine.describe(),

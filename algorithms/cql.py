@@ -10,6 +10,9 @@ What differs from upstream, and why (`compat: true` brings the upstream behaviou
 - After `load_model` the entropy and Lagrange multipliers go on learning. Upstream's optimizers
   keep the parameters from before the load, so that they never change again.
 - The warm-up of `bc_steps` clones the dataset's actions. Upstream scores a new sample instead.
+- The range of returns behind `normalize_reward` is that of the file's whole episodes. Upstream
+  walks over the rows that are left when D4RL has dropped those of time-outs, so that long
+  episodes drift against each other.
 - Evaluation episodes are seeded with `eval_seed`. Upstream overwrites it with `seed`.
 - A dataset that exactly fills the buffer can be fine-tuned. Upstream's write pointer is then
   out of range.

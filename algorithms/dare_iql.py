@@ -23,6 +23,9 @@ updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/iq
 What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
 - The cosine schedule of the actor's learning rate ends with the offline phase; online the rate
   is constant. Upstream goes on stepping it, so it restarts at 0 online and climbs.
+- The range of returns behind `normalize_reward` is that of the file's whole episodes. Upstream
+  walks over the rows that are left when D4RL has dropped those of time-outs, so that long
+  episodes drift against each other.
 - Evaluation episodes are seeded with `eval_seed`. Upstream overwrites it with `seed`.
 - A dataset that exactly fills the buffer can be fine-tuned. Upstream's write pointer is then
   out of range.

@@ -118,7 +118,7 @@ class Experiment:
         collector = finetune.OnlineCollector(env, self.online, task, "cpu")
         for _ in range(settings.online_rows):
             collector.step(self.trainer.actor)
-        low, high = finetune.return_reward_range(self.data.arrays, task.horizon)
+        low, high = self.data.return_range()
         self.q_scale = hook.energy_q_scale(settings.env, high - low)
         self.behaviors = {kind: self.fit(kind) for kind in ("diffusion", "mixture")}
 

@@ -144,10 +144,10 @@ class Session:
 
     def _open(self) -> None:
         config, task, device = self.config, self.task, self.device
-        data = load_data(config, task, device)
+        data = load_data(config, task, device, self.run.return_rule)
         self.run.dataset, self.normalization = data.provenance, data.normalization
         self.run.check_dataset()
-        self._rewards = {k: data.arrays[k] for k in ("rewards", "terminals")}
+        self._return_range = data.return_range
         mean, std = data.normalization.mean, data.normalization.std
         env, eval_env = (
             wrap_env(CheckedEnv(raw, role, config), mean, std)
@@ -233,8 +233,13 @@ class Session:
         self.run.panels, self.run.means, self.run.undefined = panels, means, undefined
 
     def return_span(self) -> float:
-        """Largest minus smallest return of the dataset's finished episodes, as trained on."""
-        low, high = return_reward_range(self._rewards, self.task.horizon)
+        """Largest minus smallest return of the dataset's finished episodes, as trained on.
+
+        Antmaze's returns, which count rows at the goal, scale nothing: 0.
+        """
+        if self.task.robot == "antmaze":
+            return 0.0
+        low, high = self._return_range()
         return high - low
 
     # -- start ----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from corl import checkpoints, curves, files, finite, fits, locks, machine
+from corl import checkpoints, curves, files, finite, fits, locks, machine, rewards
 from corl.config import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
 
@@ -41,7 +41,10 @@ COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
 # Names of parts in checkpoints of before version 0.2.
 OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
-CARRIED = ("scores", "wall_seconds", "update_seconds", "updates", "switched")
+CARRIED = (
+    *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
+    "return_rule",
+)
 # Files that grow row by row. A checkpoint knows what was in them.
 TABLES = ("metrics.csv", "evaluations.csv")
 WRITTEN = ("config.yaml", "checkpoint.pt", "summary.json", "curves.png", *TABLES)
@@ -105,6 +108,7 @@ class Run:
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
+        self.return_rule = rewards.return_rule(config)  # of the dataset's return range
         # Returns of the last evaluation of this process, and the updates before it.
         self.evaluated: tuple[np.ndarray, int] = (np.empty(0), 0)
         self.switched = False  # has the switch to the online phase been made?
@@ -206,6 +210,8 @@ class Run:
         fits.check_layout(state, path)
         self.checkpoint = state
         self.step = self.saved_step = state["step"]
+        # Runs of before this was written used upstream's rule, and go on with it.
+        self.return_rule = rewards.UPSTREAM
         self._check_same(state.get("config"), self._settings())
         if self.step > self.total:
             needed = self.step - self.config.offline_iterations
@@ -503,7 +509,7 @@ class Run:
         """Before a resumed run spends time: `dataset` must be what the run began with.
 
         Raises:
-            ConfigError: its sha256 is another.
+            ConfigError: its sha256 is another, or an older version read its rows in another way.
         """
         began = self.checkpoint["dataset_sha256"] if self.checkpoint else None
         if self.checkpoint and began != self.dataset.get("sha256"):
@@ -511,6 +517,13 @@ class Run:
                 f"the dataset {self.dataset.get('path')} is not the one this run began with "
                 "(its sha256 differs); put that file back, give its new place with "
                 "--dataset_path, or start a new run"
+            )
+        run = self.checkpoint["run"] if self.checkpoint else {"return_rule": ""}
+        order = self.dataset.get("order")
+        if "return_rule" not in run and order in ("cut", "shuffled"):
+            raise ConfigError(
+                f"{self.folder} began with an older version, which ignored that the rows of "
+                f"{self.dataset.get('path')} are {order}; start a new run"
             )
 
     def restore(self, parts: dict[str, Any]) -> None:
@@ -602,6 +615,8 @@ class Run:
                 "path": machine.tidy_path(data["path"]) if data.get("path") else None,
                 "sha256": data.get("sha256"),
                 "rows": data.get("rows"),
+                # None: the run scaled nothing by returns.
+                "return_range": data.get("return_range"),
             },
             **self.code,
             "machine": machine.describe(),

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from corl import files
+from corl import files, rewards
 from corl.config import FinetuneConfig, expand, read_yaml
 from corl.curves import read_csv
 from experiments import stats
@@ -315,8 +315,42 @@ def read_store(experiment: Path | str) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (r["label"], r["env"], r["seed"]))
 
 
+def return_rule(record: Mapping) -> str | None:
+    """Where the return range that a stored run scaled by comes from; None if it scaled nothing.
+
+    A run of before this was stored used upstream's rule, if its settings made it use any.
+    """
+    if "return_range" in record["dataset"]:
+        found = record["dataset"]["return_range"]
+        return found["rule"] if found else None
+    config = flatten(record["config"])
+    scaled = config.get("normalize_reward") or (
+        config.get("dare.q_scale") == "returns" and config.get("dare.guidance_scale")
+    )
+    return rewards.UPSTREAM if scaled else None
+
+
+def check_rules(records: Iterable[Mapping], where: str) -> None:
+    """Runs that are shown together must scale by return ranges of one rule; else ValueError."""
+    first: dict[str, Mapping] = {}
+    for record in records:
+        rule = return_rule(record)
+        if rule is None:
+            continue
+        other = first.setdefault(record["env"], record)
+        if return_rule(other) != rule:
+            raise ValueError(
+                f"{where}, {record['env']}: {record['label']} seed {record['seed']} scaled by a "
+                f"return range of the rule {rule!r}, {other['label']} seed {other['seed']} by "
+                f"{return_rule(other)!r}; run the older one again"
+            )
+
+
 def check_settings(records: Iterable[Mapping]) -> None:
     """Runs that share label and task may differ in nothing but the seed; else ValueError."""
+    records = list(records)
+    for label in sorted({record["label"] for record in records}):
+        check_rules((r for r in records if r["label"] == label), f"label {label}")
     first: dict[tuple, Mapping] = {}
     for record in records:
         other = first.setdefault((record["label"], record["env"]), record)

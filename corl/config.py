@@ -91,6 +91,11 @@ class FinetuneConfig:
     RESUMABLE: ClassVar[frozenset] = frozenset(
         {"resume", "online_iterations", "wandb_mode", "device"}
     )
+    # Other spellings of fields, upstream's: {"gamma": "discount"}. Files and flags may use them;
+    # a resolved config holds the names of the fields.
+    ALIASES: ClassVar[dict[str, str]] = {}
+    # The field that seeds evaluations where `compat` reproduces upstream.
+    COMPAT_EVAL_SEED: ClassVar[str] = "seed"
     # What a long run names for a first look in minutes.
     QUICK_START: ClassVar[str] = ""
 
@@ -153,6 +158,8 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
     if "-h" in argv or "--help" in argv:
         print("--config FILE reads a YAML file; flags win over it.\n")
         pyrallis.argparsing.ArgumentParser(config_class).print_help()
+        for alias, name in aliases_of(config_class).items():
+            print(f"--{alias} is another spelling of --{name}")
         raise SystemExit(0)
     try:
         return _parse(config_class, argv)
@@ -162,7 +169,7 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
 
 
 def _parse(config_class: Any, argv: list[str]) -> Any:
-    flags = _read_flags(argv)
+    flags = with_field_names(config_class, _read_flags(argv), "the command line")
     files: list[str] = [
         flags.pop(name) for name in ("config", "config_path") if name in flags
     ]
@@ -181,7 +188,8 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         files = [str(folder / "config.yaml")]
     for file in files:
         origin = str(file)
-        values.update(read_yaml(Path(str(file))))
+        read = read_yaml(Path(str(file)))
+        values.update(with_field_names(config_class, read, origin))
     values = without_foreign_blocks(config_class, values, origin)
     _check(config_class, values, origin)
     if values.get("resume") and "resume" not in flags:
@@ -195,6 +203,32 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
             target = target[block]
         target[last] = value
     return _build(config_class, _check(config_class, values, "command line"))
+
+
+def aliases_of(config_class: type) -> dict[str, str]:
+    """Other spellings of a config's fields -> the fields."""
+    return getattr(config_class, "ALIASES", {})
+
+
+def with_field_names(
+    config_class: type, values: dict[str, Any], origin: str
+) -> dict[str, Any]:
+    """The values under the names of the fields, where a file or a flag has another spelling.
+
+    Raises:
+        ConfigError: a field is given under both of its names.
+    """
+    aliases = aliases_of(config_class)
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        field = aliases.get(key, key)
+        if field in named:
+            spellings = " and ".join(k for k in values if aliases.get(k, k) == field)
+            raise ConfigError(
+                f"{origin}: {spellings} are the same field; leave one of them out"
+            )
+        named[field] = value
+    return named
 
 
 def without_foreign_blocks(config_class: type, values: dict, origin: str) -> dict:
@@ -335,6 +369,7 @@ def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
 
     values: dict[str, Any] = {}
     for origin, layer in layers:
+        layer = with_field_names(config_class, layer, origin)
         values = merge(values, _check(config_class, layer, origin))
     return _build(config_class, values)
 

@@ -79,7 +79,7 @@ def opened_parts(module, tmp_path, monkeypatch, **fields):
         parts[name] = part
         return part
 
-    def start(self, offline, online, estimate=True):
+    def start(self, offline, online, **options):
         raise Opened
 
     with monkeypatch.context() as patch, pytest.raises(Opened):

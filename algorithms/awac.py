@@ -201,7 +201,8 @@ class AdvantageWeightedActorCritic:
     ):
         self.actor, self.critic_1, self.critic_2 = actor, critic_1, critic_2
         self.target_critic_1, self.target_critic_2 = (
-            copy.deepcopy(critic).requires_grad_(False) for critic in (critic_1, critic_2)
+            copy.deepcopy(critic).requires_grad_(False)
+            for critic in (critic_1, critic_2)
         )
         self.actor_optimizer = actor_optimizer
         self.critic_1_optimizer = critic_1_optimizer

@@ -233,7 +233,9 @@ def test_the_behavior_cloning_term_changes_with_the_environment_steps(
     """Not with the updates, of which there are two a step and none in the warm-up."""
     record = recorded(name, bc_online=bc_online)
     weights = [u.bc_weight for u in record.of("update")]
-    t = np.repeat(np.arange(3, 17), 2)  # environment steps made, from the end of the warm-up
+    t = np.repeat(
+        np.arange(3, 17), 2
+    )  # environment steps made, from the end of the warm-up
     expected = {
         "keep": np.ones(28),
         "drop": np.zeros(28),

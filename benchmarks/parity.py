@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl import arguments, d4rl_shim, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -224,6 +224,78 @@ def cql_cases(ours, upstream, setup=WHOLE) -> dict[str, Any]:
     return results
 
 
+def actor_critic_trainer(module, config):
+    """A trainer of TD3+BC or AWAC; networks are built in the order of the upstream script."""
+    torch.manual_seed(0)
+    if hasattr(module, "make_trainer"):
+        return module.make_trainer(config, S, A, 1.0, "cpu")
+    is_td3 = hasattr(module, "TD3_BC")
+    rate = 3e-4 if is_td3 else config.learning_rate
+    width = () if is_td3 else (config.hidden_dim,)
+    networks = {"actor": module.Actor(S, A, *(width or (1.0,)))}
+    for name in ("critic_1", "critic_2"):
+        networks[name] = module.Critic(S, A, *width)
+    parts = {
+        f"{name}_optimizer": torch.optim.Adam(network.parameters(), lr=rate)
+        for name, network in networks.items()
+    }
+    kind = module.TD3_BC if is_td3 else module.AdvantageWeightedActorCritic
+    known = inspect.signature(kind).parameters
+    fields = {k: getattr(config, k) for k in known if hasattr(config, k)}
+    if is_td3:
+        fields.update(max_action=1.0, device="cpu")
+    else:
+        fields["gamma"] = config.discount
+    trainer = kind(**networks, **parts, **fields)
+    if not is_td3:  # its names are private, and its `train` is called `update`
+        for name in ("actor", "critic_1", "critic_2"):
+            setattr(trainer, name, getattr(trainer, f"_{name}"))
+        for name in awac.TARGETS:
+            setattr(trainer, name, getattr(trainer, f"_{name}"))
+        trainer.train = trainer.update
+    return trainer
+
+
+ACTOR_CRITIC_SETTINGS = {
+    td3_bc: {
+        "locomotion": {},
+        "seldom policy updates, small noise": {
+            "policy_freq": 3,
+            "policy_noise": 0.05,
+            "noise_clip": 0.02,
+            "alpha": 0.4,
+            "tau": 0.1,
+        },
+    },
+    awac: {
+        "locomotion": {"awac_lambda": 0.3333},
+        "antmaze": {"awac_lambda": 0.1},
+        "narrow": {"hidden_dim": 64, "discount": 0.9, "learning_rate": 1e-2},
+    },
+}
+
+
+def actor_critic_cases(ours, upstream) -> dict[str, dict[str, float]]:
+    """The same for TD3+BC or AWAC."""
+    results = {}
+    for name, fields in ACTOR_CRITIC_SETTINGS[ours].items():
+        config = ours.TrainConfig(env=TASK, compat=True, **fields)
+        trainers = []
+        for module in (ours, upstream):
+            trainer, buffer = actor_critic_trainer(module, config), buffer_of(module, 0)
+            np.random.seed(1)
+            torch.manual_seed(1)
+            for _ in range(UPDATES):
+                trainer.train(buffer.sample(B))
+            trainers.append(trainer)
+        targets = awac.TARGETS
+        if ours is td3_bc:
+            targets = [f"{name}_target" for name in td3_bc.WITH_TARGET]
+        parts = ["actor", "critic_1", "critic_2", *targets]
+        results[f"{Path(ours.__file__).stem}, {name}"] = differences(*trainers, parts)
+    return results
+
+
 class EveryRow(hook.DareHook):
     """A hook that hides how many rows are kept.
 
@@ -371,6 +443,9 @@ def main() -> None:
         results = iql_cases(load(upstream / "iql.py"))
         results.update(cql_cases(cql, load(upstream / "cql.py")))
         results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
+        offline = load(upstream.parent / "offline/td3_bc.py")
+        results.update(actor_critic_cases(td3_bc, offline))
+        results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
         results.update(dare_iql_cases(patched_module(args.corl, "iql")))
         results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
     lines = [

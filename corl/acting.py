@@ -262,7 +262,8 @@ class Evaluator:
     ) -> Dict[str, float]:
         """Write the episodes down; returns the metrics of this evaluation."""
         config = self.config
-        seed = config.seed if config.compat else config.eval_seed
+        field = config.COMPAT_EVAL_SEED if config.compat else "eval_seed"
+        seed = getattr(config, field)
         returns, success = eval_actor(
             self.env, actor, self.device, config.n_episodes, seed
         )

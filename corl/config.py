@@ -49,7 +49,7 @@ CORL_FIELDS = {
         "alpha awac_lambda policy_noise policy_freq hidden_dim vae_lr vae_hidden_dim "
         "vae_latent_dim vae_iterations lambd num_samples iwae lambd_cool lambd_end "
         "actor_init_w critic_init_w online_discount".split(),
-        "it belongs to an algorithm of CORL that is not here",
+        "it belongs to another algorithm of CORL",
     ),
 }
 
@@ -151,6 +151,11 @@ class FinetuneConfig:
             *("dataset_path", "dataset_source"),
         }
     )
+    # Other spellings of fields, upstream's: {"gamma": "discount"}. Files and flags may use them;
+    # a resolved config holds the names of the fields.
+    ALIASES: ClassVar[dict[str, str]] = {}
+    # The field that seeds evaluations where `compat` reproduces upstream.
+    COMPAT_EVAL_SEED: ClassVar[str] = "seed"
     # What a long run names for a first look in minutes.
     QUICK_START: ClassVar[str] = ""
 
@@ -206,6 +211,8 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
     if "-h" in argv or "--help" in argv:
         print("--config FILE reads a YAML file; flags win over it.\n")
         pyrallis.argparsing.ArgumentParser(config_class).print_help()
+        for alias, name in aliases_of(config_class).items():
+            print(f"--{alias} is another spelling of --{name}")
         raise SystemExit(0)
     try:
         return _parse(config_class, argv)
@@ -215,7 +222,7 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
 
 
 def _parse(config_class: Any, argv: list[str]) -> Any:
-    flags = _read_flags(argv)
+    flags = with_field_names(config_class, _read_flags(argv), "the command line")
     files: list[str] = [
         flags.pop(name) for name in ("config", "config_path") if name in flags
     ]
@@ -234,7 +241,7 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         files = [str(folder / "config.yaml")]
     for file in files:
         origin = str(file)
-        values.update(read_yaml(file))
+        values.update(with_field_names(config_class, read_yaml(file), origin))
     values = without_foreign_blocks(config_class, values, origin)
     try:
         _check(config_class, values, origin)
@@ -259,6 +266,32 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
                 )
         target[last] = value
     return _build(config_class, _check(config_class, values, "command line"))
+
+
+def aliases_of(config_class: type) -> dict[str, str]:
+    """Other spellings of a config's fields -> the fields."""
+    return getattr(config_class, "ALIASES", {})
+
+
+def with_field_names(
+    config_class: type, values: dict[str, Any], origin: str
+) -> dict[str, Any]:
+    """The values under the names of the fields, where a file or a flag has another spelling.
+
+    Raises:
+        ConfigError: a field is given under both of its names.
+    """
+    aliases = aliases_of(config_class)
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        field = aliases.get(key, key)
+        if field in named:
+            spellings = " and ".join(k for k in values if aliases.get(k, k) == field)
+            raise ConfigError(
+                f"{origin}: {spellings} are the same field; leave one of them out"
+            )
+        named[field] = value
+    return named
 
 
 def without_foreign_blocks(config_class: type, values: dict, origin: str) -> dict:
@@ -465,6 +498,7 @@ def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
 
     values: dict[str, Any] = {}
     for origin, layer in layers:
+        layer = with_field_names(config_class, layer, origin)
         values = merge(values, _check(config_class, layer, origin))
     return _build(config_class, values)
 

@@ -127,6 +127,7 @@ class Session:
         self._algorithm, self._columns = Path(file).stem, [*columns, *COLUMNS]
         self._parts: Dict[str, Any] = {}
         self._total = config.offline_iterations + config.online_iterations
+        self._period = 1  # updates after which their work repeats; see `start`
         self._clock: Optional[float] = None  # when the running updates began
 
     def __enter__(self) -> "Session":
@@ -249,6 +250,7 @@ class Session:
         offline: Callable[[], Any],
         online: Callable[[], Any],
         estimate: bool = True,
+        period: int = 1,
     ) -> None:
         """Say how long the run will take, do what parts do first, go on from a checkpoint.
 
@@ -256,8 +258,11 @@ class Session:
             offline, online: one update of each phase. They are tried on the real parts, which
                 are put back afterwards, so that neither bits nor compiled graphs notice.
             estimate: False leaves the trial out.
+            period: updates after which their work repeats, such as those between two updates of
+                a delayed actor. The trial is made of whole periods.
         """
         if estimate:
+            self._period = period
             self._announce(self._estimate(offline, online))
         for part in self._parts.values():
             if hasattr(part, "begin"):
@@ -318,11 +323,15 @@ class Session:
         return now() - start
 
     def _seconds_per_call(self, work: Callable[[], Any]) -> float:
-        work()  # warms up, and compiles
-        seconds = [self._seconds_of(work)]
-        while len(seconds) < 10 and sum(seconds) < 2.0:
-            seconds.append(self._seconds_of(work))
-        return sum(seconds) / len(seconds)
+        def whole_period() -> None:
+            for _ in range(self._period):
+                work()
+
+        whole_period()  # warms up, and compiles
+        seconds = [self._seconds_of(whole_period)]
+        while len(seconds) * self._period < 10 and sum(seconds) < 2.0:
+            seconds.append(self._seconds_of(whole_period))
+        return sum(seconds) / (len(seconds) * self._period)
 
     def _announce(self, seconds: Dict[str, float]) -> None:
         total = sum(seconds.values())

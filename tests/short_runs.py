@@ -4,7 +4,7 @@ import pytest
 import torch
 import toy
 
-from algorithms import dare_cal_ql, dare_iql, iql
+from algorithms import awac, dare_cal_ql, dare_iql, iql, td3_bc
 from corl import finetune, runs
 
 FIELDS = {
@@ -39,6 +39,18 @@ CQL_FIELDS = {
     "cql_alpha": 0.3,
     "cql_alpha_online": 0.3,
 }
+TD3_FIELDS = {
+    **{k: v for k, v in FIELDS.items() if k not in ("vf_lr", "beta")},
+    "alpha": 2.5,
+    "expl_noise": 0.1,
+}
+AWAC_FIELDS = {
+    **{k: v for k, v in FIELDS.items() if not k.endswith("_lr") and k != "beta"},
+    "seed": 0,
+    "learning_rate": 2e-3,
+    "hidden_dim": 64,
+    "awac_lambda": 0.1,
+}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -59,10 +71,13 @@ DARE = {
 }
 
 
+DEFAULTS = {iql: FIELDS, dare_iql: FIELDS, td3_bc: TD3_FIELDS, awac: AWAC_FIELDS}
+
+
 def run(module, tmp_path, monkeypatch, **fields):
     """Train on the toy; the run folder lies in `tmp_path`. Returns the summary."""
     toy.install(monkeypatch, tmp_path)
-    defaults = FIELDS if module in (iql, dare_iql) else CQL_FIELDS
+    defaults = DEFAULTS.get(module, CQL_FIELDS)
     config = module.TrainConfig(**{**defaults, "runs_dir": str(tmp_path), **fields})
     torch.manual_seed(123)  # train seeds itself
     return module.train(config)
@@ -79,7 +94,7 @@ def opened_parts(module, tmp_path, monkeypatch, **fields):
         parts[name] = part
         return part
 
-    def start(self, offline, online, estimate=True):
+    def start(self, offline, online, **options):
         raise Opened
 
     with monkeypatch.context() as patch, pytest.raises(Opened):

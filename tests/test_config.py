@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_config import Block, Config, parse
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl.config import (
     NOTHING,
     ConfigError,
@@ -25,8 +25,14 @@ from corl.config import (
 
 ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
-ALL = [iql, dare_iql, cql, cal_ql, dare_cal_ql]
-FAMILIES = {"iql": [iql, dare_iql], "cql": [cql], "cal_ql": [cal_ql, dare_cal_ql]}
+FAMILIES = {
+    "iql": [iql, dare_iql],
+    "cql": [cql],
+    "cal_ql": [cal_ql, dare_cal_ql],
+    "td3_bc": [td3_bc],
+    "awac": [awac],
+}
+ALL = [module for family in FAMILIES.values() for module in family]
 
 
 @pytest.fixture
@@ -333,9 +339,23 @@ CQL_ARGUMENTS = {
 }
 
 
+ARGUMENTS = {
+    td3_bc: {
+        "discount": 0.5,
+        "tau": 0.1,
+        "policy_noise": 0.3,
+        "noise_clip": 0.6,
+        "policy_freq": 3,
+        "alpha": 1.5,
+    },
+    awac: {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2},
+    **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
+}
+
+
 @pytest.mark.parametrize("module", ALL)
 def test_the_algorithm_gets_the_fields_that_its_constructor_names(module):
-    expected = IQL_ARGUMENTS if module in FAMILIES["iql"] else CQL_ARGUMENTS
+    expected = ARGUMENTS.get(module, CQL_ARGUMENTS)
     default = module.TrainConfig()
     assert all(getattr(default, k) != v for k, v in expected.items())
     config = module.TrainConfig(**expected)
@@ -343,17 +363,76 @@ def test_the_algorithm_gets_the_fields_that_its_constructor_names(module):
     assert {k: getattr(trainer, k) for k in expected} == expected
 
 
+CQL_RATES = {"qf_lr": 0.1, "policy_lr": 0.3}, [0.1, 0.1, 0.3, 0.3, 0.1]
+IQL_RATES = {"qf_lr": 0.1, "vf_lr": 0.2, "actor_lr": 0.3}, [0.1, 0.2, 0.3]
+RATES = {
+    **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
+    td3_bc: ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]),
+    awac: ({"learning_rate": 0.2}, [0.2, 0.2, 0.2]),
+}
+
+
 @pytest.mark.parametrize("module", ALL)
 def test_every_optimizer_has_its_own_learning_rate(module):
-    if module in FAMILIES["iql"]:
-        expected = {"qf_lr": 0.1, "vf_lr": 0.2, "actor_lr": 0.3}
-    else:
-        expected = {"qf_lr": 0.1, "policy_lr": 0.3}
+    expected, rates = RATES.get(module, CQL_RATES)
     config = module.TrainConfig(**expected, offline_iterations=77)
     trainer = module.make_trainer(config, 3, 2, 1.0, "cpu")
-    rates = [o.param_groups[0]["lr"] for o in trainer.optimizers()]
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers()] == rates
     if module in FAMILIES["iql"]:
-        assert rates == [0.1, 0.2, 0.3]
         assert trainer.actor_lr_schedule.T_max == 77
-    else:
-        assert rates == [0.1, 0.1, 0.3, 0.3, 0.1]
+
+
+# ---------------------------------------------------------------- other spellings of fields
+
+SPELLINGS = [(m, alias) for m in ALL for alias in m.TrainConfig.ALIASES]
+
+
+@pytest.mark.parametrize("module, alias", SPELLINGS)
+def test_another_spelling_is_read_and_the_field_is_stored(module, alias, tmp_path):
+    name = module.TrainConfig.ALIASES[alias]
+    default = getattr(module.TrainConfig(), name)
+    value = {str: "hopper-medium-v2", int: 7, float: 0.5}[type(default)]
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{alias}: {value}\n")
+    ways = [["--config", str(file)], [f"--{alias}", str(value)]]
+    # A flag wins over the file, however each of them spells the field.
+    ways += [["--config", str(file), f"--{name}={value}"]]
+    file.with_name("d.yaml").write_text(f"{name}: {default}\n")
+    ways += [["--config", str(file.with_name("d.yaml")), f"--{alias}={value}"]]
+    configs = [parse_config(module.TrainConfig, way) for way in ways]
+    configs.append(make_config(module.TrainConfig, [("sweep", {alias: value})]))
+    for config in configs:
+        assert getattr(config, name) == value != default
+        written = yaml.safe_load(dump_config(config))
+        assert written[name] == value and alias not in written
+
+
+@pytest.mark.parametrize("module, alias", SPELLINGS)
+def test_a_field_under_both_of_its_names_is_refused(module, alias, tmp_path, capsys):
+    name = module.TrainConfig.ALIASES[alias]
+    value = getattr(module.TrainConfig(), name)
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{alias}: {value}\n{name}: {value}\n")
+    flags = [f"--{name}", str(value), f"--{alias}", str(value)]
+    for argv in (["--config", str(file)], flags):
+        with pytest.raises(SystemExit):
+            parse_config(module.TrainConfig, argv)
+        line = capsys.readouterr().err
+        assert f"{alias} and {name}" in line or f"{name} and {alias}" in line
+        assert line.startswith("error: ") and line.count("\n") == 1
+        assert (str(file) if argv[0] == "--config" else "command line") in line
+    with pytest.raises(ConfigError, match="^sweep: .* are the same field"):
+        make_config(module.TrainConfig, [("sweep", {alias: value, name: value})])
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_an_alias_is_no_field_and_means_one(module, capsys):
+    fields = {field.name for field in dataclasses.fields(module.TrainConfig)}
+    aliases = module.TrainConfig.ALIASES
+    assert not fields & aliases.keys() and set(aliases.values()) <= fields
+    with pytest.raises(SystemExit):
+        parse_config(module.TrainConfig, ["--help"])
+    shown = capsys.readouterr().out
+    assert all(
+        f"--{a} is another spelling of --{n}" in shown for a, n in aliases.items()
+    )

@@ -124,6 +124,18 @@ actor, q, v = GaussianPolicy(4, 2, 1.0), TwinQ(4, 2), ValueFunction(4)
 adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
 trainer = ImplicitQLearning(1.0, actor, adam(actor), q, adam(q), v, adam(v))
 """,
+    "td3_bc": """
+actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(2)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = TD3_BC(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+                 adam(critics[1]), policy_freq=1)
+""",
+    "awac": """
+actor, critics = Actor(4, 2, 32), [Critic(4, 2, 32) for _ in range(2)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = AdvantageWeightedActorCritic(actor, adam(actor), critics[0], adam(critics[0]),
+                                       critics[1], adam(critics[1]))
+""",
     "cql": """
 actor = TanhGaussianPolicy(4, 2, 1.0)
 critics = [FullyConnectedQFunction(4, 2) for _ in range(2)]
@@ -160,7 +172,7 @@ def pasted(file, names=()):
     return "\n\n\n".join(parts) + "\n"
 
 
-@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql"])
+@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql", "td3_bc", "awac"])
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
     steps = pasted("corl/compiled.py", ("descend", "_traced_adam", "soft_update"))
     make = MAKE.get(name, MAKE["cql"])

@@ -4,12 +4,13 @@ import inspect
 
 import pytest
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl import compiled, finetune
 
 IQL, FAMILY = [iql, dare_iql], [cql, cal_ql, dare_cal_ql]
-ALL = [*IQL, *FAMILY]
-MIXED = [iql, dare_iql, cal_ql, dare_cal_ql]
+OTHERS = [td3_bc, awac]
+ALL = [*IQL, *FAMILY, *OTHERS]
+MIXED = [iql, dare_iql, cal_ql, dare_cal_ql, *OTHERS]
 ARGUMENTS = {
     "ReplayBuffer": "state_dim action_dim buffer_size device",
     "wrap_env": "env state_mean state_std reward_scale",
@@ -30,6 +31,14 @@ CQL_CLASSES = "Scalar ReparameterizedTanhGaussian TanhGaussianPolicy"
 CQL_CLASSES += " FullyConnectedQFunction extend_and_repeat init_module_weights"
 
 
+NAMES = {
+    **dict.fromkeys(IQL, IQL_CLASSES),
+    **dict.fromkeys(FAMILY, CQL_CLASSES),
+    td3_bc: "Actor Critic TD3_BC",
+    awac: "Actor Critic AdvantageWeightedActorCritic",
+}
+
+
 @pytest.mark.parametrize("module", ALL)
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_the_common_parts_are_in_every_algorithm_file(module, name):
@@ -46,8 +55,7 @@ def test_the_common_parts_are_in_every_algorithm_file(module, name):
 
 @pytest.mark.parametrize("module", ALL)
 def test_the_algorithms_own_parts_are_in_their_file(module):
-    names = IQL_CLASSES if module in IQL else CQL_CLASSES
-    for name in ["TrainConfig", "TensorBatch", "train", *names.split()]:
+    for name in ["TrainConfig", "TensorBatch", "train", *NAMES[module].split()]:
         assert hasattr(module, name), name
     assert hasattr(module, "ContinuousCQL") is (module is cql)
     assert hasattr(module, "CalQL") is (module in (cal_ql, dare_cal_ql))

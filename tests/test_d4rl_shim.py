@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from algorithms import awac, td3_bc
 from corl import checkpoints, d4rl_shim, envs, tasks
 from corl.config import parse_config
 from corl.data import sources
@@ -461,6 +462,41 @@ def test_corls_yaml_files_are_read_unchanged(tmp_path, algorithm, env):
         assert config.q_n_hidden_layers == (5 if env in MAZES else 3)
 
 
+TD3_BC = "alpha: 2.5\nexpl_noise: 0.1\nmax_timesteps: 1000000\nname: TD3-BC\n"
+TD3_BC += "noise_clip: 0.5\nnormalize: true\npolicy_freq: 2\npolicy_noise: 0.2\n"
+TD3_BC += "tau: 0.005\ngroup: td3-bc-multiseed-v0\n"
+AWAC = "awac_lambda: 0.1\ndeterministic_torch: false\ngamma: 0.99\nhidden_dim: 256\n"
+AWAC += "learning_rate: 0.0003\ntau: 0.005\ntest_seed: 69\ngroup: awac-multiseed-v0\n"
+
+
+@pytest.mark.parametrize("env", [*MAZES, *HANDS, "hopper-medium-v2"])
+def test_corls_offline_yaml_files_of_td3_bc_are_read_and_stay_offline(tmp_path, env):
+    lines = RUN.replace("offline_iterations: 1000000\nonline_iterations: 1000000\n", "")
+    assert "iterations" not in lines
+    path = tmp_path / "corl.yaml"
+    path.write_text(f"env: {env}\n" + lines + TD3_BC + HAND)
+    config = parse_config(td3_bc.TrainConfig, ["--config", str(path)])
+    assert (config.env, config.offline_iterations) == (env, 1_000_000)
+    assert config.online_iterations == 0 and config.name == "TD3-BC"
+    assert config.buffer_size == 10_000_000 and config.policy_noise == 0.2
+
+
+@pytest.mark.parametrize("env", MAZES + HANDS)
+def test_corls_finetune_yaml_files_of_awac_are_read_unchanged(tmp_path, env):
+    lines = RUN.replace("load_model: ''\n", "").replace("discount: 0.99\n", "")
+    lines += MAZE if env in MAZES else HAND
+    for ours, corls in (("eval_freq", "eval_frequency"), ("n_epi", "n_test_epi")):
+        lines = lines.replace(ours, corls)
+    path = tmp_path / "corl.yaml"
+    path.write_text(f"env_name: {env}\n" + lines.replace("seed: 0", "seed: 42") + AWAC)
+    config = parse_config(awac.TrainConfig, ["--config", str(path)])
+    assert (config.env, config.seed, config.eval_seed) == (env, 42, 69)
+    assert (config.discount, config.awac_lambda) == (0.99, 0.1)
+    assert config.eval_freq == (50_000 if env in MAZES else 5_000)
+    assert config.n_episodes == (100 if env in MAZES else 10)
+    assert config.normalize_reward is (env in MAZES) and config.normalize
+
+
 @pytest.mark.parametrize(
     "name, dims, limits",
     [
@@ -526,23 +562,33 @@ def leaves(value, name=""):
     return {name: value.tolist() if isinstance(value, torch.Tensor) else value}
 
 
+# Both scripts are given these; the spellings are CORL's.
+PHASES = f"--env {TASK} --offline_iterations 12 --online_iterations 40"
+EVERY = " --eval_freq 26 --n_episodes 1"
+WHOLE = {
+    **{f"finetune/{algorithm}": PHASES + EVERY for algorithm in YAML},
+    "finetune/awac": PHASES.replace("env", "env_name")
+    + " --eval_frequency 26 --n_test_episodes 1 --gamma 0.9 --test_seed 5",
+    "offline/td3_bc": f"--env {TASK} --max_timesteps 52{EVERY}",
+}
+
+
 @pytest.mark.skipif(not CORL_DIR, reason="CORL_DIR is not set to CORL's folder")
-@pytest.mark.parametrize("algorithm", YAML)
-def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, name):
+    algorithm = name.split("/")[1]
     ours = importlib.import_module(f"algorithms.{algorithm}")
-    flags = (
-        "--offline_iterations 12 --online_iterations 40 --eval_freq 26 --n_episodes 1 "
-    )
-    flags += "--normalize_reward true --buffer_size 1000 --batch_size 32 --device cpu"
-    flags = [*flags.split(), "--env", TASK, "--seed", "3", "--checkpoints_path"]
-    script = Path(CORL_DIR) / "algorithms" / "finetune" / f"{algorithm}.py"
+    flags = f"{WHOLE[name]} --seed 3 --normalize_reward true --buffer_size 1000 "
+    flags += "--batch_size 32 --device cpu --checkpoints_path"
+    flags = flags.split()
+    script = Path(CORL_DIR) / "algorithms" / f"{name}.py"
     d4rl_shim.run_file(script, [*flags, str(tmp_path / "theirs")], path=data[0])
     own = ["--compat", "true", "--dataset_path", str(data[0]), "--runs_dir"]
     argv = [*flags, str(tmp_path / "ours"), *own, str(tmp_path / "runs")]
     ours.train(parse_config(ours.TrainConfig, argv))
-    for name in ("checkpoint_25.pt", "checkpoint_51.pt"):
+    for file in ("checkpoint_25.pt", "checkpoint_51.pt"):
         one, two = (
-            leaves(checkpoints.load_corl_checkpoint(*tmp_path.glob(f"{who}/**/{name}")))
+            leaves(checkpoints.load_corl_checkpoint(*tmp_path.glob(f"{who}/**/{file}")))
             for who in ("theirs", "ours")
         )
         assert len(one) > 20 and set(one) <= set(two)

@@ -13,7 +13,7 @@ from helpers import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl_dare.hook import Release
 
 S, A, B = 11, 3, 32
@@ -89,7 +89,15 @@ def updates():
         return lambda: trainer.train(batch() + extra, *release)
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
+
+    def actor_critic(module):
+        trainer = make_trainer(module)
+        trainer.total_it = 1  # the policy of TD3+BC learns in the second update
+        return lambda: trainer.train(batch())
+
     return {
+        "td3_bc": actor_critic(td3_bc),
+        "awac": actor_critic(awac),
         "cql": conservative(cql),
         "cal_ql": conservative(cal_ql, **maze),
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
@@ -102,6 +110,7 @@ def updates():
 
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
+NAMES += ["td3_bc", "awac"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,7 @@ from short_runs import (
     stop_after,
 )
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl import curves
 from corl_dare import hook
 
@@ -61,6 +61,25 @@ def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch)
     if module is dare_cal_ql:
         exchanged = [float(metrics["exchanged"][i]) for i in online]
         assert 0 < max(exchanged) <= 8
+
+
+@pytest.mark.parametrize("mixing_ratio", [None, 0.5])
+@pytest.mark.parametrize("module", [td3_bc, awac])
+def test_td3_bc_and_awac_learn_offline_and_online(
+    module, mixing_ratio, tmp_path, monkeypatch
+):
+    summary = run(module, tmp_path, monkeypatch, mixing_ratio=mixing_ratio)
+    assert summary["score_offline"] > 65, summary
+    assert summary["score_final"] > 85, summary
+    metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
+    assert metrics["phase"].count("online") >= 6 and summary["updates"] == 1000
+
+
+@pytest.mark.parametrize("bc_online", ["drop", "anneal"])
+def test_td3_without_its_cloning_term_learns_on(bc_online, tmp_path, monkeypatch):
+    fields = {"bc_online": bc_online, "bc_anneal_steps": 300}
+    summary = run(td3_bc, tmp_path, monkeypatch, **fields)
+    assert summary["score_final"] > 85, summary
 
 
 @pytest.mark.parametrize("mixing_ratio", [None, 0.5])

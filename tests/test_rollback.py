@@ -21,7 +21,7 @@ from short_runs import (
 )
 from torch._dynamo.utils import counters
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl import compiled, finetune
 from corl.rollback import Snapshot
 
@@ -217,6 +217,8 @@ RUNS = {
         {"dare": dare_block("policy_ratio", behavior_updates=5, rule="random")},
     ),
     "cql": (cql, {"cql_lagrange": True}),
+    "td3_bc": (td3_bc, {"bc_online": "anneal", "policy_freq": 3}),
+    "awac": (awac, {"mixing_ratio": 0.5, "utd": 2}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }
@@ -248,7 +250,9 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["iql, two buffers", "dare_iql, guided", "dare_cal_ql"])
+@pytest.mark.parametrize(
+    "name", ["iql, two buffers", "dare_iql, guided", "dare_cal_ql", "td3_bc", "awac"]
+)
 @pytest.mark.parametrize("stop_at", [10, 30])
 def test_a_resumed_run_with_the_estimate_equals_one_without(
     name, stop_at, tmp_path, monkeypatch
@@ -285,6 +289,7 @@ def graphs():
 COMPILED = {
     "iql": (iql, {}),
     "dare_iql": (dare_iql, {"dare": dare_block("policy_ratio", behavior_updates=5)}),
+    "td3_bc": (td3_bc, {}),  # one graph without and one with the policy
 }
 
 

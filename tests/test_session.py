@@ -11,7 +11,7 @@ from short_runs import (
     stop_after,
 )
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl import curves, finetune
 
 SHORT = {
@@ -37,6 +37,17 @@ ONLINE = {
         {**IQL_ONLINE, "dare": dare_block("policy_ratio", behavior_updates=3)},
     ),
     "cql": (cql, {"cql_alpha_online": 7.0}),
+    "td3_bc": (
+        td3_bc,
+        {
+            "mixing_ratio": 0.25,
+            "expl_noise": 0.9,
+            "bc_online": "anneal",
+            "bc_end": 0.2,
+            "bc_anneal_steps": 5,
+        },
+    ),
+    "awac": (awac, {"mixing_ratio": 0.25}),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
     "dare_cal_ql": (
         dare_cal_ql,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
 from corl.config import parse_config
 from corl.tasks import ANTMAZES, KINDS
 
@@ -48,6 +48,8 @@ READERS = {  # folder of configs -> the files that read them
     "iql": (iql, dare_iql),
     "cql": (cql,),
     "cal_ql": (cal_ql, dare_cal_ql),
+    "td3_bc": (td3_bc,),
+    "awac": (awac,),
 }
 TABLE_1 = [
     *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),
@@ -149,7 +151,7 @@ print("exchanged")
     assert done.stdout.splitlines()[-1:] == ["exchanged"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql"])
+@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql", "td3_bc", "awac"])
 def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):
     small = "--env hopper-random-v2 --dataset_rows 1500 --offline_iterations 3 "
     small += "--online_iterations 3 --eval_freq 3 --n_episodes 1 --batch_size 8 "
@@ -281,6 +283,22 @@ def test_the_papers_cql_values_stand_in_the_configs():
     assert maze.cql_lagrange and maze.cql_max_target_backup and not maze.normalize
     assert hopper.normalize and not hopper.normalize_reward and not hopper.cql_lagrange
     assert read_config(cal_ql, "cal_ql/antmaze_umaze").is_sparse_reward
+
+
+def test_corls_values_of_td3_bc_and_awac_stand_in_the_configs():
+    for path in CONFIGS:
+        if path.parent.name not in ("td3_bc", "awac") or path.stem == "quick_start":
+            continue
+        (module,) = READERS[path.parent.name]
+        config = parse_config(module.TrainConfig, ["--config", str(path)])
+        maze = config.env.startswith("antmaze")
+        assert config.normalize and config.normalize_reward is maze
+        assert (config.offline_iterations, config.online_iterations) == (10**6, 200_000)
+        if module is awac:
+            assert config.awac_lambda == (0.1 if maze else 0.3333)
+        else:
+            assert (config.alpha, config.policy_freq) == (2.5, 2)
+            assert (config.bc_online, config.expl_noise) == ("keep", 0.1)
 
 
 def test_makefile_targets_have_help_and_are_phony():

@@ -34,6 +34,8 @@ ALGORITHMS = {
     "iql": "algorithms.iql",
     "cql": "algorithms.cql",
     "cal_ql": "algorithms.cal_ql",
+    "td3_bc": "algorithms.td3_bc",
+    "awac": "algorithms.awac",
     "dare_iql": "algorithms.dare_iql",
     "dare_cal_ql": "algorithms.dare_cal_ql",
 }
@@ -80,7 +82,17 @@ COMMON = {
     "cql_n_actions": 3,
     "reward_scale": 2.0,
     "reward_bias": -0.5,
+    # TD3+BC
+    "bc_online": "anneal",
+    "bc_end": 0.3,
+    "bc_anneal_steps": 10,
+    # AWAC
+    "hidden_dim": 32,
+    "learning_rate": 2e-3,
+    "awac_lambda": 0.5,
 }
+# Seeds with which training and evaluations reach the goal in different episodes.
+OWN = {"td3_bc": {"seed": 4}, "awac": {"seed": 6}}
 COMMON_DARE = {
     "cap": 2,
     "references": 2,
@@ -305,18 +317,24 @@ class Recorder:
 
 def networks_of(trainer: Any) -> dict[str, torch.nn.Module]:
     if hasattr(trainer, "critic_1"):
-        names = "actor critic_1 critic_2 target_critic_1 target_critic_2"
-        return {name: getattr(trainer, name) for name in names.split()}
+        names = ["actor", "critic_1", "critic_2", *target_names(trainer)]
+        return {name: getattr(trainer, name) for name in names}
     names = "actor qf q_target vf"
     networks = {name: getattr(trainer, name) for name in names.split()}
     return {**networks, "q1": trainer.qf.q1, "q2": trainer.qf.q2}
 
 
+def target_names(trainer: Any) -> tuple[str, str]:
+    """The target critics' names: those of CORL's file, which differ."""
+    pattern = "{}_target" if hasattr(trainer, "critic_1_target") else "target_{}"
+    return pattern.format("critic_1"), pattern.format("critic_2")
+
+
 def twin_minimum(trainer: Any, states, actions, target: bool) -> torch.Tensor:
     """min(Q1, Q2) of the target networks, or of the ones that are trained."""
     if hasattr(trainer, "critic_1"):
-        prefix = "target_" if target else ""
-        critics = [getattr(trainer, f"{prefix}critic_{i}") for i in (1, 2)]
+        names = target_names(trainer) if target else ("critic_1", "critic_2")
+        critics = [getattr(trainer, name) for name in names]
         return torch.minimum(*(critic(states, actions) for critic in critics))
     network = trainer.q_target if target else trainer.qf
     return torch.minimum(*network.both(states, actions))
@@ -362,6 +380,7 @@ def watch_trainer(trainer: Any, record: Record) -> None:
             kept=kept,
             rate=trainer.actor_optimizer.param_groups[0]["lr"],
             cql_alpha=getattr(trainer, "cql_alpha", None),
+            bc_weight=getattr(trainer, "bc_weight", None),
             calibrated=getattr(trainer, "_calibration_enabled", None),
             actor_training=actor.training,
             stream=stream_of(trainer),
@@ -544,7 +563,8 @@ def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> Non
 def make_config(algorithm: str, folder: Path, dare: dict | None = None, **fields):
     """Config of the toy; fields that the algorithm lacks are left out."""
     module = importlib.import_module(ALGORITHMS[algorithm])
-    values = {"env": LOCOMOTION, "runs_dir": str(folder / "runs"), **COMMON, **fields}
+    values = {"env": LOCOMOTION, "runs_dir": str(folder / "runs"), **COMMON}
+    values.update({**OWN.get(algorithm, {}), **fields})
     if algorithm in DARE:
         block = module.TrainConfig.__dataclass_fields__["dare"].default_factory
         known = block.__dataclass_fields__

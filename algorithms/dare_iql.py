@@ -66,7 +66,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
-from corl_dare.config import LOGS, MEANS, PANELS, DareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, DareConfig
 from corl_dare.hook import (
     DareHook,
     Release,
@@ -152,6 +152,7 @@ class TrainConfig(FinetuneConfig):
         "dare",
     }
     QUICK_START: ClassVar[str] = "configs/iql/quick_start.yaml"
+    PRESETS: ClassVar[dict] = PRESETS
 
     def __post_init__(self):
         super().__post_init__()
@@ -560,7 +561,7 @@ def make_trainer(
         max_steps=config.offline_iterations,
         dare_generator=torch.Generator(device).manual_seed(config.seed),
     )
-    if config.compile:
+    if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
 
@@ -589,15 +590,23 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *session.sizes, session.device)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
-        if config.dare.enabled:
-            session.show(PANELS, MEANS)
-            source = prepare(
+
+        def hooked(config: TrainConfig) -> DareHook:
+            return prepare(
                 config.dare,
-                **session.facts(),
+                **session.facts(config),
                 **hook_arguments(trainer),
                 q_scale=lambda: energy_q_scale(config.env, session.return_span()),
                 begin=False,
             )
+
+        def estimated(other: TrainConfig) -> Tuple[DareHook, Any]:
+            hook = hooked(other)
+            return hook, lambda: step(trainer, hook, other)
+
+        if config.dare.enabled:
+            session.show(PANELS, MEANS)
+            source = hooked(config)
             session.keep("hook", source)
 
         def explore(action: np.ndarray) -> np.ndarray:
@@ -607,6 +616,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
+            other=estimated if config.dare.enabled else None,
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

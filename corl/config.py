@@ -13,9 +13,10 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import pyrallis
 import yaml
@@ -25,6 +26,10 @@ from corl import compiled, tasks
 
 class ConfigError(ValueError):
     """Bad settings; the message is one line that names the field and the fix."""
+
+
+# A value of `threads` and `compile`: `pace.settle` puts the chosen one in its place.
+AUTO = "auto"
 
 
 # ---------------------------------------------------------------- common fields
@@ -64,8 +69,8 @@ class FinetuneConfig:
     dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
     log_freq: int = 500  # updates between two rows of metrics.csv
-    threads: int = 1  # torch CPU threads; small networks gain little from more
-    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
+    threads: Union[int, str] = "auto"  # torch CPU threads; auto: chosen at the start
+    compile: Union[bool, str] = "auto"  # updates as one compiled graph; auto: if it pays
     runs_dir: str = "runs"  # where run folders are made
     resume: Optional[str] = None  # run folder to go on with
     wandb_mode: str = "disabled"  # disabled, offline, online
@@ -93,6 +98,8 @@ class FinetuneConfig:
     )
     # What a long run names for a first look in minutes.
     QUICK_START: ClassVar[str] = ""
+    # Name -> values of fields that `preset: NAME` or `--preset NAME` sets in one word.
+    PRESETS: ClassVar[dict] = {}
 
     def __post_init__(self) -> None:
         tasks.task(self.env)
@@ -102,7 +109,21 @@ class FinetuneConfig:
         self.check_at_least(
             0, "offline_iterations", "online_iterations", "online_warmup"
         )
-        if self.compile:
+        self._check_pace()
+
+    def _check_pace(self) -> None:
+        """Raises ValueError where `threads` or `compile` is nothing that a run can do."""
+        threads = self.threads
+        whole = isinstance(threads, int) and not isinstance(threads, bool)
+        if threads != AUTO and not (whole and int(threads) >= 1):
+            raise ValueError(
+                f"threads must be auto or a whole number of at least 1, not {threads!r}"
+            )
+        if self.compile not in (AUTO, True, False):
+            raise ValueError(
+                f"compile must be auto, true or false, not {self.compile!r}"
+            )
+        if self.compile is True:
             compiled.check()
 
     def check_at_least(self, bound: float, *fields: str) -> None:
@@ -153,6 +174,7 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
     if "-h" in argv or "--help" in argv:
         print("--config FILE reads a YAML file; flags win over it.\n")
         pyrallis.argparsing.ArgumentParser(config_class).print_help()
+        print(presets_help(config_class), end="")
         raise SystemExit(0)
     try:
         return _parse(config_class, argv)
@@ -183,18 +205,99 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         origin = str(file)
         values.update(read_yaml(Path(str(file))))
     values = without_foreign_blocks(config_class, values, origin)
+    if "preset" in flags:
+        values.pop("preset", None)
+    values = _with_preset(config_class, values, origin)
     _check(config_class, values, origin)
     if values.get("resume") and "resume" not in flags:
         raise ConfigError(f"{origin}: resume is a flag, --resume RUN; take it out here")
+    given = _without_preset(config_class, _nested(flags), "the command line")
+    values = _merged(values, _with_preset(config_class, given, "the command line"))
+    return _build(config_class, _check(config_class, values, "command line"))
+
+
+def _nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """`a.b` -> value as `a` -> `b` -> value."""
+    nested: dict[str, Any] = {}
     for name, value in flags.items():
-        target = values
+        target = nested
         *blocks, last = name.split(".")
         for block in blocks:
             if not isinstance(target.get(block), dict):
                 target[block] = {}
             target = target[block]
         target[last] = value
-    return _build(config_class, _check(config_class, values, "command line"))
+    return nested
+
+
+def _merged(old: dict, new: dict) -> dict:
+    """Both, block by block; the new values win."""
+    blocks = {
+        k: _merged(old[k] if isinstance(old.get(k), dict) else {}, v)
+        for k, v in new.items()
+        if isinstance(v, dict)
+    }
+    return {**old, **new, **blocks}
+
+
+# ---------------------------------------------------------------- presets
+
+
+def _without_preset(config_class: Any, values: dict, origin: str) -> dict:
+    """The values without `preset` where the algorithm has none; says so."""
+    if "preset" not in values or getattr(config_class, "PRESETS", {}):
+        return values
+    print(f"{origin}: preset {values['preset']} changes nothing in this algorithm")
+    return {k: v for k, v in values.items() if k != "preset"}
+
+
+def _with_preset(config_class: Any, values: dict, origin: str) -> dict:
+    """The values over those of the preset that they name."""
+    presets = getattr(config_class, "PRESETS", {})
+    if "preset" not in values or not presets:
+        return values
+    name = str(values["preset"])
+    if name not in presets:
+        raise ConfigError(
+            f"{origin}: preset must be one of {', '.join(presets)}, not {name!r}"
+        )
+    rest = {k: v for k, v in values.items() if k != "preset"}
+    return _merged(presets[name], rest)
+
+
+def presets_of(config: Any) -> dict[str, Any]:
+    """Name -> the config with that preset over it, of the presets that change something."""
+    changed: dict[str, Any] = {}
+    for name, values in type(config).PRESETS.items():
+        # A preset need not fit this run.
+        with suppress(ValueError):
+            other = _build(type(config), _merged(dataclasses.asdict(config), values))
+            if other != config:
+                changed[name] = other
+    return changed
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values as (dotted name, value)."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def presets_help(config_class: Any) -> str:
+    """What `--preset` takes and what each preset sets; "" for a config without presets."""
+    presets = getattr(config_class, "PRESETS", {})
+    if not presets:
+        return ""
+    lines = [
+        "\n--preset NAME sets several fields; the other flags win over it. Presets:"
+    ]
+    for name, values in presets.items():
+        fields = [f"{field} {value}" for field, value in _flat(values)]
+        lines.append(f"  {name}: {', '.join(fields) or 'the fields as they are'}")
+    return "\n".join(lines) + "\n"
 
 
 def without_foreign_blocks(config_class: type, values: dict, origin: str) -> dict:
@@ -204,6 +307,7 @@ def without_foreign_blocks(config_class: type, values: dict, origin: str) -> dic
     the check of unknown fields catches the slip.
     """
     known = _field_types(config_class)
+    values = _without_preset(config_class, values, origin)
     blocks = [name for name, kind in known.items() if dataclasses.is_dataclass(kind)]
     kept = {}
     for name, value in values.items():
@@ -275,11 +379,13 @@ def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> d
 
 
 def _as_type(value: Any, kind: Any, name: str) -> Any:
-    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    if optional:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        union = kind
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         kind = kinds[0]
         none = isinstance(value, _Text) and value.lower() in ("", "~", "null", "none")
+        if type(None) not in typing.get_args(union):
+            return _as_one_of(value, kinds, name)
         if value is None or none or (value == "" and kind is not str):
             return None
     if isinstance(value, _Text) and kind is bool:
@@ -305,6 +411,16 @@ def _as_type(value: Any, kind: Any, name: str) -> Any:
     raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}")
 
 
+def _as_one_of(value: Any, kinds: Sequence[type], name: str) -> Any:
+    """The value as the first of the kinds that it fits; the last kind takes any text."""
+    for kind in kinds:
+        with suppress(ConfigError):
+            return _as_type(value, kind, name)
+    raise ConfigError(
+        f"{name} must be {' or '.join(k.__name__ for k in kinds)}, not {value!r}"
+    )
+
+
 def _build(config_class: type, values: dict) -> Any:
     """A config of the values; nested ones are the dataclasses of their blocks."""
     kinds = _field_types(config_class)
@@ -327,15 +443,14 @@ def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
         ValueError: an impossible combination, from the config's own checks.
     """
 
-    def merge(old: dict, new: dict) -> dict:
-        blocks = {
-            k: merge(old.get(k, {}), v) for k, v in new.items() if isinstance(v, dict)
-        }
-        return {**old, **new, **blocks}
-
+    layers = list(layers)
     values: dict[str, Any] = {}
-    for origin, layer in layers:
-        values = merge(values, _check(config_class, layer, origin))
+    for number, (origin, layer) in enumerate(layers):
+        # A later preset replaces an earlier one.
+        if any("preset" in later for _, later in layers[number + 1 :]):
+            layer = {k: v for k, v in layer.items() if k != "preset"}
+        layer = _with_preset(config_class, layer, origin)
+        values = _merged(values, _check(config_class, layer, origin))
     return _build(config_class, values)
 
 

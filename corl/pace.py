@@ -258,6 +258,6 @@ class RateWatch:
             return "Fewer runs at a time would help."
         return (
             f"{self.threads} threads wait for each other then; start the next run with "
-            f"--threads 1. A resume of this run keeps its {self.threads} threads, since "
-            "another number rounds differently."
+            f"--threads 1. A resume of this run keeps its {self.threads} threads, so that it "
+            "can promise the same bits."
         )

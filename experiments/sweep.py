@@ -257,13 +257,14 @@ def _sweep(args: argparse.Namespace) -> int:
         raise ConfigError(f"--workers must be at least 1, not {args.workers}")
     if args.gpus < 0 or args.retries < 0:
         raise ConfigError("--gpus and --retries must not be negative")
-    cells = plan(args.sweep, args.runs_dir)
+    cells = plan(args.sweep, args.runs_dir, args.gpus > 0)
     if args.only:
         cells = select(cells, args.only)
     table = Table(cells)
     if args.status or all(c.is_done for c in cells):
         table.show(last=True)
         return 0
+    _say_mode(cells)
     pool = RayPool(args.address, args.workers, args.gpus)
 
     def stop(number: int, frame: Any) -> None:
@@ -276,6 +277,14 @@ def _sweep(args: argparse.Namespace) -> int:
     finally:
         pool.close()
         signal.signal(signal.SIGTERM, before)
+
+
+def _say_mode(cells: Sequence[Cell]) -> None:
+    """Print what was chosen for cells whose sweep file does not say it."""
+    chosen = next((c.chosen for c in cells if c.chosen), None)
+    if chosen is not None:
+        shown = ", ".join(f"{k}: {str(v).lower()}" for k, v in chosen.items())
+        print(f"chosen for every cell: {shown} (state them under settings to repeat it)")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ STOPPED = 143
 # Seconds that a cell has to save after its worker is gone.
 GRACE = 30.0
 # Environment variables of the sweep that its cells get on every machine.
-PASSED_ON = ("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK")
+PASSED_ON = (
+    *("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK"),
+    *("TORCHINDUCTOR_CACHE_DIR", "CXX"),
+)
 
 # ---------------------------------------------------------------- one cell, in its own process
 

@@ -30,6 +30,8 @@ class ConfigError(ValueError):
 
 # A value of `threads` and `compile`: `pace.settle` puts the chosen one in its place.
 AUTO = "auto"
+# More CPU threads than this are a slip.
+MOST_THREADS = 1024
 
 
 # ---------------------------------------------------------------- common fields
@@ -115,9 +117,10 @@ class FinetuneConfig:
         """Raises ValueError where `threads` or `compile` is nothing that a run can do."""
         threads = self.threads
         whole = isinstance(threads, int) and not isinstance(threads, bool)
-        if threads != AUTO and not (whole and int(threads) >= 1):
+        if threads != AUTO and not (whole and 1 <= int(threads) <= MOST_THREADS):
             raise ValueError(
-                f"threads must be auto or a whole number of at least 1, not {threads!r}"
+                f"threads must be auto or a whole number from 1 to {MOST_THREADS}, "
+                f"not {threads!r}"
             )
         if self.compile not in (AUTO, True, False):
             raise ValueError(

@@ -346,7 +346,6 @@ GRAPH = """
 import sys, torch
 from pathlib import Path
 from corl import compiled
-torch.set_num_threads(int(sys.argv[2]))
 compiled.keep_graphs_in(Path(sys.argv[1]))
 from torch._dynamo.utils import counters
 out = compiled.function(lambda x: (x.sin() * 2).sum())(torch.ones(64, 64))
@@ -358,11 +357,11 @@ print(json.dumps([
 """
 
 
-def compile_in(folder, threads=1, **environment):
+def compile_in(folder):
     kept = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     done = subprocess.run(
-        [sys.executable, "-c", GRAPH, str(folder), str(threads)],
-        env={**kept, "PYTHONPATH": str(ROOT), **environment},
+        [sys.executable, "-c", GRAPH, str(folder)],
+        env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -375,9 +374,17 @@ def test_the_next_process_finds_the_compiled_graph(tmp_path):
     hits, folder = compile_in(tmp_path / "compiled")
     assert hits == 0 and Path(folder).parent == tmp_path / "compiled"
     assert compile_in(tmp_path / "compiled") == [1, folder]
-    # The number of threads is built in.
-    hits, other = compile_in(tmp_path / "compiled", threads=2)
-    assert hits == 0 and other != folder
+
+
+def test_each_number_of_threads_has_its_own_graphs(tmp_path, monkeypatch):
+    """It is built into their code."""
+    folders = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        compiled.keep_graphs_in(tmp_path)
+        folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    assert folders[0] != folders[1] and all(x.parent == tmp_path for x in folders)
 
 
 def test_a_cache_that_the_user_named_stays(tmp_path, monkeypatch):

@@ -720,7 +720,7 @@ def make_trainer(
         actor_optimizer=torch.optim.Adam(actor.parameters(), config.policy_lr),
         target_entropy=-float(action_dim),
     )
-    if config.compile:
+    if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
 

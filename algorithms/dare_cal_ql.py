@@ -79,7 +79,7 @@ from corl.finetune import (  # noqa: F401
 )
 from corl.finetune import modify_reward_linear as modify_reward  # noqa: F401
 from corl.finetune import modify_reward_linear_online as modify_reward_online  # noqa: F401
-from corl_dare.config import LOGS, MEANS, PANELS, UNDEFINED, DareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, DareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, prepare
 
 BASELINE = "cal_ql"
@@ -198,6 +198,7 @@ class TrainConfig(FinetuneConfig):
         "dare",
     }
     QUICK_START: ClassVar[str] = "configs/cal_ql/quick_start.yaml"
+    PRESETS: ClassVar[dict] = PRESETS
     REWARDS: ClassVar[finetune.RewardRule] = LINEAR_REWARDS
     MC_RETURNS: ClassVar[bool] = True  # rows carry their return-to-go
 
@@ -813,7 +814,7 @@ def make_trainer(
         actor_optimizer=torch.optim.Adam(actor.parameters(), config.policy_lr),
         target_entropy=-float(action_dim),
     )
-    if config.compile:
+    if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
 
@@ -843,20 +844,29 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         if config.load_model and config.compat:
             trainer.detach_multipliers()
         source = session.mixed
-        if config.dare.enabled:
-            session.show(PANELS, MEANS, UNDEFINED)
+
+        def hooked(config: TrainConfig) -> DareHook:
             scale = config.reward_scale if config.normalize_reward else 1.0
-            source = prepare(
+            return prepare(
                 config.dare,
-                **session.facts(),
+                **session.facts(config),
                 **hook_arguments(trainer),
                 q_scale=lambda: energy_q_scale(config.env, session.return_span(), scale),
                 begin=False,
             )
+
+        def estimated(other: TrainConfig) -> Tuple[DareHook, Any]:
+            hook = hooked(other)
+            return hook, lambda: step(trainer, hook, other)
+
+        if config.dare.enabled:
+            session.show(PANELS, MEANS, UNDEFINED)
+            source = hooked(config)
             session.keep("hook", source)
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
+            other=estimated if config.dare.enabled else None,
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

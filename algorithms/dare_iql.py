@@ -69,7 +69,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
-from corl_dare.config import LOGS, MEANS, PANELS, UNDEFINED, DareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, DareConfig
 from corl_dare.hook import (
     DareHook,
     Release,
@@ -168,6 +168,7 @@ class TrainConfig(FinetuneConfig):
         "dare",
     }
     QUICK_START: ClassVar[str] = "configs/iql/quick_start.yaml"
+    PRESETS: ClassVar[dict] = PRESETS
 
     def __post_init__(self):
         super().__post_init__()
@@ -575,7 +576,7 @@ def make_trainer(
         max_steps=config.offline_iterations,
         dare_generator=torch.Generator(device).manual_seed(config.seed),
     )
-    if config.compile:
+    if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
 
@@ -604,15 +605,23 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *session.sizes, session.device)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
-        if config.dare.enabled:
-            session.show(PANELS, MEANS, UNDEFINED)
-            source = prepare(
+
+        def hooked(config: TrainConfig) -> DareHook:
+            return prepare(
                 config.dare,
-                **session.facts(),
+                **session.facts(config),
                 **hook_arguments(trainer),
                 q_scale=lambda: energy_q_scale(config.env, session.return_span()),
                 begin=False,
             )
+
+        def estimated(other: TrainConfig) -> Tuple[DareHook, Any]:
+            hook = hooked(other)
+            return hook, lambda: step(trainer, hook, other)
+
+        if config.dare.enabled:
+            session.show(PANELS, MEANS, UNDEFINED)
+            source = hooked(config)
             session.keep("hook", source)
 
         def explore(action: np.ndarray) -> np.ndarray:
@@ -622,6 +631,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
+            other=estimated if config.dare.enabled else None,
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

@@ -438,7 +438,7 @@ def make_trainer(
         v_optimizer=torch.optim.Adam(v_network.parameters(), lr=config.vf_lr),
         max_steps=config.offline_iterations,
     )
-    if config.compile:
+    if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
 

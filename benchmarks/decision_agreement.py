@@ -98,6 +98,8 @@ class Experiment:
             dataset_rows=settings.dataset_rows,
             buffer_size=settings.dataset_rows + settings.online_rows,
             offline_iterations=settings.offline_updates,
+            threads=1,
+            compile=False,
             dare=self.block({}),
         )
         task = tasks.task(settings.env)

@@ -48,6 +48,7 @@ def measure(flags: str) -> dict:
     """Resident memory (MB) of one run: its peak, and its value by online step."""
     command = [sys.executable, "algorithms/dare_iql.py"]
     command += ["--config", "configs/iql/quick_start.yaml", "--device", "cpu"]
+    command += ["--threads", "1", "--compile", "false"]
     command += ["--dataset_source", "self-collected", "--log_freq", "500"]
     with tempfile.TemporaryDirectory() as folder:
         command += [*flags.split(), "--runs_dir", folder]

@@ -10,9 +10,13 @@ An algorithm file needs two things: `descend` where it would write `loss.backwar
 returns a dict of tensors.
 """
 
+import functools
 import os
 import shutil
+import subprocess
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +26,60 @@ COMPILERS = ("g++", "clang++")
 OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True}
 
 
+# What a graph is built from; torch's own headers include both.
+HEADERS = "#include <Python.h>\n#include <cmath>\nint main() { return 0; }\n"
+
+
 def check() -> None:
-    """Raises ValueError where torch has nothing to compile with."""
-    if not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+    """Raises ValueError where updates cannot be compiled here."""
+    if problem := obstacle():
+        raise ValueError(f"compile: true needs {problem}; or set compile to false")
+
+
+def obstacle() -> str:
+    """What compiling needs and this machine lacks; "" where it can be done."""
+    names = (os.environ.get("CXX", ""), *COMPILERS)
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        return "a C++ compiler (install g++ or clang++, or put its path into $CXX)"
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return f"a newer torch than {torch.__version__}"
+    if not _includes_python(compiler):
+        return f"Python's header files (Python.h), which {compiler} does not find"
+    # torch looks for g++ alone on Linux.
+    os.environ.setdefault("CXX", compiler)
+    return ""
+
+
+@functools.cache
+def _includes_python(compiler: str) -> bool:
+    include = sysconfig.get_paths()["include"]
+    command = [compiler, "-fsyntax-only", "-x", "c++", f"-I{include}", "-"]
+    done = subprocess.run(command, input=HEADERS, text=True, capture_output=True)
+    return done.returncode == 0
+
+
+def keep_graphs_in(folder: Path) -> None:
+    """Compiled graphs are kept in the folder, for every later process with the same ones.
+
+    A TORCHINDUCTOR_CACHE_DIR of the user stays. The graphs are machine code, so each instruction
+    set has a folder of its own, and each number of threads, which is built in.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    name = f"{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}-threads"
+    folder = folder.absolute() / name.lower()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
         raise ValueError(
-            "compile: true needs a C++ compiler (g++ or clang++, or its path in $CXX); "
-            "install one or set compile to false"
-        )
+            f"cannot keep compiled updates in {folder} ({error.strerror}); set CORL_DARE_CACHE "
+            "to a folder that you may write to, or compile to false"
+        ) from None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def function(eager: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,9 +13,10 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import pyrallis
 import yaml
@@ -52,6 +53,8 @@ CORL_FIELDS = {
         "it belongs to another algorithm of CORL",
     ),
 }
+# A value of `threads` and `compile`: `pace.settle` puts the chosen one in its place.
+AUTO = "auto"
 
 
 # ---------------------------------------------------------------- common fields
@@ -91,8 +94,8 @@ class FinetuneConfig:
     dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
     log_freq: int = 500  # updates between two rows of metrics.csv
-    threads: int = 1  # torch CPU threads; small networks gain little from more
-    compile: bool = False  # updates as one compiled graph; needs a C++ compiler
+    threads: Union[int, str] = "auto"  # torch CPU threads; auto: chosen at the start
+    compile: Union[bool, str] = "auto"  # updates as one compiled graph; auto: if it pays
     runs_dir: str = "runs"  # where run folders are made
     resume: Optional[str] = None  # run folder to go on with
     wandb_mode: str = "disabled"  # disabled, offline, online
@@ -158,6 +161,8 @@ class FinetuneConfig:
     COMPAT_EVAL_SEED: ClassVar[str] = "seed"
     # What a long run names for a first look in minutes.
     QUICK_START: ClassVar[str] = ""
+    # Name -> values of fields that `preset: NAME` or `--preset NAME` sets in one word.
+    PRESETS: ClassVar[dict] = {}
 
     def __post_init__(self) -> None:
         ranges.check(self.RANGES, vars(self))
@@ -170,7 +175,11 @@ class FinetuneConfig:
             tasks.task(self.env)
         except ValueError as error:
             raise ValueError(f"env: {error}") from None
-        if self.compile:
+        for field, kind in (("threads", "a whole number"), ("compile", "true or false")):
+            value = getattr(self, field)
+            if isinstance(value, str) and value != AUTO:
+                raise ValueError(f"{field} must be {AUTO} or {kind}, not {value!r}")
+        if self.compile is True:
             compiled.check()
 
     def check_mixing_ratio(self, or_else: str = "") -> None:
@@ -213,6 +222,7 @@ def parse_config(config_class: type, argv: Sequence[str] | None = None) -> Any:
         pyrallis.argparsing.ArgumentParser(config_class).print_help()
         for alias, name in aliases_of(config_class).items():
             print(f"--{alias} is another spelling of --{name}")
+        print(presets_help(config_class), end="")
         raise SystemExit(0)
     try:
         return _parse(config_class, argv)
@@ -243,6 +253,9 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         origin = str(file)
         values.update(with_field_names(config_class, read_yaml(file), origin))
     values = without_foreign_blocks(config_class, values, origin)
+    if "preset" in flags:
+        values.pop("preset", None)
+    values = _with_preset(config_class, values, origin)
     try:
         _check(config_class, values, origin)
     except ConfigError as error:
@@ -253,8 +266,16 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         ) from None
     if values.get("resume") and "resume" not in flags:
         raise ConfigError(f"{origin}: resume is a flag, --resume RUN; take it out here")
+    given = _without_preset(config_class, _nested(flags), "the command line")
+    values = _merged(values, _with_preset(config_class, given, "the command line"))
+    return _build(config_class, _check(config_class, values, "command line"))
+
+
+def _nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """`a.b` -> value as `a` -> `b` -> value."""
+    nested: dict[str, Any] = {}
     for name, value in flags.items():
-        target = values
+        target = nested
         *blocks, last = name.split(".")
         for block in blocks:
             if target.get(block) is None:
@@ -265,7 +286,77 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
                     f"--{name}: {block} is set to {shown(target)}, no block"
                 )
         target[last] = value
-    return _build(config_class, _check(config_class, values, "command line"))
+    return nested
+
+
+def _merged(old: dict, new: dict) -> dict:
+    """Both, block by block; the new values win."""
+    blocks = {
+        k: _merged(old[k] if isinstance(old.get(k), dict) else {}, v)
+        for k, v in new.items()
+        if isinstance(v, dict)
+    }
+    return {**old, **new, **blocks}
+
+
+# ---------------------------------------------------------------- presets
+
+
+def _without_preset(config_class: Any, values: dict, origin: str) -> dict:
+    """The values without `preset` where the algorithm has none; says so."""
+    if "preset" not in values or getattr(config_class, "PRESETS", {}):
+        return values
+    print(f"{origin}: preset {values['preset']} changes nothing in this algorithm")
+    return {k: v for k, v in values.items() if k != "preset"}
+
+
+def _with_preset(config_class: Any, values: dict, origin: str) -> dict:
+    """The values over those of the preset that they name."""
+    presets = getattr(config_class, "PRESETS", {})
+    if "preset" not in values or not presets:
+        return values
+    name = str(values["preset"])
+    if name not in presets:
+        raise ConfigError(
+            f"{origin}: preset must be one of {', '.join(presets)}, not {name!r}"
+        )
+    rest = {k: v for k, v in values.items() if k != "preset"}
+    return _merged(presets[name], rest)
+
+
+def presets_of(config: Any) -> dict[str, Any]:
+    """Name -> the config with that preset over it, of the presets that change something."""
+    changed: dict[str, Any] = {}
+    for name, values in type(config).PRESETS.items():
+        # A preset need not fit this run.
+        with suppress(ValueError):
+            other = _build(type(config), _merged(dataclasses.asdict(config), values))
+            if other != config:
+                changed[name] = other
+    return changed
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values as (dotted name, value)."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def presets_help(config_class: Any) -> str:
+    """What `--preset` takes and what each preset sets; "" for a config without presets."""
+    presets = getattr(config_class, "PRESETS", {})
+    if not presets:
+        return ""
+    lines = [
+        "\n--preset NAME sets several fields; the other flags win over it. Presets:"
+    ]
+    for name, values in presets.items():
+        fields = [f"{field} {value}" for field, value in _flat(values)]
+        lines.append(f"  {name}: {', '.join(fields) or 'the fields as they are'}")
+    return "\n".join(lines) + "\n"
 
 
 def aliases_of(config_class: type) -> dict[str, str]:
@@ -301,6 +392,7 @@ def without_foreign_blocks(config_class: type, values: dict, origin: str) -> dic
     the check of unknown fields catches the slip.
     """
     known = _field_types(config_class)
+    values = _without_preset(config_class, values, origin)
     blocks = [name for name, kind in known.items() if dataclasses.is_dataclass(kind)]
     kept = {}
     for name, value in values.items():
@@ -421,7 +513,10 @@ def _cut(text: str) -> str:
 def _as_type(value: Any, kind: Any, name: str) -> Any:
     """The value as a field of this type has it, the same from a flag and from YAML."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        if len(kinds) > 1:
+            return _as_one_of(value, kinds, name)
+        kind = kinds[0]
         none = isinstance(value, str) and value.strip().lower() in NOTHING
         if value is None or none:
             return None
@@ -468,6 +563,16 @@ def as_number(value: Any, kind: type) -> Any:
         return None
 
 
+def _as_one_of(value: Any, kinds: Sequence[type], name: str) -> Any:
+    """The value as the first of the kinds that it fits; the last kind takes any text."""
+    for kind in kinds:
+        with suppress(ConfigError):
+            return _as_type(value, kind, name)
+    raise ConfigError(
+        f"{name} must be {' or '.join(k.__name__ for k in kinds)}, not {value!r}"
+    )
+
+
 def _build(config_class: type, values: dict) -> Any:
     """A config of the values; nested ones are the dataclasses of their blocks."""
     kinds = _field_types(config_class)
@@ -490,16 +595,15 @@ def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
         ValueError: an impossible combination, from the config's own checks.
     """
 
-    def merge(old: dict, new: dict) -> dict:
-        blocks = {
-            k: merge(old.get(k, {}), v) for k, v in new.items() if isinstance(v, dict)
-        }
-        return {**old, **new, **blocks}
-
+    layers = list(layers)
     values: dict[str, Any] = {}
-    for origin, layer in layers:
+    for number, (origin, layer) in enumerate(layers):
         layer = with_field_names(config_class, layer, origin)
-        values = merge(values, _check(config_class, layer, origin))
+        # A later preset replaces an earlier one.
+        if any("preset" in later for _, later in layers[number + 1 :]):
+            layer = {k: v for k, v in layer.items() if k != "preset"}
+        layer = _with_preset(config_class, layer, origin)
+        values = _merged(values, _check(config_class, layer, origin))
     return _build(config_class, values)
 
 

@@ -11,12 +11,23 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
 
-from corl import checkpoints, compiled, envs, files, finite, fits, machine, runs, tasks
+from corl import (
+    checkpoints,
+    compiled,
+    envs,
+    files,
+    finite,
+    fits,
+    machine,
+    pace,
+    runs,
+    tasks,
+)
 from corl.acting import (  # noqa: F401
     Actor,
     CheckedEnv,
@@ -30,7 +41,7 @@ from corl.acting import (  # noqa: F401
     wrap_env,
 )
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
-from corl.config import ConfigError, expand
+from corl.config import ConfigError, expand, presets_of
 from corl.data import sources
 from corl.progress import progress_bar
 from corl.rewards import (  # noqa: F401
@@ -57,6 +68,10 @@ from corl.training_data import (  # noqa: F401
     reward_rule,
 )
 
+# A config with another preset -> the part that would be kept then, and an online update with it.
+Other = Callable[[Any], Tuple[Any, Callable[[], Any]]]
+# A run of more seconds names the presets that make it shorter.
+LONG = 3 * 3600
 # What every algorithm logs beside its losses.
 COLUMNS = ("train_return", "train_score", "train_length", "success_rate", "regret")
 
@@ -119,16 +134,23 @@ class Session:
         self.config = config
         _check_places(config)
         self.device = machine.pick_device(config.device)
-        machine.configure_threads(config.threads)
         self.task = tasks.task(config.env)
         check_memory(config, self.task, self.device)
         self._env = envs.make(self.task, config.env_backend)
         self._eval_env = envs.make(self.task, config.env_backend)
+        pace.settle(config, self.device)
+        machine.configure_threads(config.threads)
+        if config.compile:
+            compiled.keep_graphs_in(sources.cache_folder() / "compiled")
         self._algorithm, self._columns = Path(file).stem, [*columns, *COLUMNS]
         self._parts: Dict[str, Any] = {}
         self._total = config.offline_iterations + config.online_iterations
         self._period = 1  # updates after which their work repeats; see `start`
         self._clock: Optional[float] = None  # when the running updates began
+        self._phase = ""
+        self._watch = pace.RateWatch({}, config.threads)
+        self._other: Optional[Other] = None
+        self._presets: Dict[str, float] = {}  # estimated seconds with other presets
 
     def __enter__(self) -> "Session":
         self.run = runs.Run(self.config, self._algorithm, self._columns).__enter__()
@@ -208,8 +230,12 @@ class Session:
         self._parts[name] = part
         return part
 
-    def facts(self) -> Dict[str, Any]:
-        """What a plugin around the two buffers wants to know, as arguments."""
+    def facts(self, config: Any = None) -> Dict[str, Any]:
+        """What a plugin around the two buffers wants to know, as arguments.
+
+        A config that is not the run's own is for an estimate and stays eager.
+        """
+        own = config is None or config is self.config
         return {
             "offline": self.offline_buffer,
             "online": self.online_buffer,
@@ -220,7 +246,7 @@ class Session:
             "cache_dir": sources.cache_folder(),
             "device": self.device,
             "seed": self.config.seed,
-            "compile": compiled.function if self.config.compile else None,
+            "compile": compiled.function if own and self.config.compile else None,
             "bar": progress_bar,
         }
 
@@ -251,6 +277,7 @@ class Session:
         online: Callable[[], Any],
         estimate: bool = True,
         period: int = 1,
+        other: Optional[Other] = None,
     ) -> None:
         """Say how long the run will take, do what parts do first, go on from a checkpoint.
 
@@ -260,9 +287,11 @@ class Session:
             estimate: False leaves the trial out.
             period: updates after which their work repeats, such as those between two updates of
                 a delayed actor. The trial is made of whole periods.
+            other: tells what a run with another preset would do, see `Other`. A long run names
+                the presets that make it shorter.
         """
         if estimate:
-            self._period = period
+            self._period, self._other = period, other
             self._announce(self._estimate(offline, online))
         for part in self._parts.values():
             if hasattr(part, "begin"):
@@ -278,26 +307,43 @@ class Session:
     def _estimate(
         self, offline: Callable[[], Any], online: Callable[[], Any]
     ) -> Dict[str, float]:
+        """Part of the run -> its seconds."""
         first = self.config.offline_iterations
         left = {
-            "offline": (max(first - self.run.step, 0), offline),
-            "online": (
-                (self._total - max(first, self.run.step)) * self.config.utd,
-                online,
-            ),
+            "offline": max(first - self.run.step, 0),
+            "online": (self._total - max(first, self.run.step)) * self.config.utd,
         }
+        updates = {"offline": offline, "online": online}
         untouched = self.offline_buffer, self.online_buffer, self._collector
         snapshot = Snapshot(self._parts.values(), (*untouched, self._evaluator))
-        seconds: Dict[str, float] = {}
         with self._lent_rows():
-            for part in self._parts.values():
-                # What comes before the online phase is over in a run that has switched.
-                if hasattr(part, "estimate") and not self.run.switched:
-                    seconds.update(part.estimate(self._seconds_of))
-            for phase, (count, update) in left.items():
-                if count:
-                    seconds[phase] = count * self._seconds_per_call(update)
+            seconds = self._seconds_of_parts(list(self._parts.values()))
+            each = {k: self._seconds_per_call(updates[k]) for k in left if left[k]}
+            seconds.update({phase: left[phase] * each[phase] for phase in each})
+            if sum(seconds.values()) > LONG:
+                self._estimate_presets(seconds.get("offline", 0.0), left["online"])
         snapshot.restore()
+        self._watch = pace.RateWatch(each, self.config.threads)
+        return seconds
+
+    def _estimate_presets(self, offline: float, updates: int) -> None:
+        """Preset -> seconds of the run with it: `offline` ones, which are the same, and others."""
+        if self._other is None or self.run.step:
+            return
+        for name, config in presets_of(self.config).items():
+            part, update = self._other(config)
+            seconds = [offline, *self._seconds_of_parts([part]).values()]
+            if updates:
+                seconds.append(updates * self._seconds_per_call(update))
+            self._presets[name] = sum(seconds)
+
+    def _seconds_of_parts(self, parts: Sequence[Any]) -> Dict[str, float]:
+        """What parts do before the first step, and before the first online one."""
+        seconds: Dict[str, float] = {}
+        for part in parts:
+            # What comes before the online phase is over in a run that has switched.
+            if hasattr(part, "estimate") and not self.run.switched:
+                seconds.update(part.estimate(self._seconds_of))
         return seconds
 
     @contextmanager
@@ -342,6 +388,13 @@ class Session:
         )
         if total > 3600 and self.config.QUICK_START:
             print(f"for a first look in minutes: --config {self.config.QUICK_START}")
+        shorter = [
+            f"--preset {name}: about {machine.readable_time(other)}"
+            for name, other in self._presets.items()
+            if other < total
+        ]
+        if shorter:
+            print(f"for less of it (--help says what they change): {', '.join(shorter)}")
 
     # -- steps ----------------------------------------------------------------------------
 
@@ -402,6 +455,9 @@ class Session:
     def _stop_clock(self) -> None:
         if self._clock is not None:
             self.run.update_seconds += time.perf_counter() - self._clock
+            run = self.run
+            if slow := self._watch.look(self._phase, run.updates, run.update_seconds):
+                run.print(slow)
         self._clock = None
 
     def log(self, metrics: Dict[str, Any]) -> None:

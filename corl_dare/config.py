@@ -1,7 +1,7 @@
 """The `dare:` block of a config: DARE's fields, their checks, and the metrics that come of them."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 from corl_dare import ranges
 from corl_dare.behavior import KINDS
@@ -35,6 +35,36 @@ UNDEFINED = (
 )
 # Entries of a run's summary that are means of a metric over the online phase.
 MEANS = {"exchanges_mean": "exchanged"}
+# What a CPU cannot afford, in one word: name -> fields of a config with the block `dare:`. Fields
+# that a preset leaves out stay as they are, so `paper` is what the defaults and the config files
+# say. docs/speed.md has the reasons of each number.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # The paper's kind of score, at a fraction of its cost.
+    "near": {
+        "dare": {
+            "behavior_batch_size": 1024,
+            "behavior_lr": 3e-4,
+            "behavior_updates": 50_000,
+            "behavior_width": 0.5,
+            "energy_batch_states": 64,
+            "energy_update_freq": 10,
+            "energy_updates": 20_000,
+            "sampler_steps": 5,
+        }
+    },
+    # Another score: the log-ratio of two densities, without a diffusion model and guidance.
+    "cpu": {
+        "dare": {
+            "behavior": "mixture",
+            "behavior_batch_size": 256,
+            "behavior_lr": 1e-3,
+            "behavior_updates": 20_000,
+            "guidance_scale": 0.0,
+            "score": "policy_ratio",
+        }
+    },
+}
 # What a picture of a run shows below its score, as data that any host can draw. A band is
 # (label, mean, standard deviation, color), a line (label, metric, color, style).
 PANELS = (

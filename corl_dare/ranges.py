@@ -25,7 +25,7 @@ def check(
 
     Args:
         ranges: field -> interval.
-        values: field -> number; other fields and None are left alone.
+        values: field -> number; other fields, texts and None are left alone.
         prefix: what stands before the field's name in the error.
 
     Raises:
@@ -33,7 +33,7 @@ def check(
     """
     for field, interval in ranges.items():
         value = values.get(field)
-        if value is None:
+        if value is None or isinstance(value, str):
             continue
         said = str(value) if abs(value) < 1e100 else f"{float(value):g}"
         if isinstance(value, float):

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -54,6 +54,7 @@ class Cell:
         algorithm: path of the algorithm file.
         overrides: the values of the method's grid.
         model: the offline cell that it starts from.
+        chosen: the values that took the place of `auto`.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Cell:
     config: Any
     overrides: dict[str, Any]
     model: "Cell | None" = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -94,6 +96,7 @@ def write_cell(cell: Cell) -> None:
         "task": cell.task,
         "seed": cell.seed,
         "algorithm": cell.algorithm,
+        "chosen": cell.chosen,
         "overrides": plain(cell.overrides),
         "offline": str(cell.model.folder) if cell.model else None,
         "is_model": cell.is_model,

@@ -21,10 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corl.config import ConfigError, make_config, read_yaml, without_foreign_blocks
+from corl import pace
+from corl.config import (
+    AUTO,
+    ConfigError,
+    make_config,
+    read_yaml,
+    without_foreign_blocks,
+)
 from experiments.cells import OFFLINE, Cell, check_begun
 from experiments.programs import baseline_of, load_algorithm
-from experiments.values import flatten
+from experiments.values import flatten, read_json
 
 SWEEP_FIELDS = {
     "name": str,
@@ -52,6 +59,8 @@ FILLED_BY_SWEEP = {
     "runs_dir": "--runs_dir",
     "resume": "the same command again",
 }
+# Defaults that have changed: cells keep the names that they got from these.
+FORMER_DEFAULTS = {"compile": False}
 # Values of settings, later ones over earlier ones: (where they come from, nested values).
 Layers = list[tuple[str, dict[str, Any]]]
 
@@ -93,8 +102,15 @@ class Sweep:
     share_offline: bool
 
 
-def plan(path: Path | str, runs_dir: Path | str = "runs") -> list[Cell]:
+def plan(
+    path: Path | str, runs_dir: Path | str = "runs", gpu: bool = False
+) -> list[Cell]:
     """The cells of a sweep file, offline cells first; nothing is written.
+
+    Args:
+        path: of the sweep file.
+        runs_dir: the store.
+        gpu: whether cells run on a GPU, for what `auto` means.
 
     Raises:
         ValueError: unknown or missing fields, wrong types, an algorithm, a config or a setting
@@ -104,24 +120,29 @@ def plan(path: Path | str, runs_dir: Path | str = "runs") -> list[Cell]:
     runs_dir = Path(runs_dir)
     sweep = read_sweep(path)
     shared = _SharedSettings(sweep)
+    drafts = [
+        (method, overrides, _settings(sweep, method, shared, overrides, task, seed))
+        for method in sweep.methods
+        for overrides, task, seed in itertools.product(
+            method.grid, sweep.tasks, sweep.seeds
+        )
+    ]
+    mode = _Mode([config for *_, config in drafts], runs_dir / sweep.name, gpu)
     cells: dict[Path, Cell] = {}
     models: dict[Path, Cell] = {}
-    for method in sweep.methods:
-        points = itertools.product(method.grid, sweep.tasks, sweep.seeds)
-        for overrides, task, seed in points:
-            layers = shared.layers(method, task)
-            cell = _cell(sweep, method, layers, overrides, task, seed, runs_dir)
-            if sweep.share_offline and _needs_model(cell.config):
-                model = _offline_cell(sweep, method, cell, runs_dir)
-                cell.model = models.setdefault(model.folder, model)
-                cell.config = dataclasses.replace(
-                    cell.config,
-                    offline_iterations=0,
-                    load_model=str(cell.model.folder / "model.pt"),
-                )
-            if cell.folder in cells:
-                raise ConfigError(f"{sweep.path}: {cell.label} is there twice")
-            cells[cell.folder] = cell
+    for method, overrides, config in drafts:
+        cell = _cell(sweep, method, overrides, config, mode, runs_dir)
+        if sweep.share_offline and _needs_model(cell.config):
+            model = _offline_cell(sweep, method, cell, mode, runs_dir)
+            cell.model = models.setdefault(model.folder, model)
+            cell.config = dataclasses.replace(
+                cell.config,
+                offline_iterations=0,
+                load_model=str(cell.model.folder / "model.pt"),
+            )
+        if cell.folder in cells:
+            raise ConfigError(f"{sweep.path}: {cell.label} is there twice")
+        cells[cell.folder] = cell
     ordered = [*models.values(), *cells.values()]
     for cell in ordered:
         check_begun(cell)
@@ -160,7 +181,7 @@ def digest(algorithm: str, config: Any, leave_out: AbstractSet[str]) -> str:
         config: an instance of its dataclass.
         leave_out: fields that do not count.
     """
-    default = flatten(dataclasses.asdict(type(config)()))
+    default = {**flatten(dataclasses.asdict(type(config)())), **FORMER_DEFAULTS}
     values = {
         name: value
         for name, value in flatten(dataclasses.asdict(config)).items()
@@ -314,28 +335,93 @@ class _SharedSettings:
         return origin, self.found[key]
 
 
-def _cell(
+class _Mode:
+    """What stands for `auto` in the cells of a sweep: one thread each, and all compiled or none.
+
+    What the sweep began with stays.
+
+    Args:
+        configs: of all cells.
+        folder: of the sweep in the store.
+        gpu: whether cells run on a GPU.
+    """
+
+    def __init__(self, configs: Sequence[Any], folder: Path, gpu: bool):
+        self.compile = False
+        open_ones = [c for c in configs if getattr(c, "compile", None) == AUTO]
+        if open_ones and not gpu:
+            begun = _begun_compiled(folder)
+            most = max(map(pace.updates_of, open_ones))
+            self.compile = pace.worth_compiling(most)[0] if begun is None else begun
+
+    def settle(self, config: Any) -> tuple[Any, dict[str, Any]]:
+        """The config without `auto`, and the values that took its place."""
+        values = {"threads": 1, "compile": self.compile}
+        if getattr(config, "compat", False):
+            values["compile"] = False
+        chosen = {k: v for k, v in values.items() if getattr(config, k, None) == AUTO}
+        return dataclasses.replace(config, **chosen), chosen
+
+
+def _begun_compiled(folder: Path) -> bool | None:
+    """Whether the cells of a begun sweep are compiled where `auto` stood; None: unknown."""
+    for file in sorted(folder.glob("*/cell.json")):
+        about = read_json(file)
+        # Cells of before there was a choice were eager.
+        chosen = about.get("chosen", {"compile": False})
+        if "compile" in chosen:
+            return chosen["compile"]
+    return None
+
+
+def _settings(
     sweep: Sweep,
     method: Method,
-    shared: Layers,
+    shared: _SharedSettings,
     overrides: dict[str, Any],
     task: str,
     seed: int,
-    runs_dir: Path,
-) -> Cell:
-    label = ",".join([method.name, *(f"{k}={_text(v)}" for k, v in overrides.items())])
+) -> Any:
+    """The config of a cell as the sweep file has it."""
     layers = [
-        *shared,
+        *shared.layers(method, task),
         (f"{method.origin}.settings", method.settings),
         (f"{method.origin}.grid", _nested(overrides, f"{method.origin}.grid")),
-        (str(sweep.path), {"env": task, "seed": seed, "name": _file_name(label)}),
+        (
+            str(sweep.path),
+            {"env": task, "seed": seed, "name": _file_name(_label(method, overrides))},
+        ),
     ]
-    config = _make(method.algorithm, layers, f"{method.origin} on {task}")
+    return _make(method.algorithm, layers, f"{method.origin} on {task}")
+
+
+def _label(method: Method, overrides: dict[str, Any]) -> str:
+    return ",".join([method.name, *(f"{k}={_text(v)}" for k, v in overrides.items())])
+
+
+def _cell(
+    sweep: Sweep,
+    method: Method,
+    overrides: dict[str, Any],
+    config: Any,
+    mode: _Mode,
+    runs_dir: Path,
+) -> Cell:
+    config, chosen = mode.settle(config)
     stem = Path(method.algorithm).stem
-    ending = f"{task}-s{seed}-{digest(stem, config, config.BOOKKEEPING)}"
-    folder = runs_dir / sweep.name / f"{_file_name(label)}-{ending}"
-    config = dataclasses.replace(config, runs_dir=str(folder))
-    return Cell(folder, label, task, seed, method.algorithm, config, overrides)
+    key = digest(stem, config, config.BOOKKEEPING)
+    name = f"{config.name}-{config.env}-s{config.seed}-{key}"
+    folder = runs_dir / sweep.name / name
+    return Cell(
+        folder,
+        _label(method, overrides),
+        config.env,
+        config.seed,
+        method.algorithm,
+        dataclasses.replace(config, runs_dir=str(folder)),
+        overrides,
+        chosen=chosen,
+    )
 
 
 def _needs_model(config: Any) -> bool:
@@ -343,7 +429,9 @@ def _needs_model(config: Any) -> bool:
     return trained and not config.load_model
 
 
-def _offline_cell(sweep: Sweep, method: Method, cell: Cell, runs_dir: Path) -> Cell:
+def _offline_cell(
+    sweep: Sweep, method: Method, cell: Cell, mode: _Mode, runs_dir: Path
+) -> Cell:
     """The offline cell whose model a fine-tuning cell starts from."""
     path = sweep.path
     with _errors_name(f"{path}: offline"):
@@ -361,6 +449,7 @@ def _offline_cell(sweep: Sweep, method: Method, cell: Cell, runs_dir: Path) -> C
         (str(path), {"online_iterations": 0}),
     ]
     config = _make(algorithm, layers, f"{path}: the offline phase of {cell.label}")
+    config, _ = mode.settle(config)
     if config.offline_iterations % config.eval_freq:
         raise ConfigError(
             f"{path}: eval_freq {config.eval_freq} does not divide offline_iterations "

@@ -270,13 +270,14 @@ def _sweep(args: argparse.Namespace) -> int:
         raise ConfigError("name a sweep file, for example sweeps/smoke.yaml")
     if args.address is not None and args.workers is not None:
         raise ConfigError("--workers is for a Ray of our own, not for --address")
-    cells = plan(args.sweep, args.runs_dir)
+    cells = plan(args.sweep, args.runs_dir, args.gpus > 0)
     if args.only:
         cells = select(cells, args.only)
     table = Table(cells)
     if args.status or all(c.is_done for c in cells):
         table.show(last=True)
         return 0
+    _say_mode(cells)
     pool = RayPool(args.address, args.workers, args.gpus)
 
     def stop(number: int, frame: Any) -> None:
@@ -289,6 +290,14 @@ def _sweep(args: argparse.Namespace) -> int:
     finally:
         pool.close()
         signal.signal(signal.SIGTERM, before)
+
+
+def _say_mode(cells: Sequence[Cell]) -> None:
+    """Print what was chosen for cells whose sweep file does not say it."""
+    chosen = next((c.chosen for c in cells if c.chosen), None)
+    if chosen is not None:
+        shown = ", ".join(f"{k}: {str(v).lower()}" for k, v in chosen.items())
+        print(f"chosen for every cell: {shown} (state them under settings to repeat it)")
 
 
 if __name__ == "__main__":

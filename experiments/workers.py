@@ -33,7 +33,10 @@ STOPPED = 143
 # Seconds that a cell has to save after its worker is gone.
 GRACE = 30.0
 # Environment variables of the sweep that its cells get on every machine.
-PASSED_ON = ("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK")
+PASSED_ON = (
+    *("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK"),
+    *("TORCHINDUCTOR_CACHE_DIR", "CXX"),
+)
 
 RUN_AGAIN = "run the sweep again, which writes it anew"
 REMOVE = "remove it, and the sweep writes it again"

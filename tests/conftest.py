@@ -6,11 +6,18 @@ faults of each kind that ended as they should.
 """
 
 import os
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 os.environ["CORL_DARE_D4RL_URL"] = ""
+# Compiled graphs outlive the folder of a test.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"corl_dare_tests_{os.getuid()}"),
+)
 FAULT = (
     "fault"  # name of the mark, and of the property that carries its kind to the summary
 )
@@ -22,6 +29,18 @@ def pytest_addoption(parser):
         action="store_true",
         help="also the slow instances of faults, and a count of each kind",
     )
+
+
+@pytest.fixture(autouse=True)
+def no_timed_choice(monkeypatch):
+    """No test depends on the load of the machine: a run in a test states its threads."""
+    from corl import pace
+
+    def timed(*args):
+        raise AssertionError("state threads and compile in this test")
+
+    monkeypatch.setattr(pace, "time_products", timed)
+    monkeypatch.setattr(pace, "available_cores", lambda: 2)
 
 
 @pytest.hookimpl(tryfirst=True)

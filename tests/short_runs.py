@@ -10,6 +10,8 @@ from corl import finetune, runs
 FIELDS = {
     "env": toy.TASK,
     "device": "cpu",
+    "threads": 1,
+    "compile": False,
     "offline_iterations": 400,
     "online_iterations": 600,
     "batch_size": 64,

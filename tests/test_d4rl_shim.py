@@ -583,7 +583,8 @@ def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, name):
     flags = flags.split()
     script = Path(CORL_DIR) / "algorithms" / f"{name}.py"
     d4rl_shim.run_file(script, [*flags, str(tmp_path / "theirs")], path=data[0])
-    own = ["--compat", "true", "--dataset_path", str(data[0]), "--runs_dir"]
+    own = ["--compat", "true", "--threads", "1", "--compile", "false"]
+    own += ["--dataset_path", str(data[0]), "--runs_dir"]
     argv = [*flags, str(tmp_path / "ours"), *own, str(tmp_path / "runs")]
     ours.train(parse_config(ours.TrainConfig, argv))
     for file in ("checkpoint_25.pt", "checkpoint_51.pt"):

@@ -1004,7 +1004,8 @@ def test_more_methods_than_colors_are_still_told_apart():
 
 SMALL = (
     "--env toy-medium-v2 --offline_iterations 20 --online_iterations 60 --eval_freq 10 "
-    "--n_episodes 2 --batch_size 16 --log_freq 10 --buffer_size 5000 --device cpu"
+    "--n_episodes 2 --batch_size 16 --log_freq 10 --buffer_size 5000 --device cpu "
+    "--threads 1 --compile false"
 )
 MIXTURE = (
     "--dare.behavior mixture --dare.guidance_scale 0 --dare.score policy_ratio "

@@ -155,7 +155,8 @@ print("exchanged")
 def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):
     small = "--env hopper-random-v2 --dataset_rows 1500 --offline_iterations 3 "
     small += "--online_iterations 3 --eval_freq 3 --n_episodes 1 --batch_size 8 "
-    small += "--dataset_source self-collected --device cpu --buffer_size 2000"
+    small += "--dataset_source self-collected --device cpu --buffer_size 2000 "
+    small += "--threads 1 --compile false"
     program = f"""
 import os, sys
 os.environ["CORL_DARE_CACHE"] = {str(tmp_path / "cache")!r}

@@ -51,6 +51,8 @@ ROWS = 60  # of the dataset
 # The offline and the online side of every pair differ, and no number is its default or 1.
 COMMON = {
     "device": "cpu",
+    "threads": 1,
+    "compile": False,
     "seed": 3,
     "eval_seed": 11,
     "eval_freq": 4,

@@ -105,6 +105,8 @@ def short_run(folder, dataset, **fields):
         "dataset_path": dataset,
         "runs_dir": folder / "runs",
         "device": "cpu",
+        "threads": 1,
+        "compile": "false",
         "eval_freq": 10,
         "log_freq": 5,
         "n_episodes": 1,

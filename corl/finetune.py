@@ -501,7 +501,11 @@ class Session:
         checkpoints.save_corl_checkpoint(path, self._parts["trainer"].state_dict())
 
     def finish(self) -> Dict[str, Any]:
-        """Save and end the run; returns its summary, or {} where it was asked to stop."""
+        """Save and end the run; returns its summary, or {} where it was asked to stop.
+
+        Raises:
+            SystemExit: a signal asked, see `runs.Run.interrupted`.
+        """
         self.save()  # the last weights, wherever eval_freq left off
         if self.run.stop_requested:
             self.run.interrupted()

@@ -100,7 +100,7 @@ def check_fit(saved: Any, wanted: Any, name: str = "") -> None:
         ValueError: names the entry, what it is and what it should be.
     """
     if isinstance(wanted, Mapping) and isinstance(saved, Mapping):
-        for key in wanted.keys() & saved.keys():
+        for key in (key for key in wanted if key in saved):
             check_fit(saved[key], wanted[key], f"{name}.{key}" if name else str(key))
     elif isinstance(wanted, list | tuple) and isinstance(saved, list | tuple):
         for i, (ours, theirs) in enumerate(zip(saved, wanted, strict=False)):

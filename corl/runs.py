@@ -675,7 +675,7 @@ def _changes(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     """The fields of both that differ, as (name, old value, new value); blocks are looked into."""
-    for name in old.keys() & new.keys():
+    for name in sorted(old.keys() & new.keys()):
         before, after = old[name], new[name]
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _changes(before, after, f"{prefix}{name}.")

@@ -591,7 +591,11 @@ def run(
     config = make_config(algorithm, folder, dare, **fields)
     record = Record(algorithm, config, stop)
     install(patch, record, module, folder / "cache", estimate)
-    record.summary = module.train(config)
+    try:
+        record.summary = module.train(config)
+    except SystemExit as end:
+        # It was asked to stop, and saved.
+        assert end.code == 128 + signal.SIGTERM
     made = sorted(Path(config.runs_dir).glob("wiring-*"))
     record.folder = Path(config.resume) if config.resume else made[-1]
     return record

@@ -474,7 +474,7 @@ def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> d
     for name, value in values.items():
         if name not in known:
             raise ConfigError(
-                f"{origin}: unknown field {prefix}{_cut(str(name))}"
+                f"{origin}: unknown field {prefix}{_cut(str(name)) or repr(name)}"
                 f"{_hint(name, known, prefix)}"
             )
         kind = known[name]

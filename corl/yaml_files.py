@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-LARGEST = 256_000  # bytes of a file
-MOST_VALUES = 100_000  # each alias counts as all that it stands for
+LARGEST = 100_000  # bytes of a file
+MOST_VALUES = 20_000  # each alias counts as all that it stands for
 DEEPEST = 30  # blocks in blocks
 TAG = "tag:yaml.org,2002:"
 PLAIN = {TAG + kind for kind in "null bool int float str seq map merge".split()}

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -61,6 +62,8 @@ FILLED_BY_SWEEP = {
 }
 # Defaults that have changed: cells keep the names that they got from these.
 FORMER_DEFAULTS = {"compile": False}
+# Combinations of a method's grid.
+MOST_POINTS = 10_000
 # Values of settings, later ones over earlier ones: (where they come from, nested values).
 Layers = list[tuple[str, dict[str, Any]]]
 
@@ -275,6 +278,12 @@ def _combinations(grid: dict[str, list], origin: str) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"{origin}: grid.{name} must be a list of values, not {values!r}"
             )
+    count = math.prod(map(len, grid.values()))
+    if count > MOST_POINTS:
+        raise ConfigError(
+            f"{origin}: the grid has {count} combinations, more than {MOST_POINTS}; give fewer "
+            "values"
+        )
     points = itertools.product(*grid.values())
     return [dict(zip(grid, point, strict=True)) for point in points]
 

@@ -159,7 +159,7 @@ def test_a_bad_value_in_a_file_is_refused_with_file_and_field(
             "buffer_size 10000000000 needs .* GB.* set buffer_size",
         ),
         ({"batch_size": 10**8}, "batch_size 100000000 needs .* GB.* set batch_size"),
-        ({"buffer_size": 999}, "buffer_size 999 .*set .*at least"),
+        ({"buffer_size": 900}, "buffer_size 900 .*set .*at least"),
         ({"dataset_path": "no/such.hdf5"}, "no/such.hdf5"),
         ({"dataset_path": "~nobody_here/x.hdf5"}, "~nobody_here/x.hdf5"),
         ({"load_model": "no/such.pt"}, "no/such.pt does not exist"),

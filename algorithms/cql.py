@@ -10,6 +10,9 @@ What differs from upstream, and why (`compat: true` brings the upstream behaviou
 - After `load_model` the entropy and Lagrange multipliers go on learning. Upstream's optimizers
   keep the parameters from before the load, so that they never change again.
 - The warm-up of `bc_steps` clones the dataset's actions. Upstream scores a new sample instead.
+- The range of returns behind `normalize_reward` is that of the file's whole episodes. Upstream
+  walks over the rows that are left when D4RL has dropped those of time-outs, so that long
+  episodes drift against each other.
 - Evaluation episodes are seeded with `eval_seed`. Upstream overwrites it with `seed`.
 - A dataset that exactly fills the buffer can be fine-tuned. Upstream's write pointer is then
   out of range.
@@ -133,18 +136,28 @@ class TrainConfig(FinetuneConfig):
     reward_scale: float = 1.0  # factor on rewards, only with normalize_reward
     reward_bias: float = 0.0  # added to them, only with normalize_reward
 
+    RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
+        "alpha_multiplier": "[0, inf)",
+        **dict.fromkeys(("policy_lr", "qf_lr"), "(0, inf)"),
+        "soft_target_update_rate": "(0, 1]",
+        "bc_steps": "[0, 1e9]",
+        "target_update_period": "[1, 1e9]",
+        **dict.fromkeys(("cql_alpha", "cql_alpha_online"), "[0, inf)"),
+        "cql_n_actions": "[1, 1e4]",
+        "cql_target_action_gap": "(-inf, inf)",
+        "cql_temp": "(0, inf)",
+        "cql_clip_diff_min": "[-inf, inf)",
+        "cql_clip_diff_max": "(-inf, inf]",
+        "q_n_hidden_layers": "[1, 100]",
+        "reward_scale": "(0, inf)",
+        "reward_bias": "(-inf, inf)",
+    }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {"cql_alpha_online"}
     QUICK_START: ClassVar[str] = "configs/cql/quick_start.yaml"
     REWARDS: ClassVar[finetune.RewardRule] = LINEAR_REWARDS
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_at_least(
-            1, "target_update_period", "cql_n_actions", "q_n_hidden_layers"
-        )
-        self.check_at_least(0, "bc_steps")
-        if not self.cql_temp > 0:
-            raise ValueError(f"cql_temp must be positive, not {self.cql_temp}")
         if not self.cql_clip_diff_min <= self.cql_clip_diff_max:
             raise ValueError(
                 f"cql_clip_diff_min {self.cql_clip_diff_min} lies above "

@@ -23,6 +23,9 @@ updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/iq
 What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
 - The cosine schedule of the actor's learning rate ends with the offline phase; online the rate
   is constant. Upstream goes on stepping it, so it restarts at 0 online and climbs.
+- The range of returns behind `normalize_reward` is that of the file's whole episodes. Upstream
+  walks over the rows that are left when D4RL has dropped those of time-outs, so that long
+  episodes drift against each other.
 - Evaluation episodes are seeded with `eval_seed`. Upstream overwrites it with `seed`.
 - A dataset that exactly fills the buffer can be fine-tuned. Upstream's write pointer is then
   out of range.
@@ -66,7 +69,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
-from corl_dare.config import LOGS, MEANS, PANELS, DareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, UNDEFINED, DareConfig
 from corl_dare.hook import (
     DareHook,
     Release,
@@ -74,6 +77,7 @@ from corl_dare.hook import (
     energy_q_scale,
     prepare,
 )
+from corl_dare.streams import put_back
 
 BASELINE = "iql"
 EXP_ADV_MAX = 100.0
@@ -105,6 +109,11 @@ class DareIQLConfig(DareConfig):
     value: str = "all"  # V learns on: all rows; offline: weight 1 only; iv: Eq. 35
     # DARE-IV (the paper's appendix G) is policy awr with value iv.
 
+    RANGES: ClassVar[dict] = DareConfig.RANGES | {
+        "entropy_alpha": "[0, inf)",
+        "backup_actions": "[1, 1e4]",
+    }
+
     def __post_init__(self):
         super().__post_init__()
         if self.value not in ("all", "offline", "iv"):
@@ -113,8 +122,6 @@ class DareIQLConfig(DareConfig):
             )
         if self.policy not in ("sac", "awr"):
             raise ValueError(f"dare.policy must be sac or awr, not {self.policy!r}")
-        if self.backup_actions < 1:
-            raise ValueError("dare.backup_actions must be at least 1")
 
 
 @dataclass
@@ -144,6 +151,15 @@ class TrainConfig(FinetuneConfig):
     # DARE
     dare: DareIQLConfig = dataclasses.field(default_factory=DareIQLConfig)
 
+    RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
+        "actor_dropout": "[0, 1)",
+        "tau": "(0, 1]",
+        "beta": "[0, inf)",
+        "iql_tau": "(0, 1)",
+        **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
+        **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
+        "mixing_ratio": "(0, 1)",
+    }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
         "actor_lr_online",
@@ -155,8 +171,6 @@ class TrainConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 < self.iql_tau < 1.0:
-            raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
         if self.dare.enabled and self.mixing_ratio is None:
             self.mixing_ratio = 0.5
         if self.dare.score == "policy_ratio" and self.iql_deterministic:
@@ -526,7 +540,8 @@ class ImplicitQLearning:
         """Go on from a `state_dict`."""
         self.load_weights(state_dict)
         self.anneal = state_dict.get("anneal", True)
-        self.dare_generator.set_state(state_dict["dare_generator"].cpu())
+        kept = put_back(self.dare_generator, state_dict["dare_generator"], self.total_it)
+        self.reseeded = not kept
 
     def load_weights(self, state_dict: Dict[str, Any]) -> None:
         """Start from the networks and optimizers of a `state_dict` or a CORL checkpoint."""
@@ -590,7 +605,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
         if config.dare.enabled:
-            session.show(PANELS, MEANS)
+            session.show(PANELS, MEANS, UNDEFINED)
             source = prepare(
                 config.dare,
                 **session.facts(),

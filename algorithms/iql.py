@@ -9,6 +9,9 @@ updates, checkpoint keys and numbers are those of CORL's `algorithms/finetune/iq
 What differs from upstream, and why (`compat: true` brings the upstream behaviour back):
 - The cosine schedule of the actor's learning rate ends with the offline phase; online the rate
   is constant. Upstream goes on stepping it, so it restarts at 0 online and climbs.
+- The range of returns behind `normalize_reward` is that of the file's whole episodes. Upstream
+  walks over the rows that are left when D4RL has dropped those of time-outs, so that long
+  episodes drift against each other.
 - Evaluation episodes are seeded with `eval_seed`. Upstream overwrites it with `seed`.
 - A dataset that exactly fills the buffer can be fine-tuned. Upstream's write pointer is then
   out of range.
@@ -93,6 +96,15 @@ class TrainConfig(FinetuneConfig):
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
     actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
 
+    RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
+        "actor_dropout": "[0, 1)",
+        "tau": "(0, 1]",
+        "beta": "[0, inf)",
+        "iql_tau": "(0, 1)",
+        **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
+        **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
+        "mixing_ratio": "(0, 1)",
+    }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
         "actor_lr_online",
@@ -103,8 +115,6 @@ class TrainConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 < self.iql_tau < 1.0:
-            raise ValueError(f"iql_tau must lie in (0, 1), not {self.iql_tau}")
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 

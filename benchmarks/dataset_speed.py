@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from corl import machine
+from corl import arguments, machine
 from corl.data import schema, sources
 
 S, A, TASK = 11, 3, "hopper-medium-v2"
@@ -137,23 +137,29 @@ def load(path: str) -> None:
     cpu, clock = time.process_time() - cpu, time.time() - clock
     size = sum(values.nbytes for values in found.arrays.values())
     over = (resident("VmHWM") - before) / size
-    print(json.dumps({"cpu_seconds": cpu, "seconds": clock, "peak_over_arrays": over}))
+    print(
+        json.dumps(
+            {"cpu_seconds": cpu, "seconds": clock, "peak_over_arrays": over},
+            allow_nan=False,
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--loop_rows", type=int, default=200_000)
+    rows = arguments.number(int, "[2, 1e9]")
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=rows, default=1_000_000)
+    parser.add_argument("--loop_rows", type=rows, default=200_000)
     parser.add_argument(
-        "--out", type=Path, default=Path("results/data/dataset_speed.json")
+        "--out", type=arguments.path, default=Path("results/data/dataset_speed.json")
     )
     parser.add_argument("--load", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
         load(args.load)
         return
-    if not 2 <= args.loop_rows <= args.rows:
-        parser.error("--loop_rows must be at least 2 and at most --rows")
+    if args.loop_rows > args.rows:
+        parser.error("--loop_rows must be at most --rows")
     result = {
         "command": f"python benchmarks/dataset_speed.py --rows {args.rows}",
         "rows": args.rows,
@@ -164,10 +170,10 @@ def main() -> None:
         "numpy": np.__version__,
         "h5py": h5py.__version__,
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2, allow_nan=False))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_name(args.out.name + ".part")
-    part.write_text(json.dumps(result, indent=2) + "\n")
+    part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     os.replace(part, args.out)
 
 

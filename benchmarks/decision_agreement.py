@@ -20,7 +20,6 @@ even with itself: the row `paper, other noise` shows how much agreement can be e
 Networks and data are small and trained for minutes; all sizes are flags and part of the result.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -35,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import dare_iql
-from corl import envs, finetune, machine, tasks
+from corl import arguments, envs, finetune, machine, tasks
 from corl.data import sources
 from corl.progress import progress_bar
 from corl_dare import hook
@@ -119,7 +118,7 @@ class Experiment:
         collector = finetune.OnlineCollector(env, self.online, task, "cpu")
         for _ in range(settings.online_rows):
             collector.step(self.trainer.actor)
-        low, high = finetune.return_reward_range(self.data.arrays, task.horizon)
+        low, high = self.data.return_range()
         self.q_scale = hook.energy_q_scale(settings.env, high - low)
         self.behaviors = {kind: self.fit(kind) for kind in ("diffusion", "mixture")}
 
@@ -276,15 +275,18 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Settings):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+        parser.add_argument(
+            f"--{field.name}", type=arguments.setting(field), default=field.default
+        )
+    parser.add_argument("--out", type=arguments.path, help="write the numbers as JSON")
     args = vars(parser.parse_args())
     out = args.pop("out")
     settings = Settings(**args)
     machine.configure_threads(1)
-    results = run(settings)
+    with arguments.errors_in_one_line():
+        results = run(settings)
     print(table(results))
     if out is None:
         return
@@ -299,7 +301,7 @@ def main() -> None:
         "versions": machine.versions(),
         "commit": machine.git_commit(),
     }
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    out.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

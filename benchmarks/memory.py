@@ -9,7 +9,6 @@ memory only when rows are written. So the growth is measured from a fifth of the
 the end, and the rows written in between are subtracted.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from corl import machine, tasks
+from corl import arguments, machine, tasks
 
 ROOT = Path(__file__).parent.parent
 TASK = "hopper-medium-v2"
@@ -87,8 +86,8 @@ def growth(course: dict[int, float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=arguments.path, help="write the numbers as JSON")
     args = parser.parse_args()
     results = {}
     for name, flags in CASES.items():
@@ -106,7 +105,7 @@ def main() -> None:
             "versions": machine.versions(),
             "commit": machine.git_commit(),
         }
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+        args.out.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ float32. The cases named `patched` apply `patches/` to a copy in memory and comp
 DARE updates (hook, losses, energy) with our DARE file. A difference of 0 means the same bits.
 """
 
-import argparse
 import dataclasses
 import functools
 import inspect
@@ -25,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
-from corl import d4rl_shim, machine
+from corl import arguments, d4rl_shim, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
 from corl_dare.upstream import ExchangedBuffer
@@ -360,17 +359,20 @@ def patched_module(corl: Path, name: str) -> SimpleNamespace:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corl", type=Path, required=True, help="a CORL checkout")
-    parser.add_argument("--out", type=Path, help="also write the report here")
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--corl", type=arguments.path, required=True, help="a CORL checkout"
+    )
+    parser.add_argument("--out", type=arguments.path, help="also write the report here")
     args = parser.parse_args()
     machine.configure_threads(1)
     upstream = args.corl / "algorithms/finetune"
-    results = iql_cases(load(upstream / "iql.py"))
-    results.update(cql_cases(cql, load(upstream / "cql.py")))
-    results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
-    results.update(dare_iql_cases(patched_module(args.corl, "iql")))
-    results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
+    with arguments.errors_in_one_line():
+        results = iql_cases(load(upstream / "iql.py"))
+        results.update(cql_cases(cql, load(upstream / "cql.py")))
+        results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
+        results.update(dare_iql_cases(patched_module(args.corl, "iql")))
+        results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
     lines = [
         f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "
         f"{machine.describe()['processor']}, torch {torch.__version__}, "

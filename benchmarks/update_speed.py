@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import cal_ql, dare_cal_ql, dare_iql, iql
 from benchmarks import parity
-from corl import compiled, machine
+from corl import arguments, compiled, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
 from corl_dare.rows import draw_rows
@@ -168,20 +168,26 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corl", type=Path, help="a CORL checkout to compare with")
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--corl", type=arguments.path, help="a CORL checkout to compare with"
+    )
     parser.add_argument(
         "--algorithms", nargs="+", default=list(FILES), choices=list(FILES)
     )
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="per variant and round"
+        "--seconds",
+        type=arguments.number(float, "(0, 1e6]"),
+        default=2.0,
+        help="per variant and round",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=arguments.number(int, "[1, 1e6]"), default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--threads", type=arguments.number(int, "[1, 1024]"), default=1)
+    parser.add_argument("--out", type=arguments.path, help="write the numbers as JSON")
     args = parser.parse_args()
-    device = machine.pick_device(args.device)
+    with arguments.errors_in_one_line():
+        device = machine.pick_device(args.device)
     machine.configure_threads(args.threads)
     parts = machine.describe()
     print(
@@ -194,13 +200,16 @@ def main() -> None:
     except ValueError as error:
         can_compile = False
         print(f"compiled variants are left out: {error}")
-    rates = {
-        algorithm: measure_algorithm(algorithm, args, device, can_compile)
-        for algorithm in args.algorithms
-    }
+    with arguments.errors_in_one_line():
+        rates = {
+            algorithm: measure_algorithm(algorithm, args, device, can_compile)
+            for algorithm in args.algorithms
+        }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record(args, rates, device), indent=2) + "\n")
+        args.out.write_text(
+            json.dumps(record(args, rates, device), indent=2, allow_nan=False) + "\n"
+        )
 
 
 def measure_algorithm(

@@ -9,7 +9,6 @@ learns from the data; none is trained to its end. The table of docs/corl.md is p
 row per script is written.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -20,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from corl import arguments
 from corl.data import sources
 from corl.machine import describe, git_commit, versions
 
@@ -115,12 +115,18 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("corl", type=Path, help=f"folder of CORL at commit {COMMIT}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "corl", type=arguments.path, help=f"folder of CORL at commit {COMMIT}"
+    )
+    parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
     parser.add_argument("--only", choices=SCRIPTS, nargs="+", default=list(SCRIPTS))
-    parser.add_argument("--out", type=Path, default=ROOT / "results/upstream/hopper.csv")
+    parser.add_argument(
+        "--out", type=arguments.path, default=ROOT / "results/upstream/hopper.csv"
+    )
     args = parser.parse_args()
+    if not (args.corl / "algorithms").is_dir():
+        parser.error(f"{args.corl} is no folder of CORL")
     data, machine = sources.resolve(TASK).provenance, describe()
     facts = {
         "corl_commit": COMMIT,

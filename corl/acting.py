@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from corl import envs, physics, runs, tasks
+from corl import envs, finite, physics, runs, tasks
 from corl.buffers import ReplayBuffer
 from corl.config import FinetuneConfig
 
@@ -27,6 +27,62 @@ class Actor(Protocol):
 
     def eval(self) -> Any:
         """Switch to evaluation mode."""
+
+
+class CheckedEnv(gym.Wrapper):
+    """An environment that takes finite actions and hands out values that can be learned from.
+
+    `reset` and `step` raise FloatingPointError where an action is not finite, and where an
+    observation or a reward has no square in float32.
+
+    Args:
+        env: the environment, with raw observations and rewards.
+        role: `training` or `evaluation`.
+        config: of the run; it names the task and the likely cause of a bad action.
+    """
+
+    def __init__(self, env: gym.Env, role: str, config: Any):
+        super().__init__(env)
+        self._name, self._config = f"the {role} environment {config.env}", config
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode."""
+        observation, info = self.env.reset(**options)
+        self._check(observation, "observation")
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take an action (A,)."""
+        if not np.isfinite(action).all():
+            raise FloatingPointError(
+                f"the policy's action in {self._name} is not finite: "
+                f"{finite.likely_cause(self._config)}"
+            )
+        result = self.env.step(action)
+        self._check(result[0], "observation")
+        self._check(result[1], "reward")
+        return result
+
+    def _check(self, values: Any, what: str) -> None:
+        # Not "larger than": comparisons with nan are false.
+        if np.abs(values).max() <= finite.LARGEST:
+            return
+        values = np.atleast_1d(values).astype(float)
+        place = int(np.argmax(~(np.abs(values) <= finite.LARGEST)))
+        dimension = f" (dimension {place})" if len(values) > 1 else ""
+        raise FloatingPointError(
+            f"{self._name} gave the {what} {values[place]:g}{dimension}"
+            f"{self._episode_step()}, {finite.rule(values[place])}; look for the fault in the "
+            "environment"
+        )
+
+    def _episode_step(self) -> str:
+        try:
+            return (
+                f" in step {self.env.get_wrapper_attr('_elapsed_steps')} of its episode"
+            )
+        except AttributeError:
+            return ""
 
 
 def wrap_env(
@@ -98,6 +154,16 @@ def eval_actor(
     return np.asarray(returns), float(np.mean(successes))
 
 
+def check_reward(stored: float, raw: Any) -> None:
+    """Raises FloatingPointError where a reward, as it is stored, has no square in float32."""
+    if not abs(stored) <= finite.LARGEST:
+        raise FloatingPointError(
+            f"normalize_reward turns the reward {float(raw):g} into {float(stored):g}, "
+            f"{finite.rule(stored)}; set normalize_reward to false, or look at the dataset's "
+            "returns"
+        )
+
+
 class OnlineCollector:
     """Acts with the exploring policy, one environment step a call, into a replay buffer.
 
@@ -142,9 +208,9 @@ class OnlineCollector:
         self.success = self.success or is_goal_reached(float(reward), info)
         # A time-out is not an end: the value of the next state still counts.
         real_done = bool(terminated) and self.episode_step < self.task.horizon
-        self.buffer.add_transition(
-            self.state, action, self.reward(reward), next_state, real_done
-        )
+        stored = self.reward(reward)
+        check_reward(stored, reward)
+        self.buffer.add_transition(self.state, action, stored, next_state, real_done)
         self.state = next_state
         if terminated or truncated:
             self._finish_episode()
@@ -207,7 +273,9 @@ class Evaluator:
             # Upstream's regret is that of the training episodes.
             counted = self.collector.successes if config.compat else self.successes
             logs["success_rate"] = success
-            logs["regret"] = 1.0 - float(np.mean(counted)) if counted else float("nan")
+            # Without an episode there is no regret yet.
+            if counted:
+                logs["regret"] = 1.0 - float(np.mean(counted))
         return logs
 
     def state_dict(self) -> Dict[str, Any]:

@@ -9,10 +9,11 @@ Cal-QL hold pickled modules `Scalar`; only their data is read.
 writes a run's weights as CORL's `checkpoint_N.pt`.
 """
 
-import argparse
 import random
 import re
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from corl import files, machine
+from corl import arguments, files, finite, machine
 
 FORMAT = 1  # version of the layout of checkpoint.pt
 
@@ -64,20 +65,55 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the streams of `rng_state` back."""
+def set_rng_state(
+    state: dict[str, Any], device: str = "cpu", before: str | None = None, step: int = 0
+) -> bool:
+    """Put the streams of `rng_state` back; returns whether that of the device goes on.
+
+    A GPU that has no saved stream begins one whose seed follows from the run's seed and `step`.
+
+    Args:
+        state: of `rng_state`, maybe of a machine with more GPUs or with fewer.
+        device: where the run goes on.
+        before: where it ran, None where the checkpoint does not say.
+        step: how far the run is.
+    """
     random.setstate(unpack(state["python"]))
     np.random.set_state(unpack(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    saved = state.get("cuda", [])
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for number, stream in enumerate(saved[:count]):
+        torch.cuda.set_rng_state(stream, number)
+    kind, number = _kind_and_number(device)
+    old_kind, old_number = _kind_and_number(before or device)
+    if kind != "cuda":
+        return kind == old_kind
+    if old_kind == "cuda" and old_number < len(saved):
+        # The same stream, though the run's GPU may have another number here.
+        torch.cuda.set_rng_state(saved[old_number], number)
+        return True
+    with torch.cuda.device(number):
+        torch.cuda.manual_seed(fresh_seed(torch.initial_seed(), step))
+    return False
+
+
+def fresh_seed(seed: int, step: int) -> int:
+    """The seed of a random stream that begins at a step of a training of this seed."""
+    mixed = np.random.SeedSequence([seed, step])
+    return int(mixed.generate_state(1, np.uint64)[0])
+
+
+def _kind_and_number(device: str) -> tuple[str, int]:
+    kind, _, number = device.partition(":")
+    return kind, int(number or 0)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; a crash at any moment leaves the old file or the new one, whole.
 
     Raises:
-        OSError: as of `files.replacing`.
+        CannotWrite: as of `files.replacing`.
     """
     with files.replacing(path) as file:
         torch.save(state, file)
@@ -132,7 +168,7 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
     Nothing in the file is executed; any other class in it is refused.
 
     Args:
-        path: the file.
+        path: the file, or a run folder, whose `checkpoint.pt` is meant.
         required: keys that the algorithm reads.
 
     Raises:
@@ -140,9 +176,10 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
             another algorithm.
     """
     with torch.serialization.safe_globals([_PickledScalar]):
-        state = read(Path(path))
+        state = read(_weights_file(Path(path)))
     if isinstance(state, dict) and "parts" in state:
-        state = state["parts"]["trainer"]
+        parts = state["parts"]
+        state = parts.get("trainer") if isinstance(parts, dict) else None
     if isinstance(state, dict):
         # A random stream is no weight and may belong to another device; a new run has its own.
         state = {k: v for k, v in state.items() if k != "dare_generator"}
@@ -153,6 +190,18 @@ def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict
             f"{path} has no {missing[0]!r}: it is not a checkpoint of this algorithm"
         )
     return state
+
+
+def _weights_file(path: Path) -> Path:
+    """The file that `load_model` means: a run folder stands for its checkpoint."""
+    if not path.is_dir():
+        return path
+    if not (path / "checkpoint.pt").is_file():
+        raise ValueError(
+            f"{path} is a folder without checkpoint.pt: name a run folder that has one, or a "
+            "file such as checkpoint_999999.pt"
+        )
+    return path / "checkpoint.pt"
 
 
 def _scalar_state(value: Any, name: str) -> Any:
@@ -208,21 +257,30 @@ def export_corl(run: Path | str, out: Path | str | None = None) -> Path:
         The file.
 
     Raises:
-        ValueError: no readable checkpoint in the folder, or a place that cannot be written.
+        ValueError: no readable checkpoint in the folder, one whose weights are not finite, or a
+            place that cannot be written.
     """
     path = Path(run) / "checkpoint.pt"
     state = read(path)
-    if not isinstance(state, dict) or "trainer" not in state.get("parts", {}):
+    parts = state.get("parts") if isinstance(state, dict) else None
+    if not isinstance(parts, dict) or not isinstance(parts.get("trainer"), dict):
         raise ValueError(f"{path} is not a checkpoint of a corl-dare run")
+    if not isinstance(state.get("step"), int):
+        raise ValueError(f"{path} is damaged: it has no number of steps")
+    if bad := finite.first_bad(finite.named_tensors(state["parts"]["trainer"], "")):
+        raise ValueError(f"{path} is of a run that diverged: its {bad} is not finite")
     out = Path(out or Path(run) / f"checkpoint_{state['step'] - 1}.pt")
     if not out.parent.is_dir():
         raise ValueError(f"cannot write {out}: {out.parent} is not a folder")
-    save_corl_checkpoint(out, state["parts"]["trainer"])
+    save_corl_checkpoint(out, parts["trainer"])
     return out
 
 
 def read(path: Path) -> Any:
     """The contents of a torch file, on the CPU, without executing anything in it.
+
+    The file is an archive with a checksum of each of its records, which torch itself does not
+    compare.
 
     Raises:
         ValueError: the file is missing or damaged, or holds Python objects.
@@ -230,7 +288,14 @@ def read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum differs")
+        with warnings.catch_warnings():
+            # torch warns of foreign pickles before it refuses them.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = "Unsupported" in str(error) or "weights_only" in str(error)
         # "Unsupported operand" comes from bytes that are no pickle at all.
@@ -240,22 +305,26 @@ def read(path: Path) -> Any:
             why = f"it holds Python objects{name}, which are never unpickled"
         else:
             why = f"it is damaged or not a checkpoint ({type(error).__name__})"
-        raise ValueError(f"cannot read {path}: {why}") from None
+        raise ValueError(
+            f"cannot read {path}: {why}; put a good copy in its place or take another file"
+        ) from None
 
 
 def command_line(argv: Sequence[str] | None = None) -> None:
     """`python -m corl.checkpoints export RUN --to corl [--out FILE]`."""
-    parser = argparse.ArgumentParser(prog="python -m corl.checkpoints")
+    parser = arguments.Parser(prog="python -m corl.checkpoints")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a run's weights for other code")
-    export.add_argument("run", help="run folder")
+    export.add_argument("run", type=arguments.path, help="run folder")
     export.add_argument("--to", choices=("corl",), required=True)
-    export.add_argument("--out", help="file to write; default: checkpoint_N.pt in RUN")
+    export.add_argument(
+        "--out",
+        type=arguments.path,
+        help="file to write; default: checkpoint_N.pt in RUN",
+    )
     args = parser.parse_args(argv)
-    try:
+    with arguments.errors_in_one_line():
         print(machine.tidy_path(export_corl(args.run, args.out)))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

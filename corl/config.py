@@ -20,11 +20,38 @@ from typing import Any, ClassVar, Optional
 import pyrallis
 import yaml
 
-from corl import compiled, tasks
+from corl import compiled, ranges, tasks, yaml_files
 
 
 class ConfigError(ValueError):
     """Bad settings; the message is one line that names the field and the fix."""
+
+
+# What is meant by no value, in flags and in YAML, where a field may have none.
+NOTHING = ("", "~", "null", "none")
+# Control characters, and bytes of a command line that are no UTF-8.
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# CORL's fields that we have otherwise -> what to do.
+CORL_FIELDS = {
+    "max_timesteps": "set offline_iterations to it, and online_iterations to 0 for an "
+    "offline run",
+    "env_name": "set env",
+    "eval_frequency": "set eval_freq",
+    "n_test_episodes": "set n_episodes",
+    "test_seed": "set eval_seed",
+    "gamma": "set discount",
+    "critic_lr": "set qf_lr",
+    "learning_rate": "set the rate of each network: actor_lr (policy_lr in CQL), qf_lr, vf_lr",
+    "cql_min_q_weight": "set cql_alpha",
+    "policy_log_std_multiplier": "leave it out, it is 1 here",
+    "deterministic_torch": "leave it out",
+    **dict.fromkeys(
+        "alpha awac_lambda policy_noise policy_freq hidden_dim vae_lr vae_hidden_dim "
+        "vae_latent_dim vae_iterations lambd num_samples iwae lambd_cool lambd_end "
+        "actor_init_w critic_init_w online_discount".split(),
+        "it belongs to an algorithm of CORL that is not here",
+    ),
+}
 
 
 # ---------------------------------------------------------------- common fields
@@ -34,8 +61,8 @@ class ConfigError(ValueError):
 class FinetuneConfig:
     """The fields of every algorithm's config; an algorithm adds its own and changes defaults.
 
-    Three sets say what else must be known of a field. An algorithm extends them beside its own
-    fields: `ONLINE = FinetuneConfig.ONLINE | {"mixing_ratio"}`.
+    Tables below the fields say what else must be known of them. An algorithm extends them beside
+    its own fields: `ONLINE = FinetuneConfig.ONLINE | {"mixing_ratio"}`.
     """
 
     # Experiment
@@ -74,6 +101,35 @@ class FinetuneConfig:
     group: str = "D4RL"  # wandb group
     name: str = "run"  # first part of the run folder's name
 
+    # Where a number may lie. Every field that is a number has an entry.
+    RANGES: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("seed", "eval_seed"), "[0, 4294967295]"),
+        **dict.fromkeys(("eval_freq", "log_freq", "utd"), "[1, 1e9]"),
+        "offline_iterations": "[0, 1e9]",
+        "online_iterations": "[0, 1e9]",
+        "online_warmup": "[0, 1e9]",
+        "n_episodes": "[1, 1e6]",
+        # The memory of the machine bounds them, too; see `training_data.check_memory`.
+        **dict.fromkeys(("buffer_size", "batch_size"), "[1, 1e10]"),
+        "dataset_rows": "[2, 1e9]",
+        "discount": "[0, 1]",
+        "threads": "[1, 1024]",
+    }
+    # The values of a field that has few.
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "dataset_source": (
+            "auto",
+            "file",
+            "d4rl_dir",
+            "d4rl",
+            "minari",
+            "self-collected",
+        ),
+        "env_backend": ("gymnasium", "d4rl"),
+        "wandb_mode": ("disabled", "offline", "online"),
+    }
+    # Files and folders that a run needs again: its config.yaml has them as absolute paths.
+    PATHS: ClassVar[tuple[str, ...]] = ("checkpoints_path", "dataset_path", "load_model")
     # The offline phase does not read these, so runs that differ in nothing else can start from
     # one offline model. A field that is missing here costs a model that could have been shared;
     # one too many would share what must not be.
@@ -89,40 +145,37 @@ class FinetuneConfig:
     )
     # A resume may change these.
     RESUMABLE: ClassVar[frozenset] = frozenset(
-        {"resume", "online_iterations", "wandb_mode", "device"}
+        {
+            *("resume", "online_iterations", "wandb_mode", "device"),
+            # The same data, which may have moved; its checksum is compared.
+            *("dataset_path", "dataset_source"),
+        }
     )
     # What a long run names for a first look in minutes.
     QUICK_START: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        tasks.task(self.env)
-        self.check_at_least(
-            1, "eval_freq", "n_episodes", "batch_size", "buffer_size", "utd", "log_freq"
-        )
-        self.check_at_least(
-            0, "offline_iterations", "online_iterations", "online_warmup"
-        )
+        ranges.check(self.RANGES, vars(self))
+        for field, allowed in self.CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"{field} {getattr(self, field)!r} is not one of {', '.join(allowed)}"
+                )
+        try:
+            tasks.task(self.env)
+        except ValueError as error:
+            raise ValueError(f"env: {error}") from None
         if self.compile:
             compiled.check()
-
-    def check_at_least(self, bound: float, *fields: str) -> None:
-        """Raises ValueError where one of the fields lies below the bound."""
-        for field in fields:
-            if getattr(self, field) < bound:
-                raise ValueError(
-                    f"{field} must be at least {bound}, not {getattr(self, field)}"
-                )
 
     def check_mixing_ratio(self, or_else: str = "") -> None:
         """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""
         # A field of the algorithms that have two buffers.
         ratio = vars(self)["mixing_ratio"]
-        if not 0.0 < ratio < 1.0:
-            raise ValueError(f"mixing_ratio must lie in (0, 1), not {ratio}{or_else}")
         if not (self.batch_size * ratio).is_integer():
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split by mixing_ratio {ratio}: "
-                "both halves must be whole rows"
+                f"both halves must be whole rows{or_else}"
             )
 
 
@@ -169,7 +222,7 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
     origin = "the command line"
     values: dict[str, Any] = {}
     if flags.get("resume"):
-        folder = Path(str(flags["resume"]))
+        folder = expand(flags["resume"])
         other = [f for f in flags if f not in config_class.RESUMABLE] + files
         if other:
             raise ConfigError(
@@ -181,18 +234,29 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         files = [str(folder / "config.yaml")]
     for file in files:
         origin = str(file)
-        values.update(read_yaml(Path(str(file))))
+        values.update(read_yaml(file))
     values = without_foreign_blocks(config_class, values, origin)
-    _check(config_class, values, origin)
+    try:
+        _check(config_class, values, origin)
+    except ConfigError as error:
+        if not flags.get("resume"):
+            raise
+        raise ConfigError(
+            f"{error}; is it a run of another algorithm, or was the file edited?"
+        ) from None
     if values.get("resume") and "resume" not in flags:
         raise ConfigError(f"{origin}: resume is a flag, --resume RUN; take it out here")
     for name, value in flags.items():
         target = values
         *blocks, last = name.split(".")
         for block in blocks:
-            if not isinstance(target.get(block), dict):
+            if target.get(block) is None:
                 target[block] = {}
             target = target[block]
+            if not isinstance(target, dict):
+                raise ConfigError(
+                    f"--{name}: {block} is set to {shown(target)}, no block"
+                )
         target[last] = value
     return _build(config_class, _check(config_class, values, "command line"))
 
@@ -225,34 +289,57 @@ class _Text(str):
 
 
 def _read_flags(argv: list[str]) -> dict[str, _Text]:
-    flags, i = {}, 0
+    flags: dict[str, _Text] = {}
+    i = 0
     while i < len(argv):
         match = re.fullmatch(r"--([\w.]+)(?:=(.*))?", argv[i], re.DOTALL)
         if match is None:
-            raise ConfigError(f"cannot read {argv[i]!r}; write --field value")
+            raise ConfigError(f"cannot read {shown(argv[i])}; write --field value")
         name, value = match.groups()
         if value is None:
             i += 1
             if i == len(argv) or argv[i].startswith("--"):
                 raise ConfigError(f"--{name} needs a value")
             value = argv[i]
+        # An empty shell variable must not start another run than the one that is meant.
+        if not value and name in ("resume", "config", "config_path"):
+            raise ConfigError(f"--{name} needs a value, not ''")
+        if flags.get(name, value) != value:
+            print(f"--{name} is given twice: {shown(value)} counts")
         flags[name] = _Text(value)
         i += 1
     return flags
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The top-level fields of a YAML file; a file that holds something else raises."""
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The top-level fields of a YAML file; see `yaml_files.load`.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not readable YAML: {text}") from None
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{path} must hold `field: value` lines")
-    return values or {}
+        return yaml_files.load(expand(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def expand(path: Path | str) -> Path:
+    """The path with ~ as the home folder."""
+    # Path.expanduser raises for a user that does not exist; here the path does not exist.
+    return Path(os.path.expanduser(path))
+
+
+def with_absolute_paths(config: Any) -> Any:
+    """The config with `PATHS` as absolute paths, which mean the same in every folder."""
+    named = {name: getattr(config, name) for name in getattr(config, "PATHS", ())}
+    found = {k: v for k, v in named.items() if v and not _is_minari_id(config, k, v)}
+    absolute = {k: os.path.abspath(expand(v)) for k, v in found.items()}
+    return dataclasses.replace(config, **absolute)
+
+
+def _is_minari_id(config: Any, name: str, value: str) -> bool:
+    minari = config.dataset_source == "minari" or value.startswith("minari:")
+    return name == "dataset_path" and minari
 
 
 def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> dict:
@@ -261,9 +348,10 @@ def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> d
     checked = {}
     for name, value in values.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-            raise ConfigError(f"{origin}: unknown field {prefix}{name}{hint}")
+            raise ConfigError(
+                f"{origin}: unknown field {prefix}{_cut(str(name))}"
+                f"{_hint(name, known, prefix)}"
+            )
         kind = known[name]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict | None):
@@ -271,38 +359,80 @@ def _check(config_class: type, values: dict, origin: str, prefix: str = "") -> d
             checked[name] = _check(kind, value or {}, origin, f"{prefix}{name}.")
         else:
             checked[name] = _as_type(value, kind, f"{origin}: {prefix}{name}")
+    # Once more when the config is made; here the error can name the place.
+    try:
+        ranges.check(getattr(config_class, "RANGES", {}), checked, f"{origin}: {prefix}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return checked
 
 
+def _hint(name: Any, known: Iterable[str], prefix: str) -> str:
+    """What to do about an unknown field."""
+    if not prefix and name in CORL_FIELDS:
+        return f" (a field of CORL's); {CORL_FIELDS[name]}"
+    close = difflib.get_close_matches(str(name)[:99], list(known), 1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and not longer than that."""
+    return _cut(repr(str(value) if isinstance(value, str) else value))
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
 def _as_type(value: Any, kind: Any, name: str) -> Any:
-    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    if optional:
-        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        kind = kinds[0]
-        none = isinstance(value, _Text) and value.lower() in ("", "~", "null", "none")
-        if value is None or none or (value == "" and kind is not str):
+    """The value as a field of this type has it, the same from a flag and from YAML."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        none = isinstance(value, str) and value.strip().lower() in NOTHING
+        if value is None or none:
             return None
-    if isinstance(value, _Text) and kind is bool:
-        value = yaml.SafeLoader.bool_values.get(value.lower(), value)
+    found: Any = None
+    if kind is bool:
+        found = value
+        if isinstance(value, _Text):
+            found = yaml.SafeLoader.bool_values.get(value.strip().lower())
+        found = found if isinstance(found, bool) else None
+    elif kind in (int, float):
+        found = as_number(value, kind)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        found = str(value)
+        if len(found) > 1000 or NO_TEXT.search(found):
+            raise ConfigError(
+                f"{name} must be a line of at most 1000 characters, not {shown(value)}"
+            )
+    if found is None:
+        raise ConfigError(f"{name} must be {kind.__name__}, not {shown(value)}")
+    return found
+
+
+def as_number(value: Any, kind: type) -> Any:
+    """The value as int or float, or None where it is no such number.
+
+    Texts are decimal numbers of ASCII digits, `1e3` and `1_000` among them. A nan is no number:
+    it would pass every comparison.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    if isinstance(value, str):
+        if not value.isascii() or len(value) > 400:
+            return None
+        # YAML writes infinity with a point before it.
+        value = value.strip().lower().replace(".inf", "inf")
     try:
-        if isinstance(value, bool):
-            if kind is bool:
-                return value
-        elif kind is int:
-            whole = re.fullmatch(r"[+-]?\d+", str(value))
-            number = int(value) if whole else float(value)
-            if number == int(number):
-                return int(number)
-        elif kind is float:
-            # YAML 1.1 reads 3e-4 as a string
-            number = float(str(value).replace(".inf", "inf"))
-            if number == number:  # nan would pass the checks of __post_init__
-                return number
-        elif kind is str and isinstance(value, str | int | float):
-            return str(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}")
+        if kind is int and re.fullmatch(r"[+-]?\d+", str(value)):
+            return int(value)
+        number = float(value)
+        if kind is int:
+            return int(number) if number == int(number) else None
+        return number if number == number else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _build(config_class: type, values: dict) -> Any:
@@ -358,8 +488,9 @@ def main(
         train(config)
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        # A shell's for SIGINT, unless the run knows of another signal.
+        raise SystemExit(getattr(stop, "status", 130)) from None
+    except (ValueError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("CORL_DARE_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ than it did in CORL's time.
 
 import argparse
 import json
+import math
 import runpy
 import sys
 import types
@@ -26,7 +27,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from corl import envs, tasks
+from corl import arguments, envs, tasks
 from corl.data import schema, sources
 
 
@@ -218,7 +219,8 @@ class WandbRun:
         """`wandb.log`: one line of the file, and the last values in `summary`."""
         self.summary.update(data)
         if self.file is not None:
-            self.file.write(json.dumps({"_step": step, **data}, default=_number) + "\n")
+            line = _plain({"_step": step, **data})
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def save(self, *args: Any, **options: Any) -> None:
         """`wandb.save`: does nothing, there is no account to send files to."""
@@ -232,9 +234,20 @@ class WandbRun:
             self.file.flush()
 
 
-def _number(value: Any) -> Any:
-    """Numpy and torch values as JSON has them; anything else as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def _plain(value: Any) -> Any:
+    """Values as JSON has them.
+
+    Numpy and torch values are numbers, one that is not finite is null, anything else is text.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | None) else str(value)
 
 
 # ---------------------------------------------------------------- the modules
@@ -338,7 +351,7 @@ def run_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line that the top of this file shows."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="python -m corl.d4rl_shim",
         description="Run an unmodified CORL script.",
     )

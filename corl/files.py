@@ -4,17 +4,71 @@ Whatever a run or a collection leaves on the disk is written here, so that a cra
 or an interruption never leaves half a file under a final name.
 """
 
+import errno
 import glob
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
     import h5py
+
+
+class CannotWrite(OSError):
+    """A file cannot be written; its text is one line: the file, the reason, and what helps."""
+
+    def __init__(self, path: Path | str, error: OSError):
+        self.reason = error.strerror or " ".join(str(error).split())
+        super().__init__(error.errno, self.reason, str(path))
+
+    def __str__(self) -> str:
+        helps = _HELPS.get(self.errno or 0)
+        line = f"cannot write {self.filename} ({self.reason})"
+        return f"{line}; {helps}" if helps else line
+
+
+_ELSEWHERE = "mend its rights or choose another place"
+_HELPS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space of your quota",
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.EROFS: _ELSEWHERE,
+    errno.ENOTDIR: "a part of this path is a file",
+}
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Inside, an OSError becomes a `CannotWrite` that names `path`, if it names nothing yet."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        raise CannotWrite(path, error) from error
+
+
+class _Watched:
+    """Passes bytes on to a file and keeps its error: torch puts one of its own in the place."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.failed = file, False
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failed, self.error = True, error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 @contextmanager
@@ -26,26 +80,74 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
     killed leaves its file; see `remove_remains`.
 
     Raises:
-        OSError: no room, no right to write, or no such folder.
+        CannotWrite: no room, no right to write, or no such folder.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     # Mode "x" refuses a name that exists, so a link that someone laid there is not followed.
-    with open(part, "xb") as file:
+    with writing(path), open(part, "xb") as file:
+        watched = _Watched(file)
         try:
-            yield file
+            yield cast(BinaryIO, watched)
             file.flush()
             os.fsync(file.fileno())
             # Windows renames closed files only.
             file.close()
             os.replace(part, path)
-        except BaseException:
+        except BaseException as error:
             # A full disk must not stay full.
             with suppress(OSError):
                 file.close()
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            if watched.failed and isinstance(error, Exception):
+                raise watched.error from error
             raise
-    _sync_folder(path.parent)
+    with writing(path):
+        _sync_folder(path.parent)
+
+
+def append(path: Path | str, text: str) -> None:
+    """Add a text at the end of a file; after an error the file is as it was, without half a row.
+
+    Raises:
+        CannotWrite: no room, no right to write, or no such folder.
+    """
+    # Unbuffered, so that closing has nothing left to write.
+    with writing(path), open(path, "ab", buffering=0) as file:
+        before, data = file.seek(0, os.SEEK_END), memoryview(text.encode())
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+def sync(path: Path | str) -> None:
+    """Bring what was appended to a file to the disk.
+
+    Raises:
+        CannotWrite: the disk refuses it.
+    """
+    with writing(path), open(path, "ab") as file:
+        os.fsync(file.fileno())
+
+
+def check_writable(folder: Path | str) -> None:
+    """Try to make a file in a folder, which need not exist yet; nothing is left of it.
+
+    Raises:
+        CannotWrite: no room, no right to write, or something else stands there.
+    """
+    there = Path(folder).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    with writing(folder), tempfile.TemporaryFile(dir=there) as file:
+        # A full disk often has room for a name, but not for a byte.
+        file.write(b"x")
+        file.flush()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -70,7 +172,7 @@ def write_text(path: Path | str, text: str) -> None:
     """Write a text as UTF-8 in one step, as `replacing`.
 
     Raises:
-        OSError: as of `replacing`.
+        CannotWrite: as of `replacing`.
     """
     with replacing(path) as file:
         file.write(text.encode())
@@ -80,10 +182,10 @@ def write_text(path: Path | str, text: str) -> None:
 def naming_errors(path: Path | str) -> Iterator[None]:
     """Inside, an OSError becomes a RuntimeError of one line that names `path`."""
     try:
-        yield
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise RuntimeError(f"cannot write {path} ({reason})") from error
+        with writing(path):
+            yield
+    except CannotWrite as error:
+        raise RuntimeError(str(error)) from error
 
 
 def sha256(path: Path | str) -> str:
@@ -99,7 +201,7 @@ def write_hdf5(path: Path | str, fill: Callable[["h5py.File"], object]) -> None:
     """Write the HDF5 file that `fill` fills, in one step, as `replacing`.
 
     Raises:
-        OSError: as of `replacing`.
+        CannotWrite: as of `replacing`.
     """
     import h5py
 

@@ -6,6 +6,7 @@ live in `buffers`, `rewards`, `acting` and `training_data`. `Session` is no fram
 stands in the algorithm file.
 """
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import numpy as np
 import torch
 
-from corl import checkpoints, compiled, envs, machine, runs, tasks
+from corl import checkpoints, compiled, envs, files, finite, fits, machine, runs, tasks
 from corl.acting import (  # noqa: F401
     Actor,
+    CheckedEnv,
     Evaluator,
     OnlineCollector,
     add_noise,
@@ -28,6 +30,7 @@ from corl.acting import (  # noqa: F401
     wrap_env,
 )
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
+from corl.config import ConfigError, expand
 from corl.data import sources
 from corl.progress import progress_bar
 from corl.rewards import (  # noqa: F401
@@ -46,6 +49,7 @@ from corl.rollback import Snapshot
 from corl.training_data import (  # noqa: F401
     Data,
     Normalization,
+    check_memory,
     compute_mean_std,
     load_data,
     new_buffer,
@@ -63,6 +67,19 @@ class Sizes(NamedTuple):
     state_dim: int
     action_dim: int
     max_action: float
+
+
+def _check_places(config: Any) -> None:
+    """Raise ConfigError where the run cannot write what it has to, before any work."""
+    fields = ("resume" if config.resume else "runs_dir", "checkpoints_path")
+    for name in fields:
+        place = getattr(config, name)
+        if place is None:
+            continue
+        try:
+            files.check_writable(place)
+        except OSError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 class Session:
@@ -100,9 +117,11 @@ class Session:
 
     def __init__(self, config: Any, file: str, columns: Sequence[str]):
         self.config = config
+        _check_places(config)
         self.device = machine.pick_device(config.device)
         machine.configure_threads(config.threads)
         self.task = tasks.task(config.env)
+        check_memory(config, self.task, self.device)
         self._env = envs.make(self.task, config.env_backend)
         self._eval_env = envs.make(self.task, config.env_backend)
         self._algorithm, self._columns = Path(file).stem, [*columns, *COLUMNS]
@@ -112,24 +131,28 @@ class Session:
 
     def __enter__(self) -> "Session":
         self.run = runs.Run(self.config, self._algorithm, self._columns).__enter__()
+        self.run.device = self.device
         try:
             self._open()
         except BaseException:
-            self.run.__exit__(None, None, None)
+            self.run.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.run.__exit__(*error)
 
     def _open(self) -> None:
         config, task, device = self.config, self.task, self.device
-        data = load_data(config, task, device)
+        data = load_data(config, task, device, self.run.return_rule)
         self.run.dataset, self.normalization = data.provenance, data.normalization
-        self._rewards = {k: data.arrays[k] for k in ("rewards", "terminals")}
+        self.run.check_dataset()
+        self._return_range = data.return_range
         mean, std = data.normalization.mean, data.normalization.std
-        env = wrap_env(self._env, mean, std)
-        eval_env = wrap_env(self._eval_env, mean, std)
+        env, eval_env = (
+            wrap_env(CheckedEnv(raw, role, config), mean, std)
+            for raw, role in ((self._env, "training"), (self._eval_env, "evaluation"))
+        )
         self.offline_buffer = new_buffer(config, task, device)
         self.offline_buffer.load_d4rl_dataset(data.arrays)
         self.online_buffer = self.offline_buffer
@@ -167,13 +190,20 @@ class Session:
             name: its name in checkpoints.
             part: has `state_dict` and `load_state_dict`. It may have `estimate(seconds_of)`, the
                 seconds of what it does before the first step, and `begin(should_stop)`, which
-                does that.
+                does that. `load_state_dict` may set its attribute `reseeded`: a random stream is
+                of another kind of device and begins anew.
             loads: the keys of CORL's checkpoints that `part.load_weights` reads; then
-                `load_model` is loaded into it.
+                `load_model` is loaded into it, unless a checkpoint is about to be.
         """
-        if loads and self.config.load_model:
-            state = checkpoints.load_corl_checkpoint(self.config.load_model, loads)
-            part.load_weights(state)
+        if loads and self.config.load_model and self.run.checkpoint is None:
+            path = expand(self.config.load_model)
+            state = checkpoints.load_corl_checkpoint(path, loads)
+            fits.load_weights(part, state, path)
+            if bad := finite.bad_weight({name: part}):
+                raise ValueError(
+                    f"load_model {path} holds weights that are not finite ({bad}); choose a "
+                    "checkpoint of before its run diverged"
+                )
         self._parts[name] = part
         return part
 
@@ -193,13 +223,23 @@ class Session:
             "bar": progress_bar,
         }
 
-    def show(self, panels: Sequence[Dict[str, Any]], means: Dict[str, str]) -> None:
-        """Panels for curves.png and means for the summary, see `runs.Run`."""
-        self.run.panels, self.run.means = panels, means
+    def show(
+        self,
+        panels: Sequence[Dict[str, Any]],
+        means: Dict[str, str],
+        undefined: Collection[str] = (),
+    ) -> None:
+        """Panels for curves.png, means for the summary, metrics without a value: see `runs.Run`."""
+        self.run.panels, self.run.means, self.run.undefined = panels, means, undefined
 
     def return_span(self) -> float:
-        """Largest minus smallest return of the dataset's finished episodes, as trained on."""
-        low, high = return_reward_range(self._rewards, self.task.horizon)
+        """Largest minus smallest return of the dataset's finished episodes, as trained on.
+
+        Antmaze's returns, which count rows at the goal, scale nothing: 0.
+        """
+        if self.task.robot == "antmaze":
+            return 0.0
+        low, high = self._return_range()
         return high - low
 
     # -- start ----------------------------------------------------------------------------
@@ -224,6 +264,11 @@ class Session:
                 part.begin(self.should_stop)
         if self.run.checkpoint is not None:
             self.run.restore(self._parts)
+            if bad := finite.bad_weight(self._parts):
+                raise ValueError(
+                    f"{self.run.folder / 'checkpoint.pt'} is of a run that diverged: its {bad} "
+                    "is not finite; start a new run, with a lower learning rate"
+                )
 
     def _estimate(
         self, offline: Callable[[], Any], online: Callable[[], Any]
@@ -360,11 +405,16 @@ class Session:
         config, step = self.config, self.run.step + 1
         metrics = {**metrics, **self._collector.episode}
         evaluated = step % config.eval_freq == 0
+        logged = evaluated or step % config.log_freq == 0
+        if logged:
+            # Before the evaluation, which would take hours or fail on values that diverged.
+            metrics = self.run.read(metrics)
         if evaluated:
+            finite.check_weights(self._parts, config)
             metrics.update(
                 self._evaluator.evaluate(self.run, self._actor, step, self._phase)
             )
-        if evaluated or step % config.log_freq == 0:
+        if logged:
             self.run.log(step, self._phase, metrics)
         if evaluated:
             self.run.step = step
@@ -378,8 +428,9 @@ class Session:
     def _save_corl_checkpoint(self, step: int) -> None:
         if self.config.checkpoints_path is None:
             return
-        folder = Path(self.config.checkpoints_path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = expand(self.config.checkpoints_path)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         # CORL counts from 0.
         path = folder / f"checkpoint_{step - 1}.pt"
         checkpoints.save_corl_checkpoint(path, self._parts["trainer"].state_dict())

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def pick_device(name: str) -> str:
     none, a line says so and the cpu is taken.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: another name, or a number that no device has.
     """
     if name != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
@@ -29,6 +30,11 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         print(f"device {name}: no CUDA device here, running on the cpu")
         return "cpu"
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name} is not here, the last one is "
+            f"cuda:{torch.cuda.device_count() - 1}; set device to one of those"
+        )
     return name
 
 
@@ -41,6 +47,23 @@ def configure_threads(count: int) -> None:
     if count < 1:
         raise ConfigError(f"threads must be at least 1, not {count}")
     torch.set_num_threads(count)
+
+
+def memory(device: str = "cpu") -> int | None:
+    """Bytes that a device has: free ones of a GPU, all of the machine or container otherwise.
+
+    None where the system does not say.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    found = []
+    with suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        # The word "max" stands for no limit.
+        with suppress(OSError, ValueError):
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min(found, default=None)
 
 
 def versions() -> dict[str, str]:

@@ -1,11 +1,15 @@
 """What `normalize_reward` does, offline and online, and returns of a dataset's episodes."""
 
 from collections.abc import Callable
-from typing import Any, Dict, NamedTuple, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from corl import tasks
+
+# Where the smallest and the largest return of a dataset come from: its episodes as they are in the
+# file, or upstream's walk over the rows that D4RL's rules leave. Results say which they used.
+EPISODES, UPSTREAM = "episodes", "upstream"
 
 
 def is_locomotion(env_name: str) -> bool:
@@ -13,11 +17,16 @@ def is_locomotion(env_name: str) -> bool:
     return any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d"))
 
 
-def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, float]:
-    """Smallest and largest return of the dataset's finished episodes.
+def return_rule(config: Any) -> str:
+    """The rule for a config's return range: upstream's with `compat`, else the episodes'."""
+    return UPSTREAM if getattr(config, "compat", False) else EPISODES
 
-    An episode ends at a terminal or after `max_episode_steps` rows, which is upstream's rule;
-    D4RL drops the time-out rows, so long episodes drift against each other.
+
+def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, float]:
+    """Smallest and largest return of the dataset's finished episodes, by upstream's rule.
+
+    An episode ends at a terminal or after `max_episode_steps` rows. D4RL drops the time-out rows,
+    so long episodes drift against each other.
 
     Raises:
         ValueError: no episode is finished.
@@ -37,21 +46,44 @@ def return_reward_range(dataset: Dict, max_episode_steps: int) -> Tuple[float, f
     return min(returns), max(returns)
 
 
-def _scale_by_span(dataset: Dict, env_name: str, max_episode_steps: int) -> Dict:
+def _scale_by_span(
+    dataset: Dict,
+    env_name: str,
+    max_episode_steps: int,
+    return_range: Optional[Tuple[float, float]] = None,
+) -> Dict:
     if not is_locomotion(env_name):
         return {}
-    low, high = return_reward_range(dataset, max_episode_steps)
+    if return_range is None:
+        return_range = return_reward_range(dataset, max_episode_steps)
+    low, high = return_range
+    if not high > low:
+        raise ValueError(
+            "normalize_reward divides rewards by the span of the dataset's returns, but every "
+            f"finished episode returns {low:g}; set normalize_reward to false"
+        )
     dataset["rewards"] /= high - low  # two roundings, as upstream
     dataset["rewards"] *= max_episode_steps
     return {"min_ret": low, "max_ret": high, "max_episode_steps": max_episode_steps}
 
 
-def modify_reward(dataset: Dict, env_name: str, max_episode_steps: int = 1000) -> Dict:
+def modify_reward(
+    dataset: Dict,
+    env_name: str,
+    max_episode_steps: int = 1000,
+    return_range: Optional[Tuple[float, float]] = None,
+) -> Dict:
     """Change `dataset["rewards"]` (N,) in place; returns what online rewards need.
 
     Locomotion: scaled so that returns span `max_episode_steps`. Antmaze: reward - 1.
+
+    Args:
+        return_range: smallest and largest return; default: those of `return_reward_range`.
+
+    Raises:
+        ValueError: no episode is finished, or all have the same return.
     """
-    args = _scale_by_span(dataset, env_name, max_episode_steps)
+    args = _scale_by_span(dataset, env_name, max_episode_steps, return_range)
     if "antmaze" in env_name:
         dataset["rewards"] -= 1.0
     return args
@@ -71,9 +103,10 @@ def modify_reward_linear(
     max_episode_steps: int = 1000,
     reward_scale: float = 1.0,
     reward_bias: float = 0.0,
+    return_range: Optional[Tuple[float, float]] = None,
 ) -> Dict:
     """The rule of the CQL family: `modify_reward` for locomotion, then scale and bias."""
-    args = _scale_by_span(dataset, env_name, max_episode_steps)
+    args = _scale_by_span(dataset, env_name, max_episode_steps, return_range)
     dataset["rewards"] = dataset["rewards"] * reward_scale + reward_bias
     return {**args, "reward_scale": reward_scale, "reward_bias": reward_bias}
 
@@ -94,23 +127,28 @@ def modify_reward_linear_online(
 class RewardRule(NamedTuple):
     """How `normalize_reward` changes rewards.
 
-    offline: (dataset, task name, config) -> arguments of `online`; changes the dataset.
-    online: (reward, task name, **arguments) -> reward.
+    offline: (dataset, task name, config, return range or None) -> arguments of `online`; changes
+        the dataset. Without a range that of `return_reward_range` is taken.
+    online: (reward, task name, **arguments) -> reward, a linear function of the reward.
     """
 
-    offline: Callable[[Dict, str, Any], Dict]
+    offline: Callable[[Dict, str, Any, Optional[Tuple[float, float]]], Dict]
     online: Callable[..., float]
 
 
 SPAN_REWARDS = RewardRule(
-    lambda dataset, env, config: modify_reward(dataset, env), modify_reward_online
+    lambda dataset, env, config, return_range: modify_reward(
+        dataset, env, return_range=return_range
+    ),
+    modify_reward_online,
 )
 LINEAR_REWARDS = RewardRule(
-    lambda dataset, env, config: modify_reward_linear(
+    lambda dataset, env, config, return_range: modify_reward_linear(
         dataset,
         env,
         reward_scale=config.reward_scale,
         reward_bias=config.reward_bias,
+        return_range=return_range,
     ),
     modify_reward_linear_online,
 )
@@ -123,6 +161,11 @@ def get_return_to_go(dataset: Dict, task: tasks.Task, config: Any) -> np.ndarray
     does not go on from this one, and after the task's horizon. With `is_sparse_reward` an episode
     whose last reward is that of failure never ends: each of its rows gets r / (1 - discount).
     """
+    if config.is_sparse_reward and config.discount == 1:
+        raise ValueError(
+            "is_sparse_reward with discount 1 makes the return of an endless failure infinite; "
+            "set discount below 1"
+        )
     rewards = dataset["rewards"]
     jump = dataset["observations"][1:] - dataset["next_observations"][:-1]
     ends = np.append(np.linalg.norm(jump, axis=1) > 1e-6, True)

@@ -14,29 +14,50 @@ writes a run's weights as CORL's `checkpoint_N.pt`.
 
 import csv
 import dataclasses
+import hashlib
+import io
 import json
+import math
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from corl import checkpoints, curves, files, machine
-from corl.config import ConfigError, dump_config
+from corl import checkpoints, curves, files, finite, fits, locks, machine, rewards
+from corl.config import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
 
 COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
 # Names of parts in checkpoints of before version 0.2.
 OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
-CARRIED = ("scores", "wall_seconds", "update_seconds", "updates", "switched")
+CARRIED = (
+    *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
+    "return_rule",
+)
+# Files that grow row by row. A checkpoint knows what was in them.
+TABLES = ("metrics.csv", "evaluations.csv")
+WRITTEN = ("config.yaml", "checkpoint.pt", "summary.json", "curves.png", *TABLES)
+# Bytes of `name`; file systems take 255 for a folder, and task, seed and time need some.
+LONGEST_NAME = 150
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; `status` is the exit status that says which, as a shell has it."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(*([message] if message else []))
+        self.status = 128 + number
 
 
 class Run:
@@ -52,57 +73,113 @@ class Run:
         panels: what curves.png shows below the score, see `curves.plot_curves`.
         means: entry of the summary -> metric whose mean over all logged rows it is. The progress
             bar shows these metrics.
+        undefined: metrics that need not have a value; where they are not finite, metrics.csv has
+            a blank. Any other metric that is not finite ends the run.
 
     Use as a context manager: inside, the first SIGINT or SIGTERM sets `stop_requested`, a second
-    one interrupts at once.
+    one interrupts at once. The folder belongs to this process until the block ends. A new folder
+    goes away when an error ends the block before the first step is done. A FloatingPointError
+    that leaves the block says the step and the last good checkpoint, too.
 
     Raises:
-        ConfigError: the folder cannot be made or written, or there is nothing to resume.
+        ConfigError: the folder cannot be made or written, or there is nothing to resume, or it
+            does not belong to these settings.
+        InUseError: another process is at work on the folder.
     """
 
     def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
-        if config.wandb_mode not in ("disabled", "offline", "online"):
-            raise ConfigError(
-                f"wandb_mode {config.wandb_mode!r} is not one of disabled, offline, online"
-            )
         self.config, self.algorithm = config, algorithm
         self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
+        self._known = set(self.columns)
         self.total = config.offline_iterations + config.online_iterations
         self.panels: Sequence[Mapping[str, Any]] = []
         self.means: dict[str, str] = {}
+        self.undefined: Collection[str] = ()
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
+        self.device = "cpu"  # where the run runs
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
+        # Phase and number of the running iteration.
+        self.current: tuple[str, int] | None = None
+        self.saved_step: int | None = None  # iterations done in checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
+        self.return_rule = rewards.return_rule(config)  # of the dataset's return range
+        # Returns of the last evaluation of this process, and the updates before it.
+        self.evaluated: tuple[np.ndarray, int] = (np.empty(0), 0)
         self.switched = False  # has the switch to the online phase been made?
         self.bar: tqdm | None = None
         self.wandb: Any = None
-        if config.resume:
-            self.folder = Path(config.resume)
-            self._resume()
-        else:
-            self.folder = self._new_folder()
-            self._write("config.yaml", dump_config(config))
-            self._write("metrics.csv", ",".join(self.columns) + "\n")
-            self._write("evaluations.csv", "step,phase,episode,return,score\n")
+        self._signal: int | None = None  # the one that asked to stop
+        self._made: list[Path] = []  # the new folder, and those above it that are new
+        self._rows = 0  # written by this process
+        self._lock = ExitStack()
+        try:
+            self._open()
+        except BaseException:
+            self._close(failed=True)
+            raise
         self.started = time.perf_counter()
         self._start_wandb()
 
+    def _open(self) -> None:
+        if self.config.resume:
+            self.folder = expand(self.config.resume)
+            self._hold()
+            self._resume()
+        else:
+            self.folder = self._new_folder()
+            self._hold()
+            self._write("config.yaml", dump_config(with_absolute_paths(self.config)))
+            self._write("metrics.csv", ",".join(self.columns) + "\n")
+            self._write("evaluations.csv", "step,phase,episode,return,score\n")
+
+    def _hold(self) -> None:
+        """Keep other processes out of the folder until `_close`."""
+        if not self.folder.is_dir():
+            raise ConfigError(f"{self.folder} is not a folder, so no run folder")
+        path = self.folder / "run.lock"
+        try:
+            self._lock.enter_context(locks.holding(path, str(self.folder)))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot lock {path} ({error.strerror}); mend the rights of the folder, or "
+                "remove the file if no process works there"
+            ) from None
+
+    def _close(self, failed: bool) -> None:
+        """Give the folder back. A new one in which nothing was done goes away."""
+        self._lock.close()
+        nothing = not self.step and not self._rows
+        if failed and self._made and nothing and not self._has_checkpoint:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self._made[1:]:
+                # Another run may have begun in it.
+                with suppress(OSError):
+                    folder.rmdir()
+
+    @property
+    def _has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoint.pt").is_file()
+
     def _new_folder(self) -> Path:
         config = self.config
+        _check_name(config.name)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         base = (
-            Path(config.runs_dir) / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
+            expand(config.runs_dir)
+            / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
         )
         folder, count = base, 1
         while True:
             try:
+                new = [path for path in (folder, *folder.parents) if not path.exists()]
                 folder.mkdir(parents=True)
+                self._made = new
                 break
             except FileExistsError:
                 count += 1
@@ -112,7 +189,7 @@ class Run:
                     f"cannot make the run folder {folder} ({error.strerror}); set runs_dir "
                     "to a place you may write to"
                 ) from None
-            if not Path(config.runs_dir).is_dir():
+            if not expand(config.runs_dir).is_dir():
                 raise ConfigError(f"runs_dir {config.runs_dir} is not a folder")
         return folder
 
@@ -121,40 +198,83 @@ class Run:
         try:
             files.write_text(path, text)
         except OSError as error:
-            raise ConfigError(f"cannot write {path} ({error.strerror})") from None
+            raise ConfigError(str(error)) from None
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
-        if not path.is_file():
+        if not self._has_checkpoint:
             raise ConfigError(
                 f"{self.folder} has no checkpoint.pt yet; start the run again instead"
             )
-        self.checkpoint = checkpoints.load_checkpoint(path, self.algorithm)
-        self.step = self.checkpoint["step"]
+        state = checkpoints.load_checkpoint(path, self.algorithm)
+        fits.check_layout(state, path)
+        self.checkpoint = state
+        self.step = self.saved_step = state["step"]
+        # Runs of before this was written used upstream's rule, and go on with it.
+        self.return_rule = rewards.UPSTREAM
+        self._check_same(state.get("config"), self._settings())
+        if self.step > self.total:
+            needed = self.step - self.config.offline_iterations
+            raise ConfigError(
+                f"online_iterations {self.config.online_iterations} is less than {path} has "
+                f"behind it (step {self.step}): give --online_iterations {needed} or more"
+            )
         for name in CARRIED:
-            if name in self.checkpoint["run"]:
-                setattr(self, name, self.checkpoint["run"][name])
-        # Rows written after the checkpoint will be written again.
-        for name in ("metrics.csv", "evaluations.csv"):
-            with open(self.folder / name, newline="") as file:
-                rows = list(csv.reader(file))
-            whole = [r for r in rows[1:] if len(r) == len(rows[0])]
-            kept = [r for r in whole if int(r[0]) <= self.step]
-            lines = [",".join(r) for r in [rows[0], *kept]]
-            self._write(name, "\n".join(lines) + "\n")
+            if name in state["run"]:
+                setattr(self, name, state["run"][name])
+        for name in WRITTEN:
+            files.remove_remains(self.folder / name)
+        for name in TABLES:
+            text = self._rows_of(name, state.get("tables", {}).get(name))
+            # Always written anew: where the file is a link, what it leads to stays as it is.
+            self._write(name, text)
             if name == "metrics.csv":
-                self.columns = rows[0]
+                self.columns = next(csv.reader(io.StringIO(text)))
         # Without `resume`, so that the file still describes a run of its own.
         config = dataclasses.replace(self.config, resume=None)
-        self._write("config.yaml", dump_config(config))
+        self._write("config.yaml", dump_config(with_absolute_paths(config)))
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint says of the settings: as config.yaml has them."""
+        config = dataclasses.replace(self.config, resume=None)
+        return dataclasses.asdict(with_absolute_paths(config))
+
+    def _check_same(self, saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
+        """The settings must be those of the checkpoint; before version 0.2 it had none."""
+        kind = type(self.config)
+        may_differ = kind.RESUMABLE | getattr(kind, "BOOKKEEPING", frozenset())
+        for name, old, new in _changes(saved or {}, now):
+            if name not in may_differ:
+                raise ConfigError(
+                    f"{self.folder / 'config.yaml'}: {name} is {new!r}, but the checkpoint was "
+                    f"trained with {old!r}; put that back or start a new run"
+                )
+
+    def _rows_of(self, name: str, known: dict[str, Any] | None) -> str:
+        """A table as it was at the checkpoint; rows written after it will be written again."""
+        path = self.folder / name
+        try:
+            content = path.read_bytes()
+            if known is None:  # of before version 0.2
+                return _rows_up_to(content, self.step)
+            content = content[: known["bytes"]]
+            if hashlib.sha256(content).hexdigest() != known["sha256"]:
+                raise ValueError("its checksum differs")
+            return content.decode()
+        except (OSError, ValueError, csv.Error) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(
+                f"{path} is not as the run left it at step {self.step} ({why}): put the file "
+                f"back, or start a new run from its weights with --load_model {self.folder}"
+            ) from None
 
     # -- stopping -------------------------------------------------------------------------
 
     def __enter__(self) -> "Run":
         def ask_to_stop(number: int, frame: Any) -> None:
             if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
+                raise Interrupted("", number)
+            self.stop_requested, self._signal = True, number
             # Not print: the signal may have come in the middle of one, which raises.
             with suppress(OSError):
                 os.write(2, b"\nstopping after this step; once more to stop at once\n")
@@ -165,7 +285,25 @@ class Run:
         }
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+        self._close(failed=error is not None)
+        if isinstance(error, FloatingPointError):
+            raise FloatingPointError(self._diverged(error)) from None
+        if isinstance(error, OSError):
+            # No room, most often, and nobody has to look for the step.
+            raise RuntimeError(f"{error}; {self.way_on()}") from error
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped and self._signal is not None and not isinstance(error, Interrupted):
+            raise Interrupted(str(error), self._signal) from error
+
+    def _end(self) -> None:
+        """End what outlives a step: signal handlers, the progress bar, wandb."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.bar is not None:
@@ -178,12 +316,22 @@ class Run:
                     f"wandb did not finish ({failure}); metrics.csv has everything"
                 )
 
+    def _diverged(self, error: FloatingPointError) -> str:
+        """The error's text with the step before it and the last good checkpoint after it."""
+        path = machine.tidy_path(self.folder / "checkpoint.pt")
+        where = "" if self.current is None else "{} step {}: ".format(*self.current)
+        kept = "no checkpoint was written yet"
+        if self.saved_step is not None:
+            kept = f"the last good checkpoint is {path} (step {self.saved_step})"
+        return f"{where}{error}; {kept}"
+
     # -- progress -------------------------------------------------------------------------
 
     def print(self, text: str) -> None:
         """A line that does not tear the progress bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with files.writing("standard output"):
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def steps(self, phase: str, last: int) -> Iterator[int]:
         """The iterations up to `last` that are left, 0-based, behind a progress bar.
@@ -196,26 +344,49 @@ class Run:
         for t in range(self.step, last):
             if self.stop_requested:
                 return
+            self.current = phase, t + 1
             yield t
             self.step = t + 1
             self.bar.update()
 
     # -- logs -----------------------------------------------------------------------------
 
-    def log(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
-        """One row of metrics.csv; tensors are read here, in one transfer."""
-        unknown = set(metrics) - set(self.columns)
-        if unknown:
-            raise KeyError(f"metrics {sorted(unknown)} are not columns of metrics.csv")
+    def read(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics as numbers, without those that are undefined; tensors in one transfer.
+
+        Raises:
+            FloatingPointError: a metric is not finite that must be.
+        """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}
         values = dict(metrics)
         if tensors:
             scalars = [v.detach().double().reshape(()) for v in tensors.values()]
             stacked = torch.stack(scalars)
             values.update(zip(tensors, stacked.tolist(), strict=True))
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        for name in bad:
+            if name not in self.undefined:
+                cause = finite.likely_cause(self.config)
+                raise FloatingPointError(f"{name} is {values[name]}: {cause}")
+        return {k: v for k, v in values.items() if k not in bad}
+
+    def log(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
+        """One row of metrics.csv; tensors are read here, in one transfer.
+
+        Raises:
+            FloatingPointError: as of `read`.
+        """
+        unknown = set(metrics) - self._known - set(self.columns)
+        if unknown:
+            raise KeyError(f"metrics {sorted(unknown)} are not columns of metrics.csv")
+        values = self.read(metrics)
         row = {"step": step, "phase": phase, **values}
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        self._rows += 1
+        line = io.StringIO()
+        # The table of a run of an older version has no column for a newer metric.
+        options: Any = {"extrasaction": "ignore", "lineterminator": "\n"}
+        csv.DictWriter(line, self.columns, **options).writerow(row)
+        files.append(self.folder / "metrics.csv", line.getvalue())
         if self.bar is not None:
             shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
             for name in self.means.values():
@@ -232,11 +403,24 @@ class Run:
     def evaluation(
         self, step: int, phase: str, returns: np.ndarray, scores: np.ndarray
     ) -> float:
-        """Rows of evaluations.csv, one per episode; returns the mean normalized score."""
-        with open(self.folder / "evaluations.csv", "a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
-                writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        """Rows of evaluations.csv, one per episode; returns the mean normalized score.
+
+        Raises:
+            FloatingPointError: a return or a score is not finite.
+        """
+        for name, values in (("return", returns), ("normalized score", scores)):
+            bad = np.flatnonzero(~np.isfinite(values))
+            if len(bad):
+                raise FloatingPointError(
+                    f"the {name} of evaluation episode {bad[0]} is {values[bad[0]]:g}: "
+                    f"{finite.likely_cause(self.config)}"
+                )
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
+            writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+        files.append(self.folder / "evaluations.csv", lines.getvalue())
+        self._warn_of_standstill(step, phase, returns)
         mean = float(np.mean(scores))
         self.scores.append([step, phase, mean])
         self.print(
@@ -244,6 +428,22 @@ class Run:
             f"normalized score {mean:.1f}"
         )
         return mean
+
+    def _warn_of_standstill(self, step: int, phase: str, returns: np.ndarray) -> None:
+        """Say so where updates have left the policy as it was.
+
+        All evaluations start from the same seed. So the same policy gives the same returns to the
+        last bit, and another one does not, but for sparse rewards, whose sums are whole numbers.
+        """
+        before, updates = self.evaluated
+        fractions = (np.asarray(returns) % 1 != 0).any()
+        if fractions and np.array_equal(before, returns) and self.updates > updates:
+            self.print(
+                f"warning: {phase} step {step}: the returns equal those of the last evaluation to "
+                f"the last bit after {self.updates - updates} updates, so the policy has "
+                "stopped learning; look at actor losses and learning rates"
+            )
+        self.evaluated = returns, self.updates
 
     def _start_wandb(self) -> None:
         config = self.config
@@ -271,13 +471,21 @@ class Run:
         return self.wall_seconds + time.perf_counter() - self.started
 
     def save(self, parts: dict[str, Any]) -> None:
-        """checkpoint.pt: `state_dict` of every part, the global random streams, the counters."""
+        """checkpoint.pt: `state_dict` of every part, the global random streams, the counters.
+
+        Raises:
+            FloatingPointError: a weight is not finite; the file stays as it was.
+        """
+        finite.check_weights(parts, self.config)
         state = {
             "format": checkpoints.FORMAT,
             "algorithm": self.algorithm,
             "step": self.step,
+            "device": self.device,
             "rng": checkpoints.rng_state(),
+            "config": self._settings(),
             "dataset_sha256": self.dataset.get("sha256"),
+            "tables": {name: self._brought_to_disk(name) for name in TABLES},
             "run": {
                 **{name: getattr(self, name) for name in CARRIED},
                 "scores": [list(s) for s in self.scores],
@@ -287,37 +495,84 @@ class Run:
                 name: checkpoints.pack(part.state_dict()) for name, part in parts.items()
             },
         }
-        for name in ("metrics.csv", "evaluations.csv"):  # rows that will not come again
-            with open(self.folder / name, "ab") as file:
-                os.fsync(file.fileno())
         checkpoints.save_checkpoint(self.folder / "checkpoint.pt", state)
+        self.saved_step = self.step
+
+    def _brought_to_disk(self, name: str) -> dict[str, Any]:
+        """Sync a table, whose rows will not come again; its size and checksum."""
+        path = self.folder / name
+        files.sync(path)
+        content = path.read_bytes()
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def check_dataset(self) -> None:
+        """Before a resumed run spends time: `dataset` must be what the run began with.
+
+        Raises:
+            ConfigError: its sha256 is another, or an older version read its rows in another way.
+        """
+        began = self.checkpoint["dataset_sha256"] if self.checkpoint else None
+        if self.checkpoint and began != self.dataset.get("sha256"):
+            raise ConfigError(
+                f"the dataset {self.dataset.get('path')} is not the one this run began with "
+                "(its sha256 differs); put that file back, give its new place with "
+                "--dataset_path, or start a new run"
+            )
+        run = self.checkpoint["run"] if self.checkpoint else {"return_rule": ""}
+        order = self.dataset.get("order")
+        if "return_rule" not in run and order in ("cut", "shuffled"):
+            raise ConfigError(
+                f"{self.folder} began with an older version, which ignored that the rows of "
+                f"{self.dataset.get('path')} are {order}; start a new run"
+            )
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Put the parts and the random streams of the checkpoint back.
 
         Raises:
             ConfigError: the dataset is not the one that the run began with.
+            ValueError: a part is missing or of another kind or size.
         """
-        state = self.checkpoint
+        self.check_dataset()
+        state, path = self.checkpoint, self.folder / "checkpoint.pt"
         assert state is not None
-        if state["dataset_sha256"] != self.dataset.get("sha256"):
-            raise ConfigError(
-                f"the dataset {self.dataset.get('path')} is not the one this run began with "
-                "(its sha256 differs); put that file back or start a new run"
-            )
         saved = state["parts"]
         for name, part in parts.items():
-            old_name = OLD_NAMES.get(name, name)
-            part.load_state_dict(
-                checkpoints.unpack(saved[name] if name in saved else saved[old_name])
+            found = saved.get(name, saved.get(OLD_NAMES.get(name, name)))
+            fits.load_part(part, found, path, name)
+        before = state.get("device")
+        with fits.fitting(path, "rng"):
+            kept = checkpoints.set_rng_state(
+                state["rng"], self.device, before, self.step
             )
-        checkpoints.set_rng_state(state["rng"])
+        if not kept or any(getattr(part, "reseeded", False) for part in parts.values()):
+            self.print(
+                f"resumed on {self.device}, the checkpoint is of another kind of device: its "
+                f"random streams begin anew, from seed {self.config.seed} and step "
+                f"{self.step}, so numbers differ from those of a run that stayed"
+            )
         self.checkpoint = None
 
+    def way_on(self) -> str:
+        """What is left of a run that failed, and how it goes on."""
+        if self.saved_step is None:
+            return "there is no checkpoint yet, so start the run again"
+        folder = machine.tidy_path(self.folder)
+        return (
+            f"the last checkpoint is of step {self.saved_step}, go on with: "
+            f"--resume {folder}"
+        )
+
     def interrupted(self) -> None:
-        """Say how to go on."""
+        """Say how to go on.
+
+        Raises:
+            SystemExit: a signal asked to stop; its status says which, so that no `&&` goes on.
+        """
         folder = machine.tidy_path(self.folder)
         self.print(f"saved at step {self.step}; go on with: --resume {folder}")
+        if self._signal is not None:
+            raise SystemExit(128 + self._signal)
 
     def finish(self) -> dict[str, Any]:
         """Write curves.png and summary.json and print the result; returns the summary.
@@ -329,7 +584,8 @@ class Run:
         of this process.
         """
         summary = self._summary()
-        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        files.write_text(self.folder / "summary.json", text)
         curves.plot_curves(
             self.folder, self.config, self.dataset.get("label", ""), self.panels
         )
@@ -359,6 +615,8 @@ class Run:
                 "path": machine.tidy_path(data["path"]) if data.get("path") else None,
                 "sha256": data.get("sha256"),
                 "rows": data.get("rows"),
+                # None: the run scaled nothing by returns.
+                "return_range": data.get("return_range"),
             },
             **self.code,
             "machine": machine.describe(),
@@ -376,6 +634,8 @@ class Run:
         found = {}
         for entry, name in self.means.items():
             values = [float(text) for text in columns.get(name, ()) if text]
+            # Older versions wrote nan where there is a blank now.
+            values = [value for value in values if math.isfinite(value)]
             found[entry] = sum(values) / len(values) if values else None
         return found
 
@@ -396,3 +656,42 @@ class Run:
             f"run folder: {machine.tidy_path(self.folder)}\n"
             f"curves: {machine.tidy_path(self.folder / 'curves.png')}"
         )
+
+
+def _check_name(name: str) -> None:
+    """`name` must be a part of the name of a folder, so that no run leaves `runs_dir`."""
+    length = len(name.encode(errors="replace"))
+    bad = not name.strip() or name.startswith(".") or not name.isprintable()
+    if bad or set(name) & set("/\\") or length > LONGEST_NAME:
+        shown = name if len(name) <= 60 else f"{name[:60]}..."
+        raise ConfigError(
+            f"name {shown!r} cannot be a part of a folder's name: give one to {LONGEST_NAME} "
+            "printable characters without / and \\ and without a dot in front; runs_dir says "
+            "where runs go"
+        )
+
+
+def _changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The fields of both that differ, as (name, old value, new value); blocks are looked into."""
+    for name in old.keys() & new.keys():
+        before, after = old[name], new[name]
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}", before, after
+
+
+def _rows_up_to(content: bytes, step: int) -> str:
+    """The header of a table and its whole rows up to a step.
+
+    Raises:
+        ValueError, csv.Error: it is no table of a run.
+    """
+    rows = list(csv.reader(io.StringIO(content.decode())))
+    if not rows or rows[0][:2] != ["step", "phase"]:
+        raise ValueError("its first line does not begin with step,phase")
+    whole = [row for row in rows[1:] if len(row) == len(rows[0])]
+    kept = [rows[0], *(row for row in whole if int(row[0]) <= step)]
+    return "".join(",".join(row) + "\n" for row in kept)

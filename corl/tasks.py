@@ -4,6 +4,7 @@ A `Task` knows the sizes of states and actions, the time limit and the returns b
 normalizes its scores.
 """
 
+import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def task(name: Task | str) -> Task:
     So a function that people call by name takes either and begins with this call.
 
     Raises:
-        ValueError: the name is not a D4RL task known here; the message lists those that are.
+        ValueError: the name is not a D4RL task known here; the message names the nearest one.
     """
     if isinstance(name, Task):
         return name
@@ -99,10 +100,7 @@ def task(name: Task | str) -> Task:
     kind, _, version = rest.rpartition("-")
     facts = ROBOTS.get(robot)
     if facts is None or kind not in facts.kinds or version not in facts.versions:
-        raise ValueError(
-            f"unknown task {name!r}; known tasks: {', '.join(task_names())}, "
-            "{pen,door,hammer,relocate}-{human,cloned,expert}-v1"
-        )
+        raise ValueError(f"unknown task {_cut(name)!r}; {_known(name, robot)}")
     horizon = 700 if kind.startswith("umaze") else facts.horizon
     return Task(
         name,
@@ -116,6 +114,23 @@ def task(name: Task | str) -> Task:
         facts.ref_max,
         horizon,
     )
+
+
+def _known(name: str, robot: str) -> str:
+    """What to write instead of an unknown name."""
+    hands = [r for r, facts in ROBOTS.items() if facts.kinds is ADROIT]
+    known = [*task_names(), *(f"{r}-{k}-v1" for r in hands for k in ADROIT)]
+    close = difflib.get_close_matches(name[:99], known, 1)
+    if close:
+        return f"did you mean {close[0]}?"
+    if robot in ROBOTS:
+        facts = ROBOTS[robot]
+        return f"{robot} has {', '.join(facts.kinds)}, as in {robot}-{facts.kinds[0]}-v2"
+    return f"names are ROBOT-DATA-VERSION, as hopper-medium-v2, and robots {', '.join(ROBOTS)}"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:50]}..."
 
 
 def normalized_score(name: Task | str, returns: Any) -> np.ndarray:

@@ -596,7 +596,7 @@ def fit(
 
     Raises:
         ValueError: empty, misshapen or non-finite data, or a setting out of range.
-        RuntimeError: the loss is not finite any more.
+        RuntimeError: the loss or a weight is not finite any more; such a state is not saved.
         KeyboardInterrupt: `should_stop` answered true.
     """
     device = torch.device(device)
@@ -622,6 +622,7 @@ def fit(
             stop = should_stop is not None and should_stop()
             late = time.perf_counter() - saved >= SAVE_SECONDS
             if save is not None and (stop or late):
+                training.check_weights()
                 save(training.state_dict())
                 saved = time.perf_counter()
             if stop:
@@ -630,6 +631,7 @@ def fit(
                     f"behavior training stopped after {training.updates} of {updates} "
                     f"updates{how}"
                 )
+    training.check_weights()
     model.eval()
     return np.array(training.means)
 
@@ -692,13 +694,28 @@ class _Training:
         """
         mean = self.total.item() / (self.updates - MEAN_OF * len(self.means))
         if not math.isfinite(mean):
-            raise RuntimeError(
-                f"behavior loss is {mean} after {self.updates} updates; "
-                f"lower its lr ({self.lr}) or check the scale of the data"
-            )
+            raise self._diverged(f"loss is {mean}")
         self.means.append(mean)
         self.total.zero_()
         return mean
+
+    def check_weights(self) -> None:
+        """Read once from the device whether all weights and moments are finite.
+
+        Raises:
+            RuntimeError: they are not.
+        """
+        moments = [m for state in self.optimizer.state.values() for m in state.values()]
+        tensors = [*self.model.state_dict().values(), *moments]
+        good = [x.isfinite().all() for x in tensors if x.device == self.total.device]
+        if not torch.stack(good).all():
+            raise self._diverged("weights or moments of Adam are not finite")
+
+    def _diverged(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"behavior {what} after {self.updates} updates; "
+            f"lower its lr ({self.lr}) or check the scale of the data"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """For `torch.save`; the tensors in it change with the next update."""

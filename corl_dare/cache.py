@@ -5,12 +5,15 @@ keeps it. An interrupted training goes on from its last state. Nothing is unpick
 safetensors, unfinished trainings are read with `torch.load(weights_only=True)` after a checksum.
 """
 
+import glob
 import hashlib
 import io
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,19 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from corl_dare.behavior import BehaviorModel, fit, make_behavior_model
+from corl_dare.streams import put_back
+
+
+class CacheError(OSError):
+    """The cache cannot be written; one line says which file, why, and what helps."""
+
+    def __init__(self, path: Path, error: OSError):
+        reason = error.strerror or " ".join(str(error).split())
+        super().__init__(
+            f"cannot write {path} ({reason}); free some space there, mend its rights, or set "
+            "CORL_DARE_CACHE to another folder"
+        )
+
 
 # Raise it when a file of old weights would mean something else.
 FORMAT = 1
@@ -48,8 +64,8 @@ def fit_cached(
     The file name holds a hash of the kind, options, training settings, seed, dimensions,
     `dataset_hash` and format. Weights and noise come from `seed`. An interrupted training
     leaves `*.DEVICE.unfinished`, written once a minute and before a stop: the next call
-    goes on from it, to the bits of an unbroken training. A damaged one is reported, and
-    the training starts afresh.
+    goes on from it, to the bits of an unbroken training. On another kind of device it goes on
+    with a new random stream and says so. A damaged file is reported and not used.
 
     Returns:
         The model on `device` (eval, no gradients), its file, and whether it was loaded.
@@ -57,7 +73,7 @@ def fit_cached(
     Raises:
         ValueError: see `make_behavior_model` and `fit`; an empty dataset hash.
         RuntimeError: the cached file is damaged or belongs to other settings.
-        OSError: the cache cannot be written.
+        CacheError: the cache cannot be written, which is tried before the training.
         KeyboardInterrupt: see `fit`.
     """
     _check_data(states, actions, dataset_hash)
@@ -78,23 +94,26 @@ def fit_cached(
     if loaded:
         _load(model, path, text)
     else:
-        # The states of generators differ between kinds of device.
+        check_writable(path)
+        # A name per kind of device, since the states of generators differ between them.
         unfinished = path.with_suffix(f".{torch.device(device).type}.unfinished")
+        generator = torch.Generator(device).manual_seed(seed)
         fit(
             model,
             states,
             actions,
             **settings,
-            generator=torch.Generator(device).manual_seed(seed),
+            generator=generator,
             device=device,
             progress=progress,
             bar=bar,
             should_stop=should_stop,
             save=lambda state: _save_unfinished(state, unfinished, text),
-            resume=_load_unfinished(unfinished, text),
+            resume=_furthest_unfinished(path, unfinished, text, generator),
         )
         _save(model, path, text)
-        unfinished.unlink(missing_ok=True)
+        for file in _unfinished_files(path):
+            file.unlink(missing_ok=True)
     return model.to(device).eval().requires_grad_(False), path, loaded
 
 
@@ -133,7 +152,7 @@ def cached_file(
         "lr": lr,
         "seed": seed,
     }
-    text = json.dumps(settings, sort_keys=True)
+    text = json.dumps(settings, sort_keys=True, allow_nan=False)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Path(cache_dir) / f"behavior-{model.kind}-{key}.safetensors", text
 
@@ -154,18 +173,37 @@ def _save(model: BehaviorModel, path: Path, settings: str) -> None:
 def _write(path: Path, data: bytes) -> None:
     """Atomically: a crash at any moment leaves the old file or the new one, whole."""
     # The plugin's own writer: it must not need the host's.
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # A new file, so that nothing is written through a link of that name.
         with open(part, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CacheError(path, error) from error
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Make and remove a file beside a file of the cache.
+
+    Raises:
+        CacheError: no room, or no right to write.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            # A full disk often has room for a name, but not for a byte.
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        raise CacheError(path, error) from error
 
 
 def _load(model: BehaviorModel, path: Path, settings: str) -> None:
@@ -186,6 +224,12 @@ def _load(model: BehaviorModel, path: Path, settings: str) -> None:
         raise RuntimeError(
             f"{path} is damaged (checksum differs); delete it to train the model again"
         )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RuntimeError(
+                f"{path} holds weights that are not finite ({name}); delete it to train the "
+                "model again"
+            )
     model.load_state_dict(tensors)
 
 
@@ -197,17 +241,51 @@ def _save_unfinished(state: dict[str, Any], path: Path, settings: str) -> None:
     _write(path, hashlib.sha256(data).digest() + data)
 
 
-def _load_unfinished(path: Path, settings: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    content = path.read_bytes()
+def _unfinished_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.unfinished"))
+
+
+def _furthest_unfinished(
+    path: Path, own: Path, settings: str, generator: torch.Generator
+) -> dict[str, Any] | None:
+    """Of the unfinished trainings of all devices the one with most updates; `own` wins a tie.
+
+    If it is of another kind of device, it goes on with a new stream of `generator`.
+    """
+    names = sorted(_unfinished_files(path), key=lambda file: file != own)
+    states, damaged = [], []
+    for name in names:
+        state, why = _load_unfinished(name, settings)
+        if state is None:
+            damaged.append(f"{name} {why}")
+        else:
+            states.append(state)
+    # Of equals, max takes the first.
+    best = max(states, key=lambda state: state["updates"], default=None)
+    if damaged:
+        then = "from the start" if best is None else f"from update {best['updates']}"
+        print(f"{'; '.join(damaged)}; the behavior model is trained {then}")
+    if best is not None and not put_back(generator, best["generator"], best["updates"]):
+        best["generator"] = generator.get_state()
+        print(
+            f"the behavior model goes on at update {best['updates']}, on another kind of "
+            "device; its random stream is seeded anew, so its numbers differ"
+        )
+    return best
+
+
+def _load_unfinished(path: Path, settings: str) -> tuple[dict[str, Any] | None, str]:
+    """The state in a file, or None and what is wrong with the file."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        # Another process has just finished this very model.
+        return None, "has gone"
     size = hashlib.sha256().digest_size
     digest, data = content[:size], content[size:]
-    why = "is damaged"
-    if hashlib.sha256(data).digest() == digest:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if state["settings"] == settings:
-            return state
-        why = "belongs to other settings"
-    print(f"{path} {why}; the behavior model is trained from the start")
-    return None
+    if hashlib.sha256(data).digest() != digest:
+        return None, "is damaged"
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if state["settings"] != settings:
+        return None, "belongs to other settings"
+    return state, ""

@@ -1,8 +1,9 @@
 """The `dare:` block of a config: DARE's fields, their checks, and the metrics that come of them."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
 
+from corl_dare import ranges
 from corl_dare.behavior import KINDS
 from corl_dare.exchange import ALIGNMENTS, RULES, WEIGHTS
 
@@ -20,8 +21,17 @@ LOGS = (
     "amplitude_before",
     "amplitude_after",
     "inverted",
+    "refused",
     "references_clipped",
     "energy_loss",
+)
+# Those that have no value in a batch whose exchange was refused.
+UNDEFINED = (
+    "separation_point",
+    "score_off_mean",
+    "score_off_std",
+    "score_on_mean",
+    "score_on_std",
 )
 # Entries of a run's summary that are means of a metric over the online phase.
 MEANS = {"exchanges_mean": "exchanged"}
@@ -82,9 +92,21 @@ class DareConfig:
     # returns: Q as if the dataset's returns spanned 1000; literal: Q as it is
     q_scale: str = "returns"
 
+    # Where a number may lie. Every field that is a number has an entry.
+    RANGES: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("references", "sampler_steps", "support_actions"), "[1, 1e4]"),
+        **dict.fromkeys(("behavior_batch_size", "energy_batch_states"), "[1, 1e6]"),
+        **dict.fromkeys(("behavior_updates", "energy_update_freq"), "[1, 1e9]"),
+        **dict.fromkeys(("cap", "reference_max_age", "energy_updates"), "[0, 1e9]"),
+        **dict.fromkeys(("behavior_lr", "energy_lr"), "(0, inf)"),
+        **dict.fromkeys(("alignment_sigma", "energy_beta"), "(0, inf)"),
+        "behavior_width": "(0, 100]",
+        "guidance_scale": "[0, inf)",
+    }
+
     def __post_init__(self) -> None:
         self._check_choices()
-        self._check_ranges()
+        ranges.check(self.RANGES, vars(self), "dare.")
         self._check_combinations()
 
     def _check_choices(self) -> None:
@@ -101,37 +123,6 @@ class DareConfig:
                 raise ValueError(
                     f"dare.{field} must be one of {', '.join(allowed)}, "
                     f"not {getattr(self, field)!r}"
-                )
-
-    def _check_ranges(self) -> None:
-        if self.cap is not None and self.cap < 0:
-            raise ValueError(
-                f"dare.cap must be 0 or more, or null for no cap, not {self.cap}"
-            )
-        at_least_one = (
-            "references",
-            "behavior_updates",
-            "behavior_batch_size",
-            "sampler_steps",
-            "energy_update_freq",
-            "energy_batch_states",
-            "support_actions",
-        )
-        for field in at_least_one:
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"dare.{field} must be at least 1, not {getattr(self, field)}"
-                )
-        for field in ("reference_max_age", "energy_updates", "guidance_scale"):
-            if getattr(self, field) < 0:
-                raise ValueError(
-                    f"dare.{field} must not be negative, not {getattr(self, field)}"
-                )
-        positive = "alignment_sigma behavior_lr behavior_width energy_beta energy_lr"
-        for field in positive.split():
-            if not getattr(self, field) > 0:
-                raise ValueError(
-                    f"dare.{field} must be positive, not {getattr(self, field)}"
                 )
 
     def _check_combinations(self) -> None:

@@ -236,6 +236,7 @@ class Exchange(NamedTuple):
         amplitude_before, amplitude_after: sup - inf of F_off - F_on, the halves'
             empirical distribution functions; from 0 (equal) to 1 (separated).
         inverted: 1 if the online rows do not score higher on average, else 0.
+        refused: 1 if nothing is exchanged because a score is not finite, else 0.
     """
 
     order: torch.Tensor
@@ -342,6 +343,7 @@ def exchange(
         "amplitude_before": _amplitude(values, index < n_off, n_off),
         "amplitude_after": _amplitude(values, order[index] < n_off, n_off),
         "inverted": inverted,
+        "refused": ~usable,
     }
     return Exchange(order, weight, {k: v.to(scores.dtype) for k, v in stats.items()})
 

@@ -38,11 +38,12 @@ from corl_dare.behavior import (
     make_behavior_model,
     noise_schedule,
 )
-from corl_dare.cache import cached_file, fit_cached
+from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 from corl_dare.rows import SlotCache, draw, draw_rows, storage
+from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
@@ -258,6 +259,10 @@ class DareHook:
         self.row_generator = torch.Generator().manual_seed(seed)
         self.samples = 0  # batches drawn so far: the clock of the caches
         self.energy_steps = 0
+        # Batches so far whose exchange was refused, since a score was not finite.
+        self.refused = torch.zeros((), device=device)
+        # Has `load_state_dict` begun a stream anew, because the old one is of another device?
+        self.reseeded = False
         self._exchange, self._density_scores = exchange, self.density_scores
         if compile is not None:
             self._density_scores = compile(self.density_scores)
@@ -311,7 +316,9 @@ class DareHook:
             batch = reorder(batch, result.order)
         kept = n_offline if self.config.weights == "hard" else None
         release = Release(result.weight, kept)
-        return Drawn(batch, release, {**result.stats, **log}, states, rows)
+        self.refused = self.refused + result.stats["refused"]
+        log = {**result.stats, **log, "refused": self.refused}
+        return Drawn(batch, release, log, states, rows)
 
     def score(
         self, states: torch.Tensor, actions: torch.Tensor, rows: Rows
@@ -451,10 +458,14 @@ class DareHook:
 
         Stops early when `should_stop()` and goes on from there when called again; calls `save`
         every `save_every` steps.
+
+        Raises:
+            FloatingPointError: the energy's loss is not finite, read when it may be saved.
         """
         if self.energy is None or self.energy_steps >= self.config.energy_updates:
             return
         first, last = self.energy_steps, self.config.energy_updates
+        log: Log = {}
         with self.bar(
             desc="energy", initial=first, total=last, disable=not progress
         ) as bar:
@@ -466,12 +477,24 @@ class DareHook:
                     generator=self.row_generator,
                 )
                 states = storage(self.offline)[0][rows.to(self.device)]
-                self.energy_step(states, [rows.numpy(), rows[:0].numpy()])
+                log = self.energy_step(states, [rows.numpy(), rows[:0].numpy()])
                 bar.update()
                 if step % save_every == 0 and step < last:
+                    self._check_energy(log)
                     save()
                 if should_stop():
                     return
+        self._check_energy(log)
+
+    def _check_energy(self, log: Log) -> None:
+        """Raises FloatingPointError where the loss of the last energy step is not finite."""
+        loss = log["energy_loss"].item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"energy_loss is {loss} after {self.energy_steps} energy updates: "
+                f"likely too high a learning rate (dare.energy_lr {self.config.energy_lr:g}), "
+                "or Q on too large a scale (see dare.energy_beta and dare.q_scale)"
+            )
 
     # -- start ----------------------------------------------------------------------------
 
@@ -567,6 +590,7 @@ class DareHook:
             "row_generator": self.row_generator.get_state(),
             "calls": self.samples,
             "energy_steps": self.energy_steps,
+            "refused": self.refused.cpu(),
             "caches": caches,
         }
         if self.energy is not None and self.energy_optimizer is not None:
@@ -575,10 +599,21 @@ class DareHook:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a `state_dict` of a hook with the same config and buffers."""
-        self.generator.set_state(state["generator"].cpu())
-        self.row_generator.set_state(state["row_generator"].cpu())
+        """Restore a `state_dict` of a hook with the same config and buffers.
+
+        Random streams of another kind of device begin anew, and `reseeded` is true then.
+        """
         self.samples, self.energy_steps = state["calls"], state["energy_steps"]
+        # Checkpoints of older versions did not count.
+        self.refused = state.get("refused", torch.zeros(())).to(self.device)
+        kept = [
+            put_back(generator, state[name], self.samples, self.energy_steps)
+            for name, generator in (
+                ("generator", self.generator),
+                ("row_generator", self.row_generator),
+            )
+        ]
+        self.reseeded = not all(kept)
         named = {"reference": self.reference_caches, "support": self.support_caches}
         for name, saved in state["caches"].items():
             caches = named[name]
@@ -618,6 +653,7 @@ def prepare(
 
     Raises:
         ValueError: a missing part, or data that cannot be fitted; see `cache.fit_cached`.
+        CacheError: the model has to be trained, and the cache cannot be written.
     """
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
@@ -644,6 +680,11 @@ def prepare(
         data=BehaviorData(states, actions, dataset_hash, Path(cache_dir) / "behavior"),
         **options,
     )
+    if hook.data is not None:
+        model_file = hook._behavior_file(hook.data)
+        # Not after the first phase or a long fit.
+        if not model_file.exists():
+            check_writable(model_file)
     if begin:
         hook.begin()
     return hook

@@ -7,6 +7,7 @@ atomically. `cell.lock` is held by the process that runs the cell.
 
 import dataclasses
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import filelock
 
 from corl import files, machine
 from corl.config import ConfigError, dump_config, read_yaml
-from experiments.values import flatten, read_json
+from experiments.values import flatten, plain, read_json
 
 # Folder of the offline models, beside the folders of the sweeps.
 OFFLINE = "offline"
@@ -93,7 +94,7 @@ def write_cell(cell: Cell) -> None:
         "task": cell.task,
         "seed": cell.seed,
         "algorithm": cell.algorithm,
-        "overrides": cell.overrides,
+        "overrides": plain(cell.overrides),
         "offline": str(cell.model.folder) if cell.model else None,
         "is_model": cell.is_model,
     }
@@ -138,13 +139,19 @@ def check_begun(cell: Cell) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """`{"state": "done" | "failed", ...}`, or {} when neither.
 
+    A cell that ended with a score that is no number has failed; older versions called it done.
+
     Raises:
         ValueError: the file is damaged.
     """
     # Older versions wrote a score that is no number as NaN.
-    return read_json(
+    state = read_json(
         folder / "state.json", REMOVE_STATE, missing={}, form=CellState, finite=False
     )
+    score = state.get("score")
+    if isinstance(score, float) and not math.isfinite(score):
+        return {"state": "failed", "error": [f"its score is {score}"]}
+    return state
 
 
 def write_state(folder: Path, **state: Any) -> None:
@@ -176,4 +183,5 @@ def last_lines(folder: Path, count: int = 5) -> list[str]:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    files.write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+    files.write_text(path, text + "\n")

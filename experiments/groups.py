@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from corl.config import read_yaml
-from experiments.store import check_settings, online_steps, read_store
+from experiments.store import check_rules, check_settings, online_steps, read_store
 
 EXPERIMENT_FIELDS = {
     "title": str,
@@ -151,6 +151,8 @@ def _check_fields(values: Any, fields: Mapping[str, type], where: str) -> None:
 
 def _check_comparable(title: str, tree: Mapping[str, Mapping[str, Mapping]]) -> None:
     """Same data, same evaluations: what a comparison on a task takes for granted."""
+    records = [r for t in tree.values() for seeds in t.values() for r in seeds.values()]
+    check_rules(records, f"group {title!r}")
     first: dict[str, tuple] = {}
     for label, tasks in tree.items():
         for env, by_seed in tasks.items():

@@ -9,11 +9,11 @@ and figures/ of each experiment from stored runs and its `experiment.yaml` alone
 each time. docs/report.md says what each number is.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from corl import files, machine
+from corl.arguments import Parser, errors_in_one_line, path
 from experiments import tables
 from experiments.groups import Experiment, Group, read_experiment
 from experiments.panels import group_figures, snapshot_picture
@@ -161,32 +161,30 @@ def _figures_command(folder: Path) -> None:
 
 def command_line(argv: Sequence[str] | None = None) -> None:
     """`python -m experiments.report add | figures | write`; errors are one line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report")
+    parser = Parser(prog="python -m experiments.report")
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="copy finished runs into the store")
-    adding.add_argument("runs", nargs="+", help="run folders")
-    adding.add_argument("--to", required=True, help="results/EXPERIMENT")
+    adding.add_argument("runs", type=path, nargs="+", help="run folders")
+    adding.add_argument("--to", type=path, required=True, help="results/EXPERIMENT")
     adding.add_argument(
         "--as", dest="label", help="name of the method; default: config's"
     )
     drawing = commands.add_parser("figures", help="draw the samples of runs (Fig. 1)")
-    drawing.add_argument("runs", nargs="+", help="run folders")
+    drawing.add_argument("runs", type=path, nargs="+", help="run folders")
     writing = commands.add_parser("write", help="tables and figures of stored runs")
     writing.add_argument(
-        "results", nargs="?", default="results", help="default: results"
+        "results", type=path, nargs="?", default="results", help="default: results"
     )
     args = parser.parse_args(argv)
-    try:
+    with errors_in_one_line():
         if args.command == "add":
-            for path in add(args.runs, args.to, args.label):
-                print(machine.tidy_path(path))
+            for file in add(args.runs, args.to, args.label):
+                print(machine.tidy_path(file))
         elif args.command == "figures":
             for folder in args.runs:
-                _figures_command(Path(folder))
+                _figures_command(folder)
         else:
-            _write_command(Path(args.results))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+            _write_command(args.results)
 
 
 def _write_command(results: Path) -> None:

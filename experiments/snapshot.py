@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import torch
 
-from corl import checkpoints, envs, finetune, tasks
+from corl import checkpoints, envs, finetune, rewards, tasks
 from corl.config import parse_config
 from corl.data import sources
 from corl_dare.exchange import exchange
@@ -143,7 +143,8 @@ def restore(files: RunFiles) -> RestoredRun:
     """
     folder, module, config, state = files
     task = tasks.task(config.env)
-    data = finetune.load_data(config, task)
+    rule = state["run"].get("return_rule", rewards.UPSTREAM)
+    data = finetune.load_data(config, task, rule=rule)
     if data.provenance["sha256"] != state["dataset_sha256"]:
         raise ValueError(
             f"{folder}: the dataset found here is not the run's (its sha256 differs); set "

@@ -13,12 +13,12 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from corl import files
-from corl.config import FinetuneConfig, read_yaml
+from corl import files, rewards
+from corl.config import FinetuneConfig, expand, read_yaml
 from corl.curves import read_csv
 from experiments import stats
 from experiments.stored import FORMAT, NAME, Machine, Snapshot, check_stored
-from experiments.values import check_form, dump_json, flatten, read_json
+from experiments.values import check_form, dump_json, flatten, plain, read_json
 
 # Points of a metric's stored curve, at most.
 POINTS = 100
@@ -113,7 +113,7 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
         "dataset": data,
         "machine": summary["machine"],
         "versions": summary["versions"],
-        "config": _plain(settings),
+        "config": plain(settings),
         "before": _before(evaluations, _offline_runs(summary, config)),
         "evaluations": evaluations,
         "metrics": _thin_metrics(folder / "metrics.csv", config["offline_iterations"]),
@@ -210,9 +210,9 @@ def _offline_runs(summary: Mapping, config: Mapping) -> list[tuple[Path, float]]
     """Folders where the run of the loaded model may be, and the step it was loaded at."""
     found = []
     if summary.get("offline_run"):  # a sweep says it
-        found.append((Path(summary["offline_run"]).expanduser(), math.inf))
+        found.append((expand(summary["offline_run"]), math.inf))
     if config.get("load_model"):
-        file = Path(str(config["load_model"])).expanduser()
+        file = expand(config["load_model"])
         number = re.fullmatch(r"checkpoint_(\d+)\.pt", file.name)
         step = int(number.group(1)) + 1 if number else math.inf
         for folder in (file.parent, file.parent / "run", file.parent.parent):
@@ -229,15 +229,6 @@ def _before(evaluations: list[dict], sources: list) -> dict[str, Any] | None:
             offline = [e for e in entries if e["phase"] == "offline"]
             offline = [e for e in offline if e["step"] <= step]
     return offline[-1] if offline else None
-
-
-def _plain(value: Any) -> Any:
-    """Settings as JSON can hold them: an infinite bound as text."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _thin_metrics(path: Path, switch: int) -> dict[str, list]:
@@ -324,8 +315,42 @@ def read_store(experiment: Path | str) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (r["label"], r["env"], r["seed"]))
 
 
+def return_rule(record: Mapping) -> str | None:
+    """Where the return range that a stored run scaled by comes from; None if it scaled nothing.
+
+    A run of before this was stored used upstream's rule, if its settings made it use any.
+    """
+    if "return_range" in record["dataset"]:
+        found = record["dataset"]["return_range"]
+        return found["rule"] if found else None
+    config = flatten(record["config"])
+    scaled = config.get("normalize_reward") or (
+        config.get("dare.q_scale") == "returns" and config.get("dare.guidance_scale")
+    )
+    return rewards.UPSTREAM if scaled else None
+
+
+def check_rules(records: Iterable[Mapping], where: str) -> None:
+    """Runs that are shown together must scale by return ranges of one rule; else ValueError."""
+    first: dict[str, Mapping] = {}
+    for record in records:
+        rule = return_rule(record)
+        if rule is None:
+            continue
+        other = first.setdefault(record["env"], record)
+        if return_rule(other) != rule:
+            raise ValueError(
+                f"{where}, {record['env']}: {record['label']} seed {record['seed']} scaled by a "
+                f"return range of the rule {rule!r}, {other['label']} seed {other['seed']} by "
+                f"{return_rule(other)!r}; run the older one again"
+            )
+
+
 def check_settings(records: Iterable[Mapping]) -> None:
     """Runs that share label and task may differ in nothing but the seed; else ValueError."""
+    records = list(records)
+    for label in sorted({record["label"] for record in records}):
+        check_rules((r for r in records if r["label"] == label), f"label {label}")
     first: dict[tuple, Mapping] = {}
     for record in records:
         other = first.setdefault((record["label"], record["env"]), record)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from corl import machine
+from corl import arguments, machine
 from corl.config import ConfigError
 from experiments.cells import Cell, last_lines, read_state, write_cell, write_failed
 from experiments.plan import plan, select
@@ -221,21 +221,38 @@ def _last_step(file: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 all done, 1 some failed, 2 bad input."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="python -m experiments.sweep",
         description="Run a sweep file; run it again to go on. docs/sweep.md explains it.",
     )
-    parser.add_argument("sweep", nargs="?", help="YAML file")
-    parser.add_argument("--runs_dir", default="runs", help="the store (default: runs)")
+    parser.add_argument("sweep", type=arguments.path, nargs="?", help="YAML file")
     parser.add_argument(
-        "--workers", type=int, help="cells at a time (default: one per core)"
+        "--runs_dir",
+        type=arguments.path,
+        default="runs",
+        help="the store (default: runs)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=arguments.number(int, "[1, 1024]"),
+        help="cells at a time (default: one per core)",
     )
     parser.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto")
-    parser.add_argument("--gpus", type=float, default=0.0, help="GPU share per cell")
+    parser.add_argument(
+        "--gpus",
+        type=arguments.number(float, "[0, 1024]"),
+        default=0.0,
+        help="GPU share per cell",
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="METHOD", help="these methods alone, in this order"
     )
-    parser.add_argument("--retries", type=int, default=3, help="after deaths, per cell")
+    parser.add_argument(
+        "--retries",
+        type=arguments.number(int, "[0, 1e6]"),
+        default=3,
+        help="after deaths, per cell",
+    )
     parser.add_argument("--status", action="store_true", help="only show the table")
     args = parser.parse_args(argv)
     try:
@@ -260,10 +277,6 @@ def _sweep(args: argparse.Namespace) -> int:
         raise ConfigError("name a sweep file, for example sweeps/smoke.yaml")
     if args.address is not None and args.workers is not None:
         raise ConfigError("--workers is for a Ray of our own, not for --address")
-    if args.workers is not None and args.workers < 1:
-        raise ConfigError(f"--workers must be at least 1, not {args.workers}")
-    if args.gpus < 0 or args.retries < 0:
-        raise ConfigError("--gpus and --retries must not be negative")
     cells = plan(args.sweep, args.runs_dir)
     if args.only:
         cells = select(cells, args.only)

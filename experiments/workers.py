@@ -7,6 +7,7 @@ then saves and stops.
 """
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -96,8 +97,14 @@ def _conclude(folder: Path, about: dict[str, Any]) -> None:
     """Write what others need of a finished cell: the model, its score, the state."""
     run = folder / "run"
     summary = read_json(run / "summary.json", REMOVE, form=Concluded, finite=False)
+    for name, value in summary.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SystemExit(f"error: {run / 'summary.json'}: {name} is {value}")
     if about["is_model"]:
-        checkpoints.export_corl(run, folder / "model.pt")
+        try:
+            checkpoints.export_corl(run, folder / "model.pt")
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
     if about["offline"]:
         file = Path(about["offline"]) / "run/summary.json"
         offline = read_json(file, REMOVE_CELL, form=Concluded, finite=False)
@@ -110,7 +117,8 @@ def _conclude(folder: Path, about: dict[str, Any]) -> None:
             )
         summary["score_offline"] = offline["score_offline"]
         summary["offline_run"] = machine.tidy_path(Path(about["offline"]) / "run")
-        files.write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        files.write_text(run / "summary.json", text)
     score = summary["score_offline" if about["is_model"] else "score_final"]
     write_state(folder, state="done", score=score)
 

@@ -359,6 +359,8 @@ DATASET = Group(
         Mutant(REWARDS, '    ends |= dataset["terminals"].astype(bool)\n', ""),
         Mutant(REWARDS, "if done or length == max_episode_steps:", "if done:"),
         Mutant(DATA, "reward_rule(config).offline(", "SPAN_REWARDS.offline("),
+        Mutant(DATA, "+ lengths * per_row", ""),
+        Mutant(DATA, "_range_of(dataset.returns) if rule == EPISODES else None", "None"),
         Mutant(DATA, '("observations", "next_observations")', '("observations",)'),
         Mutant(DATA, "eps=1e-3", "eps=0.0"),
         Mutant(DATA, "    if config.normalize:\n", "    if True:\n"),
@@ -372,7 +374,7 @@ DATASET = Group(
             DATA,
             """\
     if config.normalize_reward:
-        reward_args = reward_rule(config).offline(arrays, config.env, config)
+        reward_args = _scale_rewards(config, dataset, rule)
     if keeps_mc_returns(config):
         arrays["mc_returns"] = get_return_to_go(arrays, task, config)
 """,
@@ -380,7 +382,7 @@ DATASET = Group(
     if keeps_mc_returns(config):
         arrays["mc_returns"] = get_return_to_go(arrays, task, config)
     if config.normalize_reward:
-        reward_args = reward_rule(config).offline(arrays, config.env, config)
+        reward_args = _scale_rewards(config, dataset, rule)
 """,
         ),
         Mutant(
@@ -584,7 +586,7 @@ SAVING = Group(
     [
         Mutant(FINETUNE, 'f"checkpoint_{step - 1}.pt"', 'f"checkpoint_{step}.pt"'),
         Mutant(FINETUNE, "if self.config.checkpoints_path is None:", "if True:"),
-        Mutant(FINETUNE, "if loads and self.config.load_model:", "if False:"),
+        Mutant(FINETUNE, "if loads and self.config.load_model and", "if False and"),
         Mutant(FINETUNE, "part.load_weights(state)", "part.load_state_dict(state)"),
         Mutant(FINETUNE, "            self.run.step = step\n", ""),
         Mutant(
@@ -1224,8 +1226,8 @@ SETS = Group(
         Mutant(
             CONFIG, '*("device", "threads", "runs_dir"', '*("device", "seed", "runs_dir"'
         ),
-        Mutant(CONFIG, '"wandb_mode", "device"}', '"wandb_mode", "device", "seed"}'),
-        Mutant(CONFIG, '{"resume", "online_iterations", ', '{"resume", '),
+        Mutant(CONFIG, '"wandb_mode", "device"),', '"wandb_mode", "device", "seed"),'),
+        Mutant(CONFIG, '*("resume", "online_iterations", ', '*("resume", '),
         Mutant(
             DIQL, '        "noise_clip",\n        "dare",\n', '        "noise_clip",\n'
         ),

@@ -155,7 +155,7 @@ def main() -> None:
             "versions": machine.versions(),
             "runs": found,
         }
-        PINS.write_text(json.dumps(record, indent=1) + "\n")
+        PINS.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         return
     pinned = json.loads(PINS.read_text())["runs"]
     for name, numbers in found.items():

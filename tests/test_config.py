@@ -14,6 +14,7 @@ from small_config import Block, Config, parse
 
 from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
 from corl.config import (
+    NOTHING,
     ConfigError,
     FinetuneConfig,
     dump_config,
@@ -239,7 +240,9 @@ FIELDS = st.fixed_dictionaries(
         "seed": st.integers(),
         "lr": st.floats(allow_nan=False),
         "compat": st.booleans(),
-        "dataset_path": st.none() | TEXT | st.sampled_from(["none", "null", ""]),
+        # What stands for no value, quoted or not, is none.
+        "dataset_path": st.none()
+        | TEXT.filter(lambda t: t.strip().lower() not in NOTHING),
         "dare": st.builds(
             Block,
             st.none() | st.integers(),
@@ -277,7 +280,7 @@ def test_an_impossible_combination_of_layers_is_refused_by_the_config_itself():
     layers = [("file", {"batch_size": 255}), ("sweep", {"mixing_ratio": 0.5})]
     with pytest.raises(ValueError, match="batch_size 255 cannot be split"):
         make_config(iql.TrainConfig, layers)
-    with pytest.raises(ValueError, match="dare.cap must be 0 or more"):
+    with pytest.raises(ValueError, match="dare.cap must lie in"):
         make_config(dare_iql.TrainConfig, [("sweep", {"dare": {"cap": -1}})])
     config = make_config(dare_iql.TrainConfig, [("sweep", {"dare": {"policy": "awr"}})])
     assert isinstance(config.dare, dare_iql.DareIQLConfig)

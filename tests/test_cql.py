@@ -746,9 +746,9 @@ def test_reward_transforms_offline_and_online_agree(module):
     "values, message",
     [
         ({"env": "hoper-medium-v2"}, "unknown task 'hoper-medium-v2'"),
-        ({"cql_n_actions": 0}, "cql_n_actions must be at least 1, not 0"),
-        ({"bc_steps": -1}, "bc_steps must be at least 0, not -1"),
-        ({"cql_temp": 0.0}, "cql_temp must be positive, not 0.0"),
+        ({"cql_n_actions": 0}, r"cql_n_actions must lie in \[1, 1e4\], not 0"),
+        ({"bc_steps": -1}, r"bc_steps must lie in \[0, 1e9\], not -1"),
+        ({"cql_temp": 0.0}, r"cql_temp must lie in \(0, inf\), not 0.0"),
         ({"cql_clip_diff_min": 1.0, "cql_clip_diff_max": 0.0}, "cql_clip_diff_min 1.0"),
     ],
 )

@@ -358,7 +358,8 @@ def test_group_in_place_of_an_array_is_named(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs pointer"),
         (b"\n<!DOCTYPE html><html>404</html>", "web page"),
         (b"<HTML><body>moved", "web page"),
-        (b"PK\x03\x04 something else", "first bytes are not HDF5's"),
+        (b"PK\x03\x04 something else", "it is a zip archive; unpack it"),
+        (b"\x00\x01 something else", "first bytes are not HDF5's"),
     ],
 )
 def test_files_of_other_kinds_are_recognized(tmp_path, content, message):
@@ -372,8 +373,8 @@ def test_truncated_file_folder_and_missing_file_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="x.hdf5 is a damaged or incomplete HDF5 file"):
         schema.load_hdf5(path, TASK)
-    for name in ("", "none.hdf5"):
-        with pytest.raises(ValueError, match="does not exist"):
+    for name, message in (("", "is a folder"), ("none.hdf5", "does not exist")):
+        with pytest.raises(ValueError, match=message):
             schema.load_hdf5(tmp_path / name, TASK)
 
 
@@ -735,7 +736,7 @@ def test_unreachable_server_is_asked_once_per_process(home, monkeypatch, capsys)
 
 def test_download_without_a_known_checksum_says_so(home, server, monkeypatch):
     monkeypatch.setattr(published, "CHECKSUMS", "")
-    label = sources.resolve(TASK).provenance["label"]
+    label = sources.resolve(TASK, "d4rl").provenance["label"]
     assert label.startswith("unknown file (not D4RL's checksum)")
 
 

@@ -49,7 +49,7 @@ def make_old(folder, one_buffer):
     state = torch.load(path, weights_only=True)
     if one_buffer:
         state["parts"]["buffer"] = state["parts"].pop("online_buffer")
-    del state["run"]["switched"]
+    del state["run"]["switched"], state["config"], state["tables"]
     state["run"]["exchanges"] = [0.0, 0]
     trainer = state["parts"]["trainer"]
     gone = [trainer.pop(k, None) for k in ("anneal", "cql_alpha", "calibration")]

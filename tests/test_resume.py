@@ -114,7 +114,8 @@ def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(
     wait_for(far_enough, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    # A shell's status of SIGTERM, so that what comes after `&&` does not start.
+    assert process.returncode == 143, output
     assert f"--resume {folder.relative_to(tmp_path)}" in output
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["step"] % 40 != 0 or saved["step"] >= 40

@@ -486,16 +486,14 @@ def test_every_energy_step_is_one_of_adam_on_the_gradient_of_its_loss(
 def expected_scale(record, patched):
     if patched:
         return 1000.0 / 4.0
-    from test_wiring import return_range
-
     # Rewards as trained on; episodes end at the horizon here.
     data = record.stored("offline")
     arrays = {
         key: data[key][: wiring.ROWS, 0].astype(np.float64)
         for key in ("rewards", "terminals")
     }
-    low, high = return_range(arrays, wiring.HORIZON)
-    return 1000.0 / (high - low)
+    returns, _ = wiring.episodes_of(arrays)
+    return 1000.0 / (returns.max() - returns.min())
 
 
 @pytest.mark.parametrize("patched, scale", [(False, None), (True, 0.25)])

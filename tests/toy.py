@@ -62,7 +62,10 @@ def make_dataset(rows=4000, seed=0):
     arrays = {k: np.array(v, dtype=np.float32) for k, v in out.items()}
     arrays["terminals"] = np.zeros(rows, bool)
     provenance = {"source": "toy", "sha256": f"toy{rows}-{seed}", "rows": rows}
-    return sources.Dataset(TASK, arrays, {**provenance, "path": "", "label": "toy"}, {})
+    returns = arrays["rewards"].reshape(-1, HORIZON).sum(1, dtype=np.float64)
+    lengths = np.full(len(returns), HORIZON)
+    provenance |= {"path": "", "label": "toy"}
+    return sources.Dataset(TASK, arrays, provenance, {}, returns, lengths)
 
 
 def install(monkeypatch, tmp_path):

@@ -172,6 +172,18 @@ def make_arrays(seed: int = 0) -> dict[str, np.ndarray]:
     return {k: np.array(v, dtype=types.get(k, np.float32)) for k, v in out.items()}
 
 
+def episodes_of(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Raw returns and lengths of the dataset's complete episodes, by a plain walk."""
+    returns, lengths, total, length = [], [], 0.0, 0
+    for reward, terminal in zip(arrays["rewards"], arrays["terminals"], strict=True):
+        total, length = total + float(reward), length + 1
+        if terminal or length == HORIZON:
+            returns.append(total)
+            lengths.append(length)
+            total, length = 0.0, 0
+    return np.array(returns), np.array(lengths)
+
+
 class Record:
     """What happened in a run, in order, and what it left behind.
 
@@ -484,7 +496,8 @@ def install(
         about = {"source": "toy", "sha256": "toy-data", "rows": ROWS, "label": "toy"}
         arrays = copy.deepcopy(record.arrays)
         task = tasks.task(record.config.env)
-        return sources.Dataset(task, arrays, {**about, "path": ""}, {})
+        found = {**about, "path": ""}
+        return sources.Dataset(task, arrays, found, {}, *episodes_of(arrays))
 
     patch.setattr(envs, "make", make)
     patch.setattr(sources, "resolve", resolve)

@@ -1,6 +1,5 @@
 """All experiments of one seed, and the command line."""
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -14,7 +13,7 @@ from benchmarks.exchange_accuracy.models import Experiment, Models
 from benchmarks.exchange_accuracy.rows import Rows, stack
 from benchmarks.exchange_accuracy.scores import make_scores, score_rows
 from benchmarks.exchange_accuracy.settings import LEVELS, SHARES, Settings
-from corl import machine
+from corl import arguments, machine
 from corl.data import sources
 from corl.standin import policies
 
@@ -101,25 +100,27 @@ def compare(
 
 def main() -> None:
     """Run one seed unless only the report is asked for, then write tables and figures."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog=COMMAND,
         description="How often is the exchange right? "
         "Scores and rules against the Bayes decision.",
     )
     for field in dataclasses.fields(Settings):
         parser.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default
+            f"--{field.name}", type=arguments.setting(field), default=field.default
         )
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
-    parser.add_argument("--data", type=Path, help="folder of collected rows and fits")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--data", type=arguments.path, help="folder of collected rows and fits"
+    )
+    parser.add_argument("--out", type=arguments.path, default=OUT)
     parser.add_argument("--report", action="store_true", help="tables and figures only")
     args = parser.parse_args()
     if len(args.levels) < 2 or len(set(args.levels)) < len(args.levels):
         parser.error(
             "--levels needs two or more different levels: policies are compared"
         )
-    try:
+    with arguments.errors_in_one_line():
         if not args.report:
             fields = [field.name for field in dataclasses.fields(Settings)]
             settings = Settings(**{name: getattr(args, name) for name in fields})
@@ -129,5 +130,3 @@ def main() -> None:
             record = run_seed(settings, args.levels, folder)
             store.write_json(args.out / f"seed_{settings.seed}.json", record)
         report.write(args.out)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error

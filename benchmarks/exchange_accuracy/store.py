@@ -15,10 +15,10 @@ def write_json(path: Path, record: dict) -> None:
     Each row of a table has a line of its own, so that a diff can be read.
     """
     tables = record.pop("tables")
-    head = json.dumps(record, indent=1)
+    head = json.dumps(record, indent=1, allow_nan=False)
     parts = []
     for name, rows in tables.items():
-        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
         parts.append(f"  {json.dumps(name)}: [\n  {lines}\n  ]")
     text = head[:-2] + ',\n "tables": {\n' + ",\n".join(parts) + "\n }\n}\n"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,15 @@ another format. The last makes every stand-in and compares it with what D4RL pub
 """
 
 import argparse
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from corl import files, tasks
-from corl.data import minari, published, schema, sources
+from corl import arguments, files, tasks
+from corl.data import minari, published, row_order, schema, sources
 from corl.standin import policies
 
 FORMATS = ("d4rl", "minari")  # what --export writes
@@ -39,6 +39,7 @@ def card(dataset: sources.Dataset) -> str:
         ("path", facts["path"]),
         ("sha256", facts["sha256"]),
         ("rows", f"{facts['rows']} transitions from {facts['rows_raw']} rows"),
+        ("order", _order(facts)),
         ("episodes", f"{stats['episodes']} complete; {ends}"),
         ("length", _four(stats["length"], "steps", 0)),
         ("return", _four(stats["return"], "raw", 2)),
@@ -48,13 +49,18 @@ def card(dataset: sources.Dataset) -> str:
     ]
     if "collected" in facts:
         made = facts["collected"]
-        lines += [("seed", made["seed"]), ("policies", made["policies"])]
+        lines += [(name, made.get(name, "?")) for name in ("seed", "policies")]
     versions = {**facts, **facts.get("collected", {})}.items()
     named = [f"{k[:-8]} {v}" for k, v in versions if k.endswith("_version")]
     lines.append(("versions", ", ".join(named)))
     if "warning" in facts:
         lines.append(("warning", facts["warning"]))
     return "\n".join(f"{name:<9} {text}".rstrip() for name, text in lines)
+
+
+def _order(facts: dict[str, Any]) -> str:
+    """The card's line on the order of the rows."""
+    return row_order.RowOrder(facts["order"], facts["seams"]).describe()
 
 
 def _score(task: tasks.Task, summary: dict[str, float | None]) -> str:
@@ -162,9 +168,8 @@ def _would_come_from(task: tasks.Task, cache_dir: Path | str | None) -> tuple[st
         path = sources.in_d4rl_folder(task)
     if path is not None:
         try:
-            with h5py.File(path) as file:
-                return f"{path}", str(len(file["rewards"]))
-        except (OSError, KeyError, TypeError) as error:
+            return f"{path}", str(schema.count_rows(path))
+        except ValueError as error:
             return f"{path}: unreadable ({error})", "-"
     try:
         found = sources.stand_in_path(task, cache_dir)
@@ -187,6 +192,11 @@ def export(dataset: sources.Dataset, form: str, target: str) -> None:
         ValueError, RuntimeError: as of `minari.to_d4rl` and `minari.to_minari`.
     """
     task, facts = dataset.task, dataset.provenance
+    if dataset.shuffled:
+        raise ValueError(
+            f"{facts['path']}: the rows are shuffled; readers of an exported file would take "
+            "each row for the next one of the row before"
+        )
     source = "minari" if facts["source"] == "minari" else "file"
     # Read again, because q-learning arrays lack some of the rows.
     raw, _ = sources.find(task, source, facts["path"])
@@ -218,17 +228,26 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+        print(INTERRUPTED, file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Find a dataset and print its card.")
+    parser = arguments.Parser(description="Find a dataset and print its card.")
     parser.add_argument("task", nargs="?", help="D4RL name, such as hopper-medium-v2")
     parser.add_argument("--source", choices=sources.SOURCES, default="auto")
     parser.add_argument("--path", help="HDF5 file, or minari:ID")
-    parser.add_argument("--cache_dir", type=Path, help="where stand-ins are kept")
-    parser.add_argument("--rows", type=int, help="size of a stand-in to collect")
-    parser.add_argument("--plot", type=Path, help="write a histogram of returns (PNG)")
+    parser.add_argument(
+        "--cache_dir", type=arguments.path, help="where stand-ins are kept"
+    )
+    parser.add_argument(
+        "--rows",
+        type=arguments.number(int, "[2, 1e9]"),
+        help="size of a stand-in to collect",
+    )
+    parser.add_argument(
+        "--plot", type=arguments.path, help="write a histogram of returns (PNG)"
+    )
     parser.add_argument(
         "--export",
         nargs=2,
@@ -236,7 +255,9 @@ def _parse_arguments() -> argparse.Namespace:
         help="d4rl FILE, or minari ID: write the dataset in that format",
     )
     parser.add_argument("--all", action="store_true", help="a line for every task")
-    parser.add_argument("--report", type=Path, help="compare all stand-ins with D4RL's")
+    parser.add_argument(
+        "--report", type=arguments.path, help="compare all stand-ins with D4RL's"
+    )
     args = parser.parse_args()
     if (args.task is not None) + args.all + (args.report is not None) != 1:
         parser.error("give one task, or --all, or --report FILE")

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from corl import files, tasks
+from corl.data import hdf5
 
 INSTALL = "pip install -r requirements-minari.txt"
 # What a reader of scores has to know, by the beginning of a dataset's id.
@@ -272,7 +273,7 @@ def to_d4rl(
         original: HDF5 file whose further contents (infos, metadata, attributes) are kept.
 
     Raises:
-        ValueError: `out` exists.
+        ValueError: `out` exists, or `original` holds links to elsewhere.
         RuntimeError: no room or no right to write.
     """
     if out.exists():
@@ -282,9 +283,8 @@ def to_d4rl(
         for key, values in raw.items():
             file.create_dataset(key, data=values, compression="gzip", shuffle=True)
         if original is not None:
-            with h5py.File(original) as source:
-                for key in sorted(set(source) - set(raw)):
-                    source.copy(source[key], file, key)
+            with hdf5.reading(original), h5py.File(original) as source:
+                hdf5.copy_plain(source, file, original, skip=raw)
                 file.attrs.update(source.attrs)
         file.attrs["exported_from"] = about
 

@@ -11,6 +11,8 @@ import h5py
 import numpy as np
 
 from corl import tasks
+from corl.data import hdf5
+from corl.data.hdf5 import BadData
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
@@ -20,50 +22,40 @@ FLAGS = ("terminals", "timeouts")
 TORSO_HEIGHT = 0.7
 # D4RL's boxes are [-1, 1]; the rest is room for rounding.
 ACTION_BOUND = 1.0 + 1e-3
+# The largest number with a square in float32: errors are squared, and so are states where their
+# standard deviation is computed.
+LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def load_hdf5(path: Path | str, task: tasks.Task | str) -> dict[str, np.ndarray]:
     """The raw rows of a D4RL HDF5 file, checked and cast; see `validate` for the arrays.
 
+    Nothing outside the file is read, and nothing of it before it is known to fit into memory.
+
     Raises:
         ValueError: not a readable HDF5 file, or contents that do not fit the task.
     """
     task, path = tasks.task(task), Path(path)
-    if not path.is_file():
-        raise ValueError(f"dataset file {path} does not exist")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is not an HDF5 file: {_what_instead(path)}")
-    try:
-        with h5py.File(path) as file:
-            if missing := [key for key in REQUIRED if key not in file]:
-                raise ValueError(
-                    f"{path} lacks {', '.join(missing)}; it holds "
-                    f"{', '.join(sorted(file)) or 'nothing'}; D4RL's schema needs "
-                    f"{', '.join(REQUIRED)}"
-                )
-            columns = {key: file[key] for key in REQUIRED + OPTIONAL if key in file}
-            for key, column in columns.items():
-                if not isinstance(column, h5py.Dataset):
-                    raise ValueError(
-                        f"{path}: {key} is a group; D4RL stores one array there"
-                    )
-            return _clean(columns, task, path)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is a damaged or incomplete HDF5 file ({error}); get it again"
-        ) from error
+    hdf5.check_kind(path)
+    with hdf5.reading(path), h5py.File(path) as file:
+        if missing := [key for key in REQUIRED if key not in file]:
+            held = ", ".join(sorted(file)[:20]) or "nothing"
+            raise BadData(
+                f"{path} lacks {', '.join(missing)}; it holds {held}; D4RL's schema "
+                f"needs {', '.join(REQUIRED)}"
+            )
+        return _clean(hdf5.plain_columns(file, path, REQUIRED + OPTIONAL), task, path)
 
 
-def _what_instead(path: Path) -> str:
-    with open(path, "rb") as handle:
-        start = handle.read(200).lstrip().lower()
-    if not start:
-        return "it is empty; download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer; run `git lfs pull` where it came from"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, so the download failed; check its address"
-    return "its first bytes are not HDF5's; download it again"
+def count_rows(path: Path) -> int:
+    """The rows of a D4RL HDF5 file, which is not read whole.
+
+    Raises:
+        ValueError: as of `load_hdf5`, as far as `rewards` goes.
+    """
+    hdf5.check_kind(path)
+    with hdf5.reading(path), h5py.File(path) as file:
+        return len(hdf5.plain_dataset(file, path, "rewards"))
 
 
 def validate(
@@ -79,9 +71,9 @@ def validate(
         bool. N is at least 2.
 
     Raises:
-        ValueError: a wrong shape, type or length, a value that is not finite in float32, an
-            action outside [-1, 1], a flag that is neither 0 nor 1, or rows of another robot. The
-            message names file, key and row.
+        ValueError: a wrong shape, type or length, a value that is not finite in float32 or has no
+            square there, an action outside [-1, 1], a flag that is neither 0 nor 1, or rows of
+            another robot. The message names file, key and row.
     """
     columns = {k: np.asarray(raw[k]) for k in REQUIRED + OPTIONAL if k in raw}
     return _clean(columns, task, path)
@@ -98,13 +90,13 @@ def _clean(
     shapes = {}
     for key, column in columns.items():
         if column.dtype.kind not in "fiub":
-            raise ValueError(
-                f"{path}: {key} has type {column.dtype}; numbers are needed"
-            )
+            raise BadData(f"{path}: {key} has type {column.dtype}; numbers are needed")
         shapes[key] = column.shape
         if key in ("rewards", *FLAGS) and column.shape[1:] == (1,):
             shapes[key] = column.shape[:1]
     _check_shapes(shapes, task, path)
+    if any(isinstance(column, h5py.Dataset) for column in columns.values()):
+        hdf5.check_memory(columns, path)
     clean = {}
     for key, column in columns.items():
         values = column[()].reshape(shapes[key])
@@ -117,6 +109,11 @@ def _clean(
         _reject(
             ~np.isfinite(cast), values, key, path, "values must be finite in float32"
         )
+        largest = max(cast.max(), -cast.min())
+        if largest > LARGEST:
+            large = np.abs(cast) > LARGEST
+            rule = f"the largest is {largest:.3g}, and above {LARGEST:.2g} float32 has no squares"
+            _reject(large, values, key, path, rule)
         if key == "actions":
             outside = np.abs(cast) > ACTION_BOUND
             _reject(outside, values, key, path, "actions must be within [-1, 1]")
@@ -132,7 +129,7 @@ def _check_torso(observations: np.ndarray, task: tasks.Task, path: Path | str) -
     height = np.median(observations[:, 0])
     robot = "walker2d" if height > TORSO_HEIGHT else "halfcheetah"
     if robot != task.robot:
-        raise ValueError(
+        raise BadData(
             f"{path}: the torso's height, observations[:, 0], is {height:.2f} in the "
             f"median, as {robot}'s; {task.name} needs data of {task.robot}"
         )
@@ -146,7 +143,7 @@ def _reject(
     if rows.any():
         row = int(rows.argmax())
         value = values[row][bad[row]].flat[0] if values.ndim > 1 else values[row]
-        raise ValueError(
+        raise BadData(
             f"{path}: {key} has {value} in row {row} ({rows.sum()} bad rows of "
             f"{len(bad)}); {rule}"
         )
@@ -160,7 +157,7 @@ def _check_shapes(
     for key, shape in shapes.items():
         wanted = 2 if key in widths else 1
         if len(shape) != wanted:
-            raise ValueError(
+            raise BadData(
                 f"{path}: {key} has shape {shape}; expected {wanted} dimension(s)"
             )
     dims = shapes["observations"][1], shapes["actions"][1]
@@ -170,7 +167,7 @@ def _check_shapes(
             for name, robot in tasks.ROBOTS.items()
             if dims == (robot.state_dim, robot.action_dim)
         ]
-        raise ValueError(
+        raise BadData(
             f"{path}: observations and actions have widths {dims}, which fit "
             f"{' or '.join(fits) or 'no robot known here'}; {task.name} needs "
             f"{task.state_dim} and {task.action_dim}"
@@ -178,15 +175,11 @@ def _check_shapes(
     rows = shapes["observations"][0]
     for key, shape in shapes.items():
         if shape[0] != rows:
-            raise ValueError(
-                f"{path}: {key} has {shape[0]} rows, observations has {rows}"
-            )
+            raise BadData(f"{path}: {key} has {shape[0]} rows, observations has {rows}")
         if key in widths and shape[1] != widths[key]:
-            raise ValueError(
-                f"{path}: {key} has width {shape[1]}; expected {widths[key]}"
-            )
+            raise BadData(f"{path}: {key} has width {shape[1]}; expected {widths[key]}")
     if rows < 2:
-        raise ValueError(f"{path}: {rows} row(s); a dataset needs at least 2")
+        raise BadData(f"{path}: {rows} row(s); a dataset needs at least 2")
 
 
 def qlearning_dataset(
@@ -275,6 +268,13 @@ def episode_bounds(raw: dict[str, np.ndarray], task: tasks.Task) -> np.ndarray:
     return np.concatenate([[0], np.flatnonzero(ends) + 1])
 
 
+def without_episodes(statistics: dict[str, Any]) -> dict[str, Any]:
+    """Statistics of rows whose order means nothing."""
+    none = {"return": _summary(np.zeros(0)), "length": _summary(np.zeros(0))}
+    counts = {"episodes": 0, "unfinished_rows": statistics["rows"], "too_long": 0}
+    return {**statistics, **counts, **none}
+
+
 def episode_returns(raw: dict[str, np.ndarray], task: tasks.Task) -> np.ndarray:
     """Raw returns (E,) float64 of the complete episodes."""
     totals = np.concatenate([[0.0], np.cumsum(raw["rewards"], dtype=np.float64)])
@@ -288,6 +288,9 @@ def statistics(raw: dict[str, np.ndarray], task: tasks.Task) -> dict[str, Any]:
     None.
     """
     bounds, rows = episode_bounds(raw, task), len(raw["rewards"])
+    # Antmaze's collector flags one row late, and its limit is 1000 in all mazes.
+    longest = 1001 if task.robot == "antmaze" else task.horizon
+    lengths = np.append(np.diff(bounds), rows - bounds[-1])
     return {
         "rows": rows,
         "episodes": len(bounds) - 1,
@@ -296,6 +299,8 @@ def statistics(raw: dict[str, np.ndarray], task: tasks.Task) -> dict[str, Any]:
         "timeouts": int(timeout_flags(raw, task.horizon).sum()),
         "return": _summary(episode_returns(raw, task)),
         "length": _summary(np.diff(bounds)),
+        # Episodes that no time limit ended, the unfinished one included.
+        "too_long": int((lengths > longest).sum()),
         "action_min": float(raw["actions"].min()),
         "action_max": float(raw["actions"].max()),
     }

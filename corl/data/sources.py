@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 
 from corl import files, tasks
-from corl.data import download, minari, published, schema
+from corl.config import expand
+from corl.data import download, hdf5, minari, published, row_order, schema
 from corl.standin import policies
 
 SOURCES = ("auto", "file", "d4rl_dir", "d4rl", "minari", "self-collected")
@@ -32,12 +33,19 @@ class Dataset:
     # Result of `schema.qlearning_dataset`.
     arrays: dict[str, np.ndarray]
     # source, path, sha256, rows, rows_raw, label, message, versions; `recognised`: these are
-    # D4RL's own bytes for this task; `collected`: the settings of a stand-in.
+    # D4RL's own bytes for this task; `collected`: the settings of a stand-in; `order`, `seams`:
+    # see `row_order.RowOrder`.
     provenance: dict[str, Any]
     # Result of `schema.statistics` for the raw rows.
     statistics: dict[str, Any]
-    # (E,) raw returns of the complete episodes.
+    # (E,) raw returns and lengths in rows of the complete episodes, all rows counted.
     returns: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+
+    @property
+    def shuffled(self) -> bool:
+        """Are these rows without an order, so that there are no episodes?"""
+        return self.provenance.get("order") == "shuffled"
 
 
 def resolve(
@@ -67,11 +75,17 @@ def resolve(
     """
     task = tasks.task(task)
     raw, provenance = find(task, source, path, cache_dir, rows)
+    order = provenance["order"]
     facts, returns = schema.statistics(raw, task), schema.episode_returns(raw, task)
-    true_ends = provenance["source"] == "minari"
+    lengths = np.diff(schema.episode_bounds(raw, task))
+    if order == "shuffled":
+        facts = schema.without_episodes(facts)
+        returns, lengths = np.zeros(0), np.zeros(0, int)
+    true_ends = provenance["source"] == "minari" or order in ("cut", "shuffled")
     if not true_ends:
         # D4RL's rules do not read them, and they are a good part of the memory.
         raw.pop("next_observations", None)
+    _warn_of_long_episodes(provenance, facts, task)
     try:
         arrays = schema.qlearning_dataset(raw, true_ends, task.horizon)
     except ValueError as error:
@@ -86,7 +100,21 @@ def resolve(
     print(message)
     versions = {"h5py_version": h5py.__version__, "numpy_version": np.__version__}
     provenance = {**provenance, **counts, **versions, "message": message}
-    return Dataset(task, arrays, provenance, facts, returns)
+    return Dataset(task, arrays, provenance, facts, returns, lengths)
+
+
+def _warn_of_long_episodes(
+    provenance: dict[str, Any], facts: dict[str, Any], task: tasks.Task
+) -> None:
+    """Add to `provenance["warning"]` where episodes are longer than the time limit."""
+    if not facts["too_long"]:
+        return
+    warning = (
+        f"{facts['too_long']} episode(s) are longer than the time limit of {task.horizon} "
+        "steps, so ends of episodes seem to lack their flags and returns to be of several"
+    )
+    before = provenance.get("warning")
+    provenance["warning"] = f"{before}; {warning}" if before else warning
 
 
 def find(
@@ -118,7 +146,7 @@ def find(
     if source == "minari" or str(path).startswith("minari:"):
         return _from_minari(task, source, str(path).removeprefix("minari:"))
     if path is not None:
-        return _from_file(task, "file", Path(path).expanduser())
+        return _from_file(task, "file", expand(path))
     if source == "self-collected":
         return _from_file(task, source, _stand_in(task, cache_dir, rows))
     return _first_that_answers(task, source, cache_dir, rows)
@@ -129,7 +157,11 @@ def _first_that_answers(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """`find` among D4RL's folder and server and, where `source` is auto, the stand-in."""
     reasons = []
-    for name, get in (("d4rl_dir", in_d4rl_folder), ("d4rl", _download)):
+
+    def ask(task: tasks.Task) -> Path:
+        return _download(task, asked_for=source == "d4rl")
+
+    for name, get in (("d4rl_dir", in_d4rl_folder), ("d4rl", ask)):
         if source in ("auto", name):
             try:
                 return _from_file(task, name, get(task))
@@ -153,7 +185,7 @@ class NotFound(Exception):
 
 
 def _d4rl_folder() -> Path:
-    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    return expand(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
 
 
 def in_d4rl_folder(task: tasks.Task) -> Path:
@@ -171,10 +203,11 @@ def in_d4rl_folder(task: tasks.Task) -> Path:
     return path
 
 
-def _download(task: tasks.Task) -> Path:
+def _download(task: tasks.Task, asked_for: bool = False) -> Path:
     """D4RL's file, downloaded into D4RL's folder, where the package d4rl looks too.
 
-    Where the file's checksum is public, a file with another one is refused.
+    Where the file's checksum is public, a file with another one is refused. Where it is not, the
+    file comes over https, or has to be `asked_for`.
 
     Raises:
         NotFound: downloads are switched off, the server cannot be reached or has no such file.
@@ -191,6 +224,12 @@ def _download(task: tasks.Task) -> Path:
     if server in unreachable:
         raise NotFound(unreachable[server])
     known = published.known_files().get(task.name, ())
+    if not known and not asked_for and not address.startswith("https://"):
+        raise NotFound(
+            f"D4RL publishes no checksum of {target.name}, and {server} is not encrypted, so "
+            "nobody would notice a file that was changed on the way; dataset_source d4rl "
+            "fetches it all the same"
+        )
     try:
         return download.download(address, target, *known)
     except download.Unreachable as error:
@@ -203,7 +242,7 @@ def _download(task: tasks.Task) -> Path:
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
     """Where prepared things are kept: the argument, CORL_DARE_CACHE or ~/.cache/corl_dare."""
     cache = cache_dir or os.environ.get("CORL_DARE_CACHE") or "~/.cache/corl_dare"
-    return Path(cache).expanduser()
+    return expand(cache)
 
 
 def stand_in_path(
@@ -236,18 +275,24 @@ def _from_file(
     task: tasks.Task, source: str, path: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     raw = schema.load_hdf5(path, task)
-    digest = files.sha256(path)
-    with h5py.File(path) as file:
-        made = files.attributes(file)
+    with hdf5.reading(path):
+        digest = files.sha256(path)
+        with h5py.File(path) as file:
+            made = hdf5.plain_attributes(file)
     owners = {known: name for name, (_, known) in published.known_files().items()}
     owner = owners.get(digest)
+    order = row_order.settle(raw, task, path, owner is not None)
     provenance = {
         "source": source,
         "path": str(path),
         "sha256": digest,
         "recognised": owner == task.name,
         "label": _label(task, source, path, owner, made),
+        "order": order.kind,
+        "seams": order.seams,
     }
+    if order.warning():
+        provenance["warning"] = order.warning()
     if made.get("source") == "self-collected":
         provenance["collected"] = made
     return raw, provenance
@@ -267,15 +312,15 @@ def _label(
         return label if owner == task.name else f"{label}, NOT of {task.name}"
     if made.get("source") == "self-collected":
         label = "self-collected stand-in (not D4RL data)"
-        if "mix" in made:
+        if "mix" in made and isinstance(made.get("share"), float):
             label += f", {made['share']:.0%} of its rows by the {made['mix']} policy"
         if made.get("task") != task.name:
-            label += f", made for {made.get('task')}"
+            label += f", made for {str(made.get('task'))[:50]}"
         return label
     label = "unknown file (not D4RL's checksum)"
     size = published.known_files().get(task.name, (None,))[0]
     if "exported_from" in made:
-        label += f", exported from {made['exported_from']}"
+        label += f", exported from {str(made['exported_from'])[:200]}"
     elif source != "file" and size and path.stat().st_size < size:
         label += f", shorter than D4RL's {size} bytes"
     return label
@@ -288,6 +333,7 @@ def _from_minari(
         raise ValueError(
             f"dataset_path is a Minari id, but dataset_source is {source!r}"
         )
+    # Every episode's last row has a flag, so there are no seams.
     raw = schema.validate(minari.from_minari(name), task, f"minari:{name}")
     return raw, {
         "source": "minari",
@@ -295,6 +341,8 @@ def _from_minari(
         "sha256": schema.hash_arrays(raw),
         "recognised": False,
         "label": f"Minari dataset {name} (not D4RL data)",
+        "order": "in order",
+        "seams": 0,
         "warning": minari.caveat(name),
         "minari_version": minari.import_minari(name).__version__,
     }

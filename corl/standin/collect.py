@@ -30,14 +30,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
 import torch
 
-from corl import files, tasks
+from corl import arguments, files, locks, tasks
 from corl.data import schema
 from corl.progress import progress_bar
 from corl.standin import maze_walks, policies, rollout
@@ -265,7 +264,7 @@ def collect(
         return out
     with _writing_to(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out.with_name(out.name + ".lock")):
+        with locks.holding(out.with_name(out.name + ".lock"), str(out), wait=True):
             if out.exists():
                 _check_same(out, plan.settings)
                 return out
@@ -291,6 +290,8 @@ def _writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, files.CannotWrite):
+            reason = f"{Path(error.filename).name}: {error.reason}"
         raise RuntimeError(
             f"cannot write to {folder} ({reason}); free some space, mend its rights or "
             "choose another folder (--out, or CORL_DARE_CACHE for the cache)"
@@ -426,17 +427,34 @@ def summary(path: Path, task: tasks.Task) -> str:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")
-    parser.add_argument("--rows", type=int, help="default: 200000; D4RL's of a replay")
-    parser.add_argument("--out", type=Path, help="default: TASK-self-collected.hdf5")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--policy", type=Path, help="in place of the shipped policy")
+    parser.add_argument(
+        "--rows",
+        type=arguments.number(int, "[2, 1e9]"),
+        help="default: 200000; D4RL's of a replay",
+    )
+    parser.add_argument(
+        "--out", type=arguments.path, help="default: TASK-self-collected.hdf5"
+    )
+    parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
+    parser.add_argument(
+        "--policy", type=arguments.path, help="in place of the shipped policy"
+    )
     parser.add_argument(
         "--mix", choices=policies.SINGLE, help="second policy of a mixture"
     )
-    parser.add_argument("--share", type=float, default=0.5, help="rows of --mix, 0 to 1")
-    parser.add_argument("--workers", type=int, help="processes; default: by the cores")
+    parser.add_argument(
+        "--share",
+        type=arguments.number(float, "(0, 1)"),
+        default=0.5,
+        help="rows of --mix, 0 to 1",
+    )
+    parser.add_argument(
+        "--workers",
+        type=arguments.number(int, "[1, 1024]"),
+        help="processes; default: by the cores",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -459,7 +477,8 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+        print(INTERRUPTED, file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from corl import files, tasks
+from corl import files, finite, tasks
 from corl.data import published
 
 POLICY_DIR = Path(__file__).parent / "weights"  # shipped with the package
@@ -95,9 +95,14 @@ def _log_density(
 
 
 def save_policy(policy: TanhGaussianPolicy, path: Path, half: bool = False) -> None:
-    """Write a policy as safetensors, rounded to float16 when `half`."""
+    """Write a policy as safetensors, rounded to float16 when `half`.
+
+    Raises:
+        ValueError: a weight is not finite, or not in float16.
+    """
     dtype = torch.float16 if half else torch.float32
     tensors = {k: v.detach().cpu().to(dtype) for k, v in policy.state_dict().items()}
+    _check_finite(tensors, path)
     with files.replacing(path) as file:
         file.write(save(tensors))
 
@@ -108,14 +113,27 @@ def load_policy(path: Path) -> TanhGaussianPolicy:
 
 
 def save_series(policies: dict[int, TanhGaussianPolicy], path: Path) -> None:
-    """Write the policies of several training steps as one float16 safetensors file."""
+    """Write the policies of several training steps as one float16 safetensors file.
+
+    Raises:
+        ValueError: as of `save_policy`.
+    """
     tensors = {
         f"{step}/{key}": value.detach().cpu().half()
         for step, policy in policies.items()
         for key, value in policy.state_dict().items()
     }
+    _check_finite(tensors, path)
     with files.replacing(path) as file:
         file.write(save(tensors))
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    if bad := finite.first_bad(tensors.items()):
+        raise ValueError(
+            f"{path} is not written: {bad} of the policy is not finite, since its training "
+            "diverged; lower the learning rate or take an earlier snapshot"
+        )
 
 
 def load_series(path: Path) -> dict[int, TanhGaussianPolicy]:
@@ -186,7 +204,7 @@ def add_to_manifest(name: str, facts: dict) -> None:
     """Write what is to be known of a shipped file, with its SHA-256, into the manifest."""
     entries = manifest()
     entries[name] = {**facts, "sha256": files.sha256(POLICY_DIR / name)}
-    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False) + "\n"
     files.write_text(POLICY_DIR / "manifest.json", text)
 
 

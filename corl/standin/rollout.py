@@ -101,7 +101,7 @@ def make_plan(
         "task": task.name,
         "rows": rows,
         "seed": seed,
-        "policies": json.dumps(used, sort_keys=True),
+        "policies": json.dumps(used, sort_keys=True, allow_nan=False),
     }
     if mix is not None:
         settings |= {"mix": mix, "share": share}

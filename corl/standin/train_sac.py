@@ -16,7 +16,6 @@ from, together with their returns:
         --ship 30000 80000 255000 --level series
 """
 
-import argparse
 import csv
 import math
 import shutil
@@ -29,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corl import envs, files, tasks
+from corl import arguments, checkpoints, envs, files, finite, locks, machine, tasks
 from corl.progress import progress_bar
 from corl.standin import policies
 
@@ -143,15 +142,21 @@ class SAC:
             "generator": self.generator.get_state(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore a `state_dict`."""
+    def load_state_dict(self, state: dict, step: int) -> None:
+        """Restore a `state_dict` of a step, of any device."""
         for name in ("policy", "critic", "target"):
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.generator.set_state(state["generator"].cpu())
+        stream = state["generator"].cpu()
+        if stream.numel() == self.generator.get_state().numel():
+            self.generator.set_state(stream)
+            return
+        print(f"step {step} was on another kind of device: a new random stream begins")
+        seed = checkpoints.fresh_seed(self.generator.initial_seed(), step)
+        self.generator.manual_seed(seed)
 
 
 def sampled_returns(agent: SAC, robot: str, episodes: int, seed: int) -> np.ndarray:
@@ -181,8 +186,24 @@ def train(
 
     Raises:
         ValueError: the training in `out` is further than `steps`.
+        FloatingPointError: a transition or a weight is not finite; the last snapshot is kept.
+        InUseError: another process trains in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with locks.holding(out / "train.lock", str(out)):
+        _train(robot, steps, out, seed, snapshot_every, warmup, batch_size, device)
+
+
+def _train(
+    robot: str,
+    steps: int,
+    out: Path,
+    seed: int,
+    snapshot_every: int,
+    warmup: int,
+    batch_size: int,
+    device: str,
+) -> None:
     facts = tasks.ROBOTS[robot]
     agent = SAC(facts.state_dim, facts.action_dim, device, seed)
     # One row per transition: state, action, reward, next state, end.
@@ -198,6 +219,10 @@ def train(
         action = env.action_space.sample() if t < warmup else agent.act(state)
         next_state, reward, terminated, truncated, _ = env.step(action)
         row = np.concatenate([state, action, [reward], next_state, [terminated]])
+        if not np.isfinite(row).all():
+            raise FloatingPointError(
+                f"step {t + 1}: the state, action, reward or next state is not finite"
+            )
         buffer[t] = torch.from_numpy(row)
         state = next_state
         if terminated or truncated:
@@ -207,6 +232,11 @@ def train(
             s, a, r, s2, d = buffer[rows].split(widths, dim=1)
             agent.update([s, a, r.squeeze(1), s2, d.squeeze(1)])
         if (t + 1) % snapshot_every == 0:
+            if bad := finite.bad_weight({"SAC": agent}):
+                raise FloatingPointError(
+                    f"step {t + 1}: {bad} is not finite: the training diverged; earlier "
+                    f"snapshots stay in {out}"
+                )
             _save_snapshot(out, agent, robot, t + 1, time.time() - clock)
             saved = {"step": t + 1, "agent": agent.state_dict()}
             with files.replacing(out / "state.pt") as file:
@@ -217,14 +247,29 @@ def _restore(out: Path, agent: SAC, buffer: torch.Tensor) -> int:
     """Put the state of an interrupted training into agent and buffer; its steps, 0 if none."""
     path = out / "state.pt"
     if not path.exists():
+        _cut_log(out / "train.csv", 0)
         return 0
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     start = saved["step"]
     if start > len(buffer):
         raise ValueError(f"{path} is at step {start}; --steps must be at least that")
-    agent.load_state_dict(saved["agent"])
+    _cut_log(out / "train.csv", start)
+    agent.load_state_dict(saved["agent"], start)
     buffer[:start] = saved["buffer"].to(buffer.device)
     return start
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the lines after a step: a killed training writes them again."""
+    if not path.exists():
+        return
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    kept = [line for line in lines if int(line.split(b",")[0]) <= step]
+    if not kept:
+        path.unlink()
+        return
+    with files.replacing(path) as file:
+        file.write(b"".join([header, *kept]))
 
 
 def _save_snapshot(out: Path, agent: SAC, robot: str, step: int, seconds: float) -> None:
@@ -339,17 +384,18 @@ def _to_manifest(
 
 def main() -> None:
     """The command line that the top of this file shows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    count = arguments.number(int, "[1, 1e9]")
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("robot", choices=["hopper", "halfcheetah", "walker2d"])
-    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=count, default=1_000_000)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the snapshots"
+        "--out", type=arguments.path, required=True, help="folder of the snapshots"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--snapshot_every", type=int, default=10_000)
+    parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
+    parser.add_argument("--snapshot_every", type=count, default=10_000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--ship", type=int, nargs="+", help="snapshots to ship instead of training"
+        "--ship", type=count, nargs="+", help="snapshots to ship instead of training"
     )
     parser.add_argument(
         "--level",
@@ -363,23 +409,15 @@ def main() -> None:
         parser.error("a level is one snapshot; only --level series ships several")
     # The matrices are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    if args.ship is not None:
-        try:
-            if args.level == "series":
-                ship_series(args.robot, args.out, args.ship, args.seed)
-            else:
-                ship(args.robot, args.out, args.ship[0], args.level, args.seed)
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from error
-        return
-    train(
-        args.robot,
-        args.steps,
-        args.out,
-        args.seed,
-        args.snapshot_every,
-        device=args.device,
-    )
+    with arguments.errors_in_one_line("interrupted; repeat the command to go on"):
+        if args.ship is None:
+            device = machine.pick_device(args.device)
+            settings = args.robot, args.steps, args.out, args.seed, args.snapshot_every
+            train(*settings, device=device)
+        elif args.level == "series":
+            ship_series(args.robot, args.out, args.ship, args.seed)
+        else:
+            ship(args.robot, args.out, args.ship[0], args.level, args.seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ policy of the state alone. Both run on the open plane, with D4RL's ant and torqu
     python -m corl.standin.train_walker --out walker --ship   # evaluates, becomes the shipped one
 """
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -25,7 +24,7 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import antmaze, files
+from corl import antmaze, arguments, files, locks
 from corl.progress import progress_bar
 from corl.standin import policies, walker
 
@@ -168,6 +167,10 @@ def search(
                 for s, heading in zip(seeds, (0.0, math.pi / 6), strict=True)
             ]
             speeds[i] = np.mean(covered) / (0.1 * steps)
+        if not np.isfinite(speeds).all():
+            raise ValueError(
+                f"generation {generation + 1}: a walk's speed is not finite"
+            )
         order = np.argsort(-speeds)
         mean, std = draws[order[:elite]].mean(0), draws[order[:elite]].std(0)
         # Without a floor the search would end where it stands.
@@ -253,6 +256,10 @@ def clone(
         first.bias.sub_(first.weight @ center)
         means = torch.tanh(policy.net(x[count:])[:, : policies.ACTIONS])
         left = (means - y[count:]).square().mean() / y[count:].var(0).mean()
+    if not math.isfinite(left):
+        raise ValueError(
+            f"the clone's error is {float(left)} after {updates} updates; its training diverged"
+        )
     return policy.requires_grad_(False), float(1 - left)
 
 
@@ -277,9 +284,14 @@ def evaluate(
 def train(out: Path, seed: int = 0) -> None:
     """Search the gait and clone it; `gait.json`, `train.csv` and the policy go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    with locks.holding(out / "train.lock", str(out)):
+        _train(out, seed)
+
+
+def _train(out: Path, seed: int) -> None:
     gait, log = search(seed=seed)
     print(f"gait: {log[-1]['speed_elite']:.2f} m/s in its own search, {gait}")
-    text = json.dumps(dataclasses.asdict(gait), indent=2) + "\n"
+    text = json.dumps(dataclasses.asdict(gait), indent=2, allow_nan=False) + "\n"
     files.write_text(out / "gait.json", text)
     with open(out / "train.csv", "w", newline="") as handle:
         writer = csv.DictWriter(handle, log[0])
@@ -328,19 +340,19 @@ def ship(out: Path, seed: int = 0) -> None:
 
 def main() -> None:
     """The command line that the top of this file shows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the training")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--out", type=arguments.path, required=True, help="folder of the training"
+    )
+    parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
     parser.add_argument(
         "--ship", action="store_true", help="ship the trained policy instead of training"
     )
     args = parser.parse_args()
     # The matrices are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    try:
+    with arguments.errors_in_one_line("interrupted; the command begins anew"):
         (ship if args.ship else train)(args.out, args.seed)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

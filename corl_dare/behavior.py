@@ -604,6 +604,8 @@ def fit(
     training = _Training(model, states, actions, batch_size, lr, generator, device)
     if resume is not None:
         training.load_state_dict(resume)
+        if training.updates > updates:
+            raise UnfitStateError(f"it is at update {training.updates} of {updates}")
     saved = time.perf_counter()
     with bar(
         desc=f"behavior {model.kind}",
@@ -650,6 +652,10 @@ def _check_settings(
         raise ValueError(f"behavior lr is {lr}; it must be positive and finite")
     if generator.device.type != device.type:
         raise ValueError(f"generator is on {generator.device}, training on {device}")
+
+
+class UnfitStateError(ValueError):
+    """What `fit` was given to go on from is no state of such a training."""
 
 
 class _Training:
@@ -731,14 +737,52 @@ class _Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.updates, self.means = state["updates"], list(state["means"])
-        self.total.copy_(state["total"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.order = state["order"].to(self.total.device)
-        self.batches.start = state["start"]
-        self.generator.set_state(state["generator"])
+        """Go on from a `state_dict`.
+
+        Raises:
+            UnfitStateError: it is none of such a training.
+        """
+        try:
+            self._check_state(state)
+            self.updates, self.means = state["updates"], list(state["means"])
+            self.total.copy_(state["total"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.batches.order = state["order"].to(self.total.device)
+            self.batches.start = state["start"]
+            self.generator.set_state(state["generator"])
+        # Whoever wrote the file may have put anything anywhere.
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UnfitStateError(text[:200]) from None
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise where what the parts would take in is no state of theirs."""
+        rows, order, start = len(self.batches.states), state["order"], state["start"]
+        if type(state["updates"]) is not int or state["updates"] < 0:
+            raise ValueError(f"updates is {state['updates']!r}")
+        if not all(type(mean) is float for mean in state["means"]):
+            raise ValueError("means are no numbers")
+        if len(state["means"]) != -(-state["updates"] // MEAN_OF):
+            if len(state["means"]) != state["updates"] // MEAN_OF:
+                raise ValueError("there are not as many means as updates say")
+        if order.dtype != torch.long or order.shape not in ((0,), (rows,)):
+            raise ValueError(f"order has shape {tuple(order.shape)}")
+        if len(order) and not (0 <= int(order.min()) and int(order.max()) < rows):
+            raise ValueError("order has numbers of rows that are not there")
+        if type(start) is not int or not 0 <= start <= len(order):
+            raise ValueError(f"start is {start!r}")
+        saved, own = state["optimizer"], self.optimizer.state_dict()
+        if saved["param_groups"] != own["param_groups"]:
+            raise ValueError("the optimizer has other settings")
+        parameters = list(self.model.parameters())
+        for number, moments in saved["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameters[number].shape:
+                    raise ValueError(f"{name} of parameter {number} has another shape")
+        for name, values in (*state["model"].items(), ("total", state["total"])):
+            if not bool(torch.as_tensor(values).isfinite().all()):
+                raise ValueError(f"{name} is not finite")
 
 
 def _check_rows(

@@ -12,8 +12,8 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from corl_dare.behavior import BehaviorModel, fit, make_behavior_model
+from corl_dare.behavior import (
+    BehaviorModel,
+    UnfitStateError,
+    fit,
+    make_behavior_model,
+)
 from corl_dare.streams import put_back
 
 
@@ -72,7 +77,8 @@ def fit_cached(
 
     Raises:
         ValueError: see `make_behavior_model` and `fit`; an empty dataset hash.
-        RuntimeError: the cached file is damaged or belongs to other settings.
+        RuntimeError: the cached file is damaged or belongs to other settings, or an unfinished
+            one holds no state of this training.
         CacheError: the cache cannot be written, which is tried before the training.
         KeyboardInterrupt: see `fit`.
     """
@@ -98,23 +104,37 @@ def fit_cached(
         # A name per kind of device, since the states of generators differ between them.
         unfinished = path.with_suffix(f".{torch.device(device).type}.unfinished")
         generator = torch.Generator(device).manual_seed(seed)
-        fit(
-            model,
-            states,
-            actions,
-            **settings,
-            generator=generator,
-            device=device,
-            progress=progress,
-            bar=bar,
-            should_stop=should_stop,
-            save=lambda state: _save_unfinished(state, unfinished, text),
-            resume=_furthest_unfinished(path, unfinished, text, generator),
-        )
+        with _naming_unfinished(path):
+            fit(
+                model,
+                states,
+                actions,
+                **settings,
+                generator=generator,
+                device=device,
+                progress=progress,
+                bar=bar,
+                should_stop=should_stop,
+                save=lambda state: _save_unfinished(state, unfinished, text),
+                resume=_furthest_unfinished(path, unfinished, text, generator),
+            )
         _save(model, path, text)
         for file in _unfinished_files(path):
             file.unlink(missing_ok=True)
     return model.to(device).eval().requires_grad_(False), path, loaded
+
+
+@contextmanager
+def _naming_unfinished(path: Path) -> Iterator[None]:
+    """Inside, a state that cannot be gone on from is an error that names its file."""
+    try:
+        yield
+    except UnfitStateError as error:
+        names = " or ".join(map(str, _unfinished_files(path)))
+        raise RuntimeError(
+            f"{names} holds no state of this training ({error}); delete it to train the model "
+            "from the start"
+        ) from None
 
 
 def _check_data(states: Any, actions: Any, dataset_hash: str) -> None:
@@ -211,7 +231,7 @@ def _load(model: BehaviorModel, path: Path, settings: str) -> None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise RuntimeError(
             f"{path} is damaged ({error}); delete it to train the model again"
         ) from error
@@ -230,7 +250,14 @@ def _load(model: BehaviorModel, path: Path, settings: str) -> None:
                 f"{path} holds weights that are not finite ({name}); delete it to train the "
                 "model again"
             )
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:200]
+        raise RuntimeError(
+            f"{path} holds other weights than the model's ({text}); delete it to train the "
+            "model again"
+        ) from None
 
 
 def _save_unfinished(state: dict[str, Any], path: Path, settings: str) -> None:
@@ -265,7 +292,13 @@ def _furthest_unfinished(
     if damaged:
         then = "from the start" if best is None else f"from update {best['updates']}"
         print(f"{'; '.join(damaged)}; the behavior model is trained {then}")
-    if best is not None and not put_back(generator, best["generator"], best["updates"]):
+    if best is None:
+        return None
+    try:
+        goes_on = put_back(generator, best["generator"], best["updates"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnfitStateError(" ".join(str(error).split())) from None
+    if not goes_on:
         best["generator"] = generator.get_state()
         print(
             f"the behavior model goes on at update {best['updates']}, on another kind of "
@@ -281,11 +314,21 @@ def _load_unfinished(path: Path, settings: str) -> tuple[dict[str, Any] | None, 
     except FileNotFoundError:
         # Another process has just finished this very model.
         return None, "has gone"
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
     size = hashlib.sha256().digest_size
     digest, data = content[:size], content[size:]
     if hashlib.sha256(data).digest() != digest:
         return None, "is damaged"
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if state["settings"] != settings:
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # A checksum can be right over anything, and torch fails on it in many ways.
+    except Exception:
+        return None, "is damaged"
+    if not isinstance(state, dict) or type(state.get("updates")) is not int:
+        return None, "is damaged"
+    if not isinstance(state.get("generator"), torch.Tensor):
+        return None, "is damaged"
+    if state.get("settings") != settings:
         return None, "belongs to other settings"
     return state, ""

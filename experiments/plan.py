@@ -31,8 +31,8 @@ from corl.config import (
     without_foreign_blocks,
 )
 from experiments.cells import OFFLINE, Cell, check_begun
-from experiments.programs import baseline_of, load_algorithm
-from experiments.values import flatten, read_json
+from experiments.programs import baseline_of, load_algorithm, missing_file
+from experiments.values import flatten, read_json, shown
 
 SWEEP_FIELDS = {
     "name": str,
@@ -62,8 +62,10 @@ FILLED_BY_SWEEP = {
 }
 # Defaults that have changed: cells keep the names that they got from these.
 FORMER_DEFAULTS = {"compile": False}
-# Combinations of a method's grid.
-MOST_POINTS = 10_000
+# What a sweep, a method or a task may be called: a part of a folder's name.
+NAME = r"\w[\w.+-]{0,99}"
+# More cells than this are a slip, such as one list too many in a grid.
+MOST_CELLS = 10_000
 # Values of settings, later ones over earlier ones: (where they come from, nested values).
 Layers = list[tuple[str, dict[str, Any]]]
 
@@ -78,7 +80,7 @@ class Method:
         algorithm: path of the algorithm file.
         config: settings file with `{task}` in its name; none: the defaults.
         settings: its own, over those that all methods share.
-        grid: every combination of field values; at least one, which may be empty.
+        grid: field -> the values that it takes.
         offline: algorithm file of its offline model; none: the algorithm's baseline.
     """
 
@@ -87,8 +89,18 @@ class Method:
     algorithm: str
     config: str | None
     settings: dict[str, Any]
-    grid: list[dict[str, Any]]
+    grid: dict[str, list]
     offline: str | None
+
+    @property
+    def points(self) -> int:
+        """How many combinations the grid has; one if it is empty."""
+        return math.prod(map(len, self.grid.values()))
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of the grid's values."""
+        points = itertools.product(*self.grid.values())
+        return [dict(zip(self.grid, point, strict=True)) for point in points]
 
 
 @dataclass
@@ -127,7 +139,7 @@ def plan(
         (method, overrides, _settings(sweep, method, shared, overrides, task, seed))
         for method in sweep.methods
         for overrides, task, seed in itertools.product(
-            method.grid, sweep.tasks, sweep.seeds
+            method.combinations(), sweep.tasks, sweep.seeds
         )
     ]
     mode = _Mode([config for *_, config in drafts], runs_dir / sweep.name, gpu)
@@ -207,17 +219,27 @@ def read_sweep(path: Path | str) -> Sweep:
     values = _checked_fields(read_yaml(path), SWEEP_FIELDS, str(path))
     for name in ("tasks", "seeds", "methods"):
         if not values.get(name):
-            raise ConfigError(f"{path}: {name} is missing or empty")
+            raise ConfigError(
+                f"{path}: {name} is missing or empty; a sweep needs at least one of them"
+            )
     name = values.get("name", path.stem)
-    if not re.fullmatch(r"\w[\w.+-]*", name) or name == OFFLINE:
-        raise ConfigError(f"{path}: {name!r} cannot be the name of a sweep's folder")
+    if not re.fullmatch(NAME, name) or name == OFFLINE:
+        raise ConfigError(
+            f"{path}: {shown(name)} cannot be the name of a sweep's folder; give it a name of at "
+            f"most 100 letters, digits and . + - _, and not {OFFLINE}"
+        )
     for task in values["tasks"]:
-        if not isinstance(task, str):
-            raise ConfigError(f"{path}: tasks must be D4RL names, not {task!r}")
+        if not isinstance(task, str) or not re.fullmatch(NAME, task):
+            raise ConfigError(f"{path}: tasks must be D4RL names, not {shown(task)}")
     for seed in values["seeds"]:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ConfigError(f"{path}: seeds must be whole numbers, not {seed!r}")
-    return Sweep(
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ConfigError(
+                f"{path}: seeds must be whole numbers from 0 to {2**32 - 1}, not "
+                f"{shown(seed)}"
+            )
+    for field in ("tasks", "seeds"):
+        _check_once(values[field], f"{path}: {field}")
+    sweep = Sweep(
         path,
         name,
         values["tasks"],
@@ -230,11 +252,31 @@ def read_sweep(path: Path | str) -> Sweep:
         _nested(values.get("offline_settings", {}), f"{path}: offline_settings"),
         values.get("share_offline", True),
     )
+    count = sum(method.points for method in sweep.methods)
+    count *= len(sweep.tasks) * len(sweep.seeds)
+    if count > MOST_CELLS:
+        raise ConfigError(
+            f"{path}: methods, grids, tasks and seeds make {count} cells, and a sweep has at most "
+            f"{MOST_CELLS}; shorten a list, or make several sweeps of it"
+        )
+    return sweep
+
+
+def _check_once(values: Sequence[Any], origin: str) -> None:
+    """Raise where a list has a value twice; 1 and 1.0 are one, 1 and true are not."""
+    seen: list[tuple[bool, Any]] = []
+    for value in values:
+        entry = isinstance(value, bool), value
+        if entry in seen:
+            raise ConfigError(f"{origin}: {shown(value)} is there twice; take one out")
+        seen.append(entry)
 
 
 def _read_method(key: Any, values: Any, origin: str, sweep: Mapping) -> Method:
-    if not re.fullmatch(r"\w[\w.+-]*", str(key)):
-        raise ConfigError(f"{origin}: use letters, digits and . + - _ only")
+    if not re.fullmatch(NAME, str(key)):
+        raise ConfigError(
+            f"{origin}: use letters, digits and . + - _ only, and at most 100 of them"
+        )
     values = _checked_fields(values, METHOD_FIELDS, origin)
     if "algorithm" not in values:
         raise ConfigError(f"{origin}: algorithm is missing")
@@ -244,14 +286,14 @@ def _read_method(key: Any, values: Any, origin: str, sweep: Mapping) -> Method:
         values["algorithm"],
         values.get("config", sweep.get("config")),
         _nested(values.get("settings", {}), f"{origin}.settings"),
-        _combinations({**sweep.get("grid", {}), **values.get("grid", {})}, origin),
+        _grid({**sweep.get("grid", {}), **values.get("grid", {})}, origin),
         values.get("offline"),
     )
 
 
 def _checked_fields(values: Any, known: dict[str, type], origin: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ConfigError(f"{origin} must be a block of fields, not {values!r}")
+        raise ConfigError(f"{origin} must be a block of fields, not {shown(values)}")
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, 1)
@@ -267,25 +309,20 @@ def _checked_fields(values: Any, known: dict[str, type], origin: str) -> dict[st
                 bool: "true or false",
             }
             raise ConfigError(
-                f"{origin}: {name} must be {kinds[known[name]]}, not {value!r}"
+                f"{origin}: {name} must be {kinds[known[name]]}, not {shown(value)}"
             )
     return values
 
 
-def _combinations(grid: dict[str, list], origin: str) -> list[dict[str, Any]]:
+def _grid(grid: dict[str, list], origin: str) -> dict[str, list]:
+    """A grid, checked."""
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(
-                f"{origin}: grid.{name} must be a list of values, not {values!r}"
+                f"{origin}: grid.{name} must be a list of values, not {shown(values)}"
             )
-    count = math.prod(map(len, grid.values()))
-    if count > MOST_POINTS:
-        raise ConfigError(
-            f"{origin}: the grid has {count} combinations, more than {MOST_POINTS}; give fewer "
-            "values"
-        )
-    points = itertools.product(*grid.values())
-    return [dict(zip(grid, point, strict=True)) for point in points]
+        _check_once(values, f"{origin}: grid.{name}")
+    return grid
 
 
 def _nested(values: dict, origin: str) -> dict[str, Any]:
@@ -300,7 +337,7 @@ def _nested(values: dict, origin: str) -> dict[str, Any]:
             target = target.setdefault(block, {})
             if not isinstance(target, dict):
                 raise ConfigError(
-                    f"{origin}: {name} is set, but {block} is {target!r} and not a block"
+                    f"{origin}: {name} is set, but {block} is {shown(target)} and not a block"
                 )
         if isinstance(value, dict) and isinstance(target.get(last), dict):
             target[last].update(value)
@@ -339,6 +376,8 @@ class _SharedSettings:
         if key not in self.found:
             with _errors_name(method.origin):
                 program = load_algorithm(method.algorithm)
+            if file is not None and not file.is_file():
+                raise ConfigError(f"{method.origin}: config {missing_file(file)}")
             values = read_yaml(file) if file else self.sweep.settings
             self.found[key] = without_foreign_blocks(program.TrainConfig, values, origin)
         return origin, self.found[key]
@@ -459,6 +498,11 @@ def _offline_cell(
     ]
     config = _make(algorithm, layers, f"{path}: the offline phase of {cell.label}")
     config, _ = mode.settle(config)
+    if config.offline_iterations < 1 or config.eval_freq < 1:
+        raise ConfigError(
+            f"{path}: offline_settings: offline_iterations {config.offline_iterations} and "
+            f"eval_freq {config.eval_freq} must be at least 1; or set share_offline: false"
+        )
     if config.offline_iterations % config.eval_freq:
         raise ConfigError(
             f"{path}: eval_freq {config.eval_freq} does not divide offline_iterations "

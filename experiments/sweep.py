@@ -260,7 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
+    except OSError as error:
+        print(
+            f"error: {error.filename or args.runs_dir}: {error.strerror or error}; mend its "
+            "rights or what is in its place, or give another --runs_dir",
+            file=sys.stderr,
+        )
+        return 2
+    except (ValueError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

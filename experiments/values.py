@@ -89,7 +89,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{_shown(twice)} is there twice")
+        raise ValueError(f"{shown(twice)} is there twice")
     return found
 
 
@@ -135,9 +135,7 @@ def check_form(value: Any, form: Any, where: str) -> None:
         check_form(value, form, where)
     elif origin is typing.Literal:
         if value not in inner or isinstance(value, bool):
-            raise ValueError(
-                f"{where} must be {' or '.join(inner)}, not {_shown(value)}"
-            )
+            raise ValueError(f"{where} must be {' or '.join(inner)}, not {shown(value)}")
     elif typing.is_typeddict(form):
         _check_type(value, dict, where)
         for name in sorted(form.__required_keys__ - value.keys()):
@@ -162,11 +160,11 @@ def _check_type(value: Any, kind: type, where: str) -> None:
     fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits and not (kind is float and type(value) is int):
         raise ValueError(
-            f"{where or 'the file'} must be {WORDS[kind]}, not {_shown(value)}"
+            f"{where or 'the file'} must be {WORDS[kind]}, not {shown(value)}"
         )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for an error: in one line, and not all of a long one."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."

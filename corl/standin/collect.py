@@ -17,8 +17,10 @@ Scores on this data are not comparable with published ones, because the policies
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,7 +28,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import arguments, files, locks, tasks
+from corl import arguments, envs, files, locks, tasks
 from corl.data import schema
 from corl.progress import progress_bar
 from corl.standin import maze_walks, policies, rollout
@@ -74,6 +75,55 @@ def _chunk_file(folder: Path, chunk: rollout.Chunk) -> Path:
     return folder / f"{chunk.part:03d}-{chunk.number:03d}.npy"
 
 
+def _write_chunk(path: Path, table: np.ndarray) -> None:
+    """Write the rows of a chunk, and after them the SHA-256 of what is before it."""
+    image = io.BytesIO()
+    np.save(image, table, allow_pickle=False)
+    data = image.getvalue()
+    with files.replacing(path) as file:
+        file.write(data + hashlib.sha256(data).digest())
+
+
+def _read_chunk(path: Path, chunk: rollout.Chunk, row_type: np.dtype) -> np.ndarray:
+    """The rows of a chunk; ValueError where the file is damaged or of something else."""
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    data, digest = content[:-size], content[-size:]
+    if hashlib.sha256(data).digest() != digest:
+        raise ValueError("its checksum differs")
+    try:
+        table = np.load(io.BytesIO(data), allow_pickle=False)
+    # A checksum can be right over anything.
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__} in its header") from None
+    enough = len(table) >= chunk.rows if chunk.whole else len(table) == chunk.rows
+    if table.ndim != 1 or table.dtype != row_type or not enough:
+        raise ValueError("it holds other rows")
+    return table
+
+
+def _row_type(plan: rollout.Plan) -> np.dtype:
+    """The fields of the rows of a plan's chunks."""
+    if plan.task.robot == "antmaze":
+        return maze_walks.ROW
+    judges = tuple(judge for judge, _ in plan.parts) if plan.mixed else ()
+    with contextlib.closing(envs.make_robot(plan.task.robot)) as env:
+        return rollout.row_type(env, judges)
+
+
+def _drop_damaged(plan: rollout.Plan, folder: Path) -> None:
+    """Delete the chunks that cannot be used, and say so."""
+    row_type = _row_type(plan)
+    for chunk in plan.chunks:
+        path = _chunk_file(folder, chunk)
+        if path.exists():
+            try:
+                _read_chunk(path, chunk, row_type)
+            except ValueError as error:
+                print(f"{path} is damaged ({error}); its rows are collected again")
+                path.unlink()
+
+
 def roll_out(
     plan: rollout.Plan,
     folder: Path,
@@ -87,9 +137,7 @@ def roll_out(
             path = _chunk_file(folder, chunk)
             if path.exists():
                 continue
-            table = _roll_out_chunk(plan, chunk, advance)
-            with files.replacing(path) as file:
-                np.save(file, table, allow_pickle=False)
+            _write_chunk(path, _roll_out_chunk(plan, chunk, advance))
 
 
 def _roll_out_chunk(
@@ -180,12 +228,13 @@ def assemble(plan: rollout.Plan, folder: Path) -> dict[str, np.ndarray]:
     transition crosses it.
     """
     counts = [rows for _, rows in plan.parts]
+    row_type = _row_type(plan)
     columns: dict[str, np.ndarray] = {}
     start, left = 0, list(counts)
     for chunk in plan.chunks:
-        table = np.load(_chunk_file(folder, chunk), allow_pickle=False)
+        table = _read_chunk(_chunk_file(folder, chunk), chunk, row_type)
         table = table[: left[chunk.part]]
-        for name in table.dtype.names:
+        for name in row_type.names or ():
             values = table[name]
             if name not in columns:
                 columns[name] = np.empty((sum(counts), *values.shape[1:]), values.dtype)
@@ -283,7 +332,7 @@ def collect(
     return out
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
     """Inside, an OSError becomes a RuntimeError of one line that says what to do."""
     try:
@@ -316,6 +365,7 @@ def _make_chunks(
 ) -> None:
     """Roll out what `folder` does not hold yet, in as many processes as are worth it."""
     chunks, rows = plan.chunks, plan.settings["rows"]
+    _drop_damaged(plan, folder)
     if workers is None:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):

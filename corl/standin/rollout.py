@@ -293,7 +293,7 @@ def rollout(
     robots = [envs.make_robot(robot) for _ in seeds[1:]]
     starts = [e.reset(seed=int(s))[0] for e, s in zip(robots, seeds[1:], strict=True)]
     states = np.asarray(starts, dtype=np.float32)  # (B, S)
-    episodes = _Episodes(len(robots), facts.horizon, _row_type(robots[0], judges))
+    episodes = _Episodes(len(robots), facts.horizon, row_type(robots[0], judges))
     told = 0
     while episodes.ready(whole) < rows:
         acted = _act(behavior, states, facts.action_dim, generator, judges)
@@ -331,7 +331,7 @@ def _step(
     return next_state
 
 
-def _row_type(env: gymnasium.Env, judges: tuple[policies.Behavior, ...]) -> np.dtype:
+def row_type(env: gymnasium.Env, judges: tuple[policies.Behavior, ...]) -> np.dtype:
     """The fields of one row of `rollout`."""
     state, action = env.observation_space.shape, env.action_space.shape
     base: Any = env.unwrapped

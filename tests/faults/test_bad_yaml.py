@@ -155,7 +155,7 @@ SWEEPS = {
         "FILE, grid: {"
         + ", ".join(f"dare.{f}: {list(range(1, 30))}" for f in "abcdefg")
         + "}",
-        "combinations",
+        "cells, and a sweep has at most",
     ),
     "bomb": ("tasks:", BOMB + "tasks:", "aliases counted"),
     "tag": ("seeds: [0]", "seeds: !!python/tuple [0]", "tag"),

@@ -807,7 +807,9 @@ def test_the_summary_names_everything_and_nobody(here, monkeypatch, tmp_path_fac
     assert (summary["algorithm"], summary["env"]) == ("iql", "hopper-medium-v2")
     assert summary["seed"] == 3
     assert (summary["updates"], summary["updates_per_second"]) == (20, 20 / 0.01)
-    assert summary["dataset"] == {**run.dataset, "path": "~/d.hdf5"}
+    # No return range, because nothing was scaled by one.
+    expected = {**run.dataset, "path": "~/d.hdf5", "return_range": None}
+    assert summary["dataset"] == expected
     assert set(summary["machine"]) == {"processor", "cores", "gpu"}
     assert set(summary["versions"]) >= {"python", "numpy", "gymnasium", "mujoco"}
     found = summary["versions"]["torch"].split("+")[0]

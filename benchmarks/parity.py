@@ -437,6 +437,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=arguments.path, help="also write the report here")
     args = parser.parse_args()
+    if not (args.corl / "algorithms").is_dir():
+        parser.error(f"{args.corl} is no folder of CORL")
     machine.configure_threads(1)
     upstream = args.corl / "algorithms/finetune"
     with arguments.errors_in_one_line():

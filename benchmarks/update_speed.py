@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--threads", type=arguments.number(int, "[1, 1024]"), default=1)
     parser.add_argument("--out", type=arguments.path, help="write the numbers as JSON")
     args = parser.parse_args()
+    if args.corl is not None and not (args.corl / "algorithms").is_dir():
+        parser.error(f"{args.corl} is no folder of CORL")
     with arguments.errors_in_one_line():
         device = machine.pick_device(args.device)
     machine.configure_threads(args.threads)

@@ -34,7 +34,7 @@ FILES = {
     "itself": ("seed: &a [*a]\n", "aliases counted"),
     "itself in a block": ("dare: &a {cap: *a}\n", "aliases counted"),
     "deep flow": ("seed: " + "[" * 60 + "]" * 60, "blocks in each other"),
-    "very deep flow": ("seed: " + "[" * 2000, "not readable YAML"),
+    "very deep flow": ("seed: " + "[" * 400, "not readable YAML"),
     "deep braces": ("{a: " * 5000, "not readable YAML"),
     "deep blocks": ("".join(f"{' ' * i}a:\n" for i in range(300)), "not readable YAML"),
     "deep lists": ("seed: \n  " + "- " * 3000 + "1\n", "not readable YAML"),

@@ -497,7 +497,7 @@ UPSTREAM = {
 }
 
 
-@pytest.mark.skipif(not CORL_DIR, reason="CORL_DIR is not set to CORL's folder")
+@pytest.mark.optional("corl")
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_upstream_scripts_run_and_their_checkpoints_load_both_ways(tmp_path, data, name):
     script = Path(CORL_DIR) / "algorithms" / name
@@ -526,7 +526,7 @@ def leaves(value, name=""):
     return {name: value.tolist() if isinstance(value, torch.Tensor) else value}
 
 
-@pytest.mark.skipif(not CORL_DIR, reason="CORL_DIR is not set to CORL's folder")
+@pytest.mark.optional("corl")
 @pytest.mark.parametrize("algorithm", YAML)
 def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, algorithm):
     ours = importlib.import_module(f"algorithms.{algorithm}")

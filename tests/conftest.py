@@ -3,8 +3,12 @@
 A fault that a run may meet is a test with the mark `fault(kind)`. With `--all-faults`, which
 `make faults` gives, the many slow instances run too (mark `whole`), and the last lines count the
 faults of each kind that ended as they should.
+
+A test that needs what not everybody has is a test with the mark `optional(what)`. It is skipped
+where that is missing; `make test-optional` installs it and runs these tests alone.
 """
 
+import importlib.util
 import os
 import tempfile
 from collections import Counter
@@ -21,6 +25,22 @@ os.environ.setdefault(
 FAULT = (
     "fault"  # name of the mark, and of the property that carries its kind to the summary
 )
+OPTIONAL = "optional"
+# What a test may need -> is it here, and how to get it.
+NEEDED = {
+    **{
+        package: (
+            lambda package=package: importlib.util.find_spec(package) is not None,
+            f"{package} is not installed (requirements-{group}.txt)",
+        )
+        for package, group in {
+            "ray": "sweep",
+            "minari": "minari",
+            "d4rl": "d4rl",
+        }.items()
+    },
+    "corl": (lambda: "CORL_DIR" in os.environ, "CORL_DIR is not a checkout of CORL"),
+}
 
 
 def pytest_addoption(parser):
@@ -53,6 +73,10 @@ def pytest_collection_modifyitems(config, items):
         mark = item.get_closest_marker(FAULT)
         if mark is not None:
             item.user_properties.append((FAULT, mark.args[0]))
+        for mark in item.iter_markers(OPTIONAL):
+            is_here, reason = NEEDED[mark.args[0]]
+            if not is_here():
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter, config):

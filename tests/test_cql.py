@@ -25,7 +25,6 @@ from corl import checkpoints, tasks
 from corl.data import sources
 from corl_dare.hook import Release
 
-CORL_DIR = os.environ.get("CORL_DIR")
 S, A, B, WIDTH = 5, 2, 12, 24
 OWN_SETTINGS = {"max_action", "no_tanh", "calibrated", "resampled_bc"}
 TASK = "hopper-medium-v2"
@@ -36,9 +35,9 @@ MC = [cal_ql, dare_cal_ql]
 
 
 def upstream(name):
-    if not CORL_DIR:
-        pytest.skip("CORL_DIR is not set to CORL's folder")
-    return parity.load(Path(CORL_DIR) / "algorithms/finetune" / f"{name}.py")
+    return parity.load(
+        Path(os.environ["CORL_DIR"]) / "algorithms/finetune" / f"{name}.py"
+    )
 
 
 def narrow(net):
@@ -186,6 +185,7 @@ def hard_or_soft_weights(rng):
     return torch.tensor(weight, dtype=torch.float32)
 
 
+@pytest.mark.optional("corl")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["cql", "cal_ql"])
 def test_the_oracle_is_upstream(name, case):
@@ -610,7 +610,14 @@ def returns_of(module, dataset, limit, config):
     return np.array(module.get_return_to_go(dataset, task, config))
 
 
-@pytest.mark.parametrize("name", ["cal_ql", "dare_cal_ql", "upstream"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cal_ql",
+        "dare_cal_ql",
+        pytest.param("upstream", marks=pytest.mark.optional("corl")),
+    ],
+)
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(
     rows=st.lists(ROW, min_size=1, max_size=40),

@@ -533,7 +533,7 @@ UPSTREAM = {
 }
 
 
-@pytest.mark.skipif(not CORL_DIR, reason="CORL_DIR is not set to CORL's folder")
+@pytest.mark.optional("corl")
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_upstream_scripts_run_and_their_checkpoints_load_both_ways(tmp_path, data, name):
     script = Path(CORL_DIR) / "algorithms" / name
@@ -573,7 +573,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.skipif(not CORL_DIR, reason="CORL_DIR is not set to CORL's folder")
+@pytest.mark.optional("corl")
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, name):
     algorithm = name.split("/")[1]

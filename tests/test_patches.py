@@ -66,9 +66,7 @@ def test_another_version_of_the_target_is_refused_untouched(tmp_path):
     assert target.read_text() == "x = 1\n"
 
 
-@pytest.mark.skipif(
-    "CORL_DIR" not in os.environ, reason="set CORL_DIR to a CORL checkout"
-)
+@pytest.mark.optional("corl")
 def test_upstream_and_patched_upstream_give_our_numbers_to_the_bit():
     command = [sys.executable, "benchmarks/parity.py", "--corl", os.environ["CORL_DIR"]]
     report = subprocess.run(

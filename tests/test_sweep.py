@@ -6,7 +6,6 @@ that is saved like a run, so that a wrong resume or a wrong start shows in its n
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -40,10 +39,6 @@ from experiments.workers import (
 from tests import toy
 
 ROOT = Path(__file__).parent.parent
-needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None,
-    reason=f"ray is not installed ({REQUIREMENTS})",
-)
 CELL_PROGRAM = """
 import os
 import signal
@@ -956,7 +951,7 @@ def _finish(process, code=0):
     return output
 
 
-@needs_ray
+@pytest.mark.optional("ray")
 def test_a_sweep_killed_in_the_middle_and_restarted_gives_the_same_store(store):
     file = store(seeds=[0], settings={"pause": 0.1, "online_iterations": 60})
     output = _finish(_start(file, "--workers", 2, "--runs_dir", "whole"))
@@ -986,7 +981,7 @@ def test_a_sweep_killed_in_the_middle_and_restarted_gives_the_same_store(store):
     assert "3 of 3 done" in again and "done: " not in again
 
 
-@needs_ray
+@pytest.mark.optional("ray")
 def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, monkeypatch):
     port = 20000 + os.getpid() % 10000  # below those that connections are given
     # A token of this cluster alone; the sweep reads it from the environment as any user's.
@@ -1022,7 +1017,7 @@ def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, monkeypatch):
             node.wait(timeout=60)
 
 
-@needs_ray
+@pytest.mark.optional("ray")
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
 def test_no_cluster_at_the_address_is_one_line(store, capsys, address):
     assert sweep.main([str(store()), "--address", address]) == 2

@@ -40,7 +40,7 @@ CLEARLY = 1.25
 # More threads than this find too little work in one product of this size.
 MOST_THREADS = 8
 # Updates from which compiling pays: it takes 20 to 30 seconds for each of the two phases and
-# saves 3 to 5 ms per update of IQL and DARE-IQL (docs/speed.md).
+# saves 3 to 5 ms per update of the IQL family (docs/speed.md).
 BREAK_EVEN = 10_000
 # A run is slow when it makes less than this share of the updates that were measured at its start,
 SLOW = 1 / 3

@@ -163,7 +163,21 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.run.__exit__(*error)
+        self.run.__exit__(*self._true_error(error))
+
+    def _true_error(self, error: Tuple[Any, ...]) -> Tuple[Any, ...]:
+        """The error that ends the run; where weights are not finite, that is what it is."""
+        # torch refuses some of what bad weights lead to, such as a distribution of nan.
+        in_a_step = self.run.current is not None
+        if in_a_step and isinstance(error[1], RuntimeError | ValueError):
+            try:
+                finite.check_weights(self._parts, self.config)
+            except FloatingPointError as diverged:
+                return type(diverged), diverged, None
+            except RuntimeError:
+                # The device itself has failed: the first error says more.
+                pass
+        return error
 
     def _open(self) -> None:
         config, task, device = self.config, self.task, self.device

@@ -111,7 +111,7 @@ def test_an_online_phase_that_blows_up_keeps_the_offline_checkpoint(
 
     after_calls(monkeypatch, name, spoil)
     outcome = try_run(name, tmp_path, good, eval_freq=10, offline_iterations=10)
-    assert_refused(outcome, "online step 1[0-9]|20", r"checkpoint\.pt \(step 10\)")
+    assert_refused(outcome, "online step (1[0-9]|20):", r"checkpoint\.pt \(step 10\)")
     assert_nothing_bad_was_left(tmp_path)
 
 
@@ -142,6 +142,12 @@ def losses_of(name):
     return [*columns, "energy_loss"] if "dare" in name else columns
 
 
+# A value for each metric in turn.
+METRICS = [
+    (name, metric, ("nan", "inf", "-inf")[i % 3])
+    for name in ALGORITHMS
+    for i, metric in enumerate(losses_of(name))
+]
 FAST_METRICS = {
     *(("iql", "q_loss", "nan"), ("iql", "value_loss", "inf"), ("cql", "alpha", "-inf")),
     *(("dare_iql", "energy_loss", "nan"), ("cal_ql", "qf1_loss", "inf")),
@@ -151,10 +157,8 @@ FAST_METRICS = {
 @pytest.mark.parametrize(
     "name, metric, value",
     [
-        pytest.param(*p, marks=() if p in FAST_METRICS else whole)
-        for name in ALGORITHMS
-        for metric in losses_of(name)
-        for p in [(name, metric, value) for value in ("nan", "inf", "-inf")]
+        *(pytest.param(*p, marks=whole) for p in METRICS if p not in FAST_METRICS),
+        *sorted(FAST_METRICS),
     ],
 )
 def test_a_metric_that_is_not_finite_is_fatal(
@@ -281,15 +285,16 @@ ENVIRONMENTS = [
     for name in ALGORITHMS
     for role in ("training", "evaluation")
     for what in ("reward", "observation")
-    for value in ("nan", "inf", "-inf", "1e30")
+    for value in (("nan", "inf", "-inf", "1e30") if name == "iql" else ("nan", "-1e30"))
     for at in ((0, 3) if what == "observation" else (1, 3))
 ]
 FAST_ENVIRONMENTS = {
     ("iql", "training", "reward", "nan", 3),
-    ("cql", "training", "observation", "inf", 3),
+    ("cql", "training", "observation", "-1e30", 3),
     ("iql", "training", "reward", "1e30", 1),
     ("dare_iql", "training", "observation", "nan", 0),
-    ("cal_ql", "evaluation", "reward", "-inf", 3),
+    ("iql", "evaluation", "reward", "-inf", 3),
+    ("cal_ql", "evaluation", "reward", "nan", 3),
     ("iql", "evaluation", "observation", "nan", 3),
 }
 

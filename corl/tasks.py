@@ -120,7 +120,7 @@ def _known(name: str, robot: str) -> str:
     """What to write instead of an unknown name."""
     hands = [r for r, facts in ROBOTS.items() if facts.kinds is ADROIT]
     known = [*task_names(), *(f"{r}-{k}-v1" for r in hands for k in ADROIT)]
-    close = difflib.get_close_matches(name[:99], known, 1)
+    close = difflib.get_close_matches(name[:99], known, 1, 0.8)
     if close:
         return f"did you mean {close[0]}?"
     if robot in ROBOTS:

@@ -26,7 +26,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from corl import envs, tasks
+from corl import envs, files, tasks
 from corl.data import schema, sources
 
 
@@ -218,7 +218,9 @@ class WandbRun:
         """`wandb.log`: one line of the file, and the last values in `summary`."""
         self.summary.update(data)
         if self.file is not None:
-            self.file.write(json.dumps({"_step": step, **data}, default=_number) + "\n")
+            line = json.dumps({"_step": step, **data}, default=_number)
+            with files.writing(self.file.name):
+                self.file.write(line + "\n")
 
     def save(self, *args: Any, **options: Any) -> None:
         """`wandb.save`: does nothing, there is no account to send files to."""
@@ -229,7 +231,8 @@ class WandbRun:
     def finish(self, *args: Any, **options: Any) -> None:
         """`wandb.finish`: brings what was logged to the disk."""
         if self.file is not None:
-            self.file.flush()
+            with files.writing(self.file.name):
+                self.file.flush()
 
 
 def _number(value: Any) -> Any:

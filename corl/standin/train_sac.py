@@ -18,6 +18,7 @@ from, together with their returns:
 
 import argparse
 import csv
+import io
 import math
 import shutil
 import time
@@ -244,12 +245,12 @@ def _save_snapshot(out: Path, agent: SAC, robot: str, step: int, seconds: float)
         "alpha": agent.log_alpha.exp().item(),
         "seconds": seconds,
     }
-    new = not (out / "train.csv").exists()
-    with open(out / "train.csv", "a", newline="") as handle:
-        writer = csv.DictWriter(handle, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, row)
+    if not (out / "train.csv").exists():
+        writer.writeheader()
+    writer.writerow(row)
+    files.append(out / "train.csv", lines.getvalue())
     tqdm.write(
         f"{step}: return of sampled actions {returns.mean():.0f} ± {returns.std():.0f}"
     )
@@ -378,14 +379,17 @@ def main() -> None:
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         return
-    train(
-        args.robot,
-        args.steps,
-        args.out,
-        args.seed,
-        args.snapshot_every,
-        device=args.device,
-    )
+    try:
+        train(
+            args.robot,
+            args.steps,
+            args.out,
+            args.seed,
+            args.snapshot_every,
+            device=args.device,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"error: {error}; the same command goes on") from error
 
 
 if __name__ == "__main__":

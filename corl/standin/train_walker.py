@@ -12,6 +12,7 @@ policy of the state alone. Both run on the open plane, with D4RL's ant and torqu
 
 import argparse
 import csv
+import io
 import dataclasses
 import json
 import math
@@ -281,10 +282,11 @@ def train(out: Path, seed: int = 0) -> None:
     print(f"gait: {log[-1]['speed_elite']:.2f} m/s in its own search, {gait}")
     text = json.dumps(dataclasses.asdict(gait), indent=2) + "\n"
     files.write_text(out / "gait.json", text)
-    with open(out / "train.csv", "w", newline="") as handle:
-        writer = csv.DictWriter(handle, log[0])
-        writer.writeheader()
-        writer.writerows(log)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, log[0])
+    writer.writeheader()
+    writer.writerows(log)
+    files.write_text(out / "train.csv", lines.getvalue())
     inputs, actions = demonstrations(gait, 300, 100, np.random.default_rng([seed, 1]))
     policy, explained = clone(inputs, actions, 5_000, seed)
     policies.save_policy(policy, out / walker.POLICY_NAME)
@@ -339,7 +341,7 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         (ship if args.ship else train)(args.out, args.seed)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

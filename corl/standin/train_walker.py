@@ -12,8 +12,8 @@ policy of the state alone. Both run on the open plane, with D4RL's ant and torqu
 
 import argparse
 import csv
-import io
 import dataclasses
+import io
 import json
 import math
 import shutil

@@ -11,7 +11,7 @@ SWEEP ?= sweeps/hopper_cpu.yaml
 SWEEP_READY := $(VENV)/.ready-sweep
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-optional faults lint format diff patches corl bench sweep report clean
+.PHONY: help setup run test test-optional faults bounds lint format diff patches corl bench sweep report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
@@ -56,6 +56,9 @@ test-optional: install-sweep install-minari install-d4rl  ## what `make test` sk
 
 faults: $(DEV_READY)  ## every way a run can go wrong, and how many end as they should
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --all-faults $(ARGS)
+
+bounds:  ## do the lowest and the newest versions of pyproject.toml work? gigabytes, minutes
+	$(PYTHON) scripts/check_bounds.py $(ARGS)
 
 lint: $(DEV_READY)  ## ruff and mypy: lint, imports, format, types of corl_dare and corl
 	$(BIN)/ruff check .

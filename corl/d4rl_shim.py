@@ -27,7 +27,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from corl import arguments, envs, tasks
+from corl import arguments, envs, files, tasks
 from corl.data import schema, sources
 
 
@@ -219,8 +219,9 @@ class WandbRun:
         """`wandb.log`: one line of the file, and the last values in `summary`."""
         self.summary.update(data)
         if self.file is not None:
-            line = _plain({"_step": step, **data})
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+            line = json.dumps(_plain({"_step": step, **data}), allow_nan=False)
+            with files.writing(self.file.name):
+                self.file.write(line + "\n")
 
     def save(self, *args: Any, **options: Any) -> None:
         """`wandb.save`: does nothing, there is no account to send files to."""
@@ -231,7 +232,8 @@ class WandbRun:
     def finish(self, *args: Any, **options: Any) -> None:
         """`wandb.finish`: brings what was logged to the disk."""
         if self.file is not None:
-            self.file.flush()
+            with files.writing(self.file.name):
+                self.file.flush()
 
 
 def _plain(value: Any) -> Any:

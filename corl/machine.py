@@ -4,13 +4,14 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import corl
+from corl import commit
 from corl.config import ConfigError
 
 
@@ -69,10 +70,11 @@ def memory(device: str = "cpu") -> int | None:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers, by name.
 
-    A package that is missing has the version `not installed`.
+    A package that is missing has the version `not installed`. That of `corl-dare` is the running
+    code's, wherever it lies.
     """
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "gymnasium", "mujoco", "corl-dare"):
+    found = {"python": platform.python_version(), "corl-dare": corl.__version__}
+    for package in ("torch", "numpy", "gymnasium", "mujoco"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -83,26 +85,10 @@ def versions() -> dict[str, str]:
 def git_commit() -> str:
     """Commit of this code, with `+dirty` where tracked files differ from it, or `unknown`.
 
-    Files in results/ do not count: a benchmark writes there, and its second seed is to name the
-    same commit as its first.
+    In a checkout git tells it, in an installed package the record of its build.
     """
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout.strip()
-
-    try:
-        code = (":/", ":(top,exclude)results")
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-        return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    found = commit.of_git(Path(__file__))
+    return commit.of_build() if found == commit.UNKNOWN else found
 
 
 def describe() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from, together with their returns:
 """
 
 import csv
+import io
 import math
 import shutil
 import time
@@ -283,12 +284,12 @@ def _save_snapshot(out: Path, agent: SAC, robot: str, step: int, seconds: float)
         "alpha": agent.log_alpha.exp().item(),
         "seconds": seconds,
     }
-    new = not (out / "train.csv").exists()
-    with open(out / "train.csv", "a", newline="") as handle:
-        writer = csv.DictWriter(handle, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, row)
+    if not (out / "train.csv").exists():
+        writer.writeheader()
+    writer.writerow(row)
+    files.append(out / "train.csv", lines.getvalue())
     tqdm.write(
         f"{step}: return of sampled actions {returns.mean():.0f} ± {returns.std():.0f}"
     )

@@ -12,6 +12,7 @@ policy of the state alone. Both run on the open plane, with D4RL's ant and torqu
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -293,10 +294,11 @@ def _train(out: Path, seed: int) -> None:
     print(f"gait: {log[-1]['speed_elite']:.2f} m/s in its own search, {gait}")
     text = json.dumps(dataclasses.asdict(gait), indent=2, allow_nan=False) + "\n"
     files.write_text(out / "gait.json", text)
-    with open(out / "train.csv", "w", newline="") as handle:
-        writer = csv.DictWriter(handle, log[0])
-        writer.writeheader()
-        writer.writerows(log)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, log[0])
+    writer.writeheader()
+    writer.writerows(log)
+    files.write_text(out / "train.csv", lines.getvalue())
     inputs, actions = demonstrations(gait, 300, 100, np.random.default_rng([seed, 1]))
     policy, explained = clone(inputs, actions, 5_000, seed)
     policies.save_policy(policy, out / walker.POLICY_NAME)

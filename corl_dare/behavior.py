@@ -776,6 +776,8 @@ class _Training:
         if saved["param_groups"] != own["param_groups"]:
             raise ValueError("the optimizer has other settings")
         parameters = list(self.model.parameters())
+        if len(saved["state"]) != len(parameters) * bool(state["updates"]):
+            raise ValueError("the optimizer has not the moments of every parameter")
         for number, moments in saved["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != parameters[number].shape:

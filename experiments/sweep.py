@@ -16,6 +16,7 @@ in `cells`, its process in `workers`.
 
 import argparse
 import csv
+import os
 import shutil
 import signal
 import sys
@@ -284,6 +285,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.status or all(c.is_done for c in cells):
         table.show(last=True)
         return 0
+    _check_store(Path(args.runs_dir))
     _say_mode(cells)
     pool = RayPool(args.address, args.workers, args.gpus)
 
@@ -305,6 +307,16 @@ def _say_mode(cells: Sequence[Cell]) -> None:
     if chosen is not None:
         shown = ", ".join(f"{k}: {str(v).lower()}" for k, v in chosen.items())
         print(f"chosen for every cell: {shown} (state them under settings to repeat it)")
+
+
+def _check_store(folder: Path) -> None:
+    """Raise where the store cannot be written, before Ray starts."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"--runs_dir {folder}: {place} is no folder that can be written; mend that, or give "
+            "another --runs_dir"
+        )
 
 
 if __name__ == "__main__":

@@ -95,19 +95,19 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_plain(value: Any, finite: bool) -> None:
     """Raise where values are nested too deeply or a number is none that we write."""
-    level = [value]
+    level = [("", value)]
     for _ in range(DEEPEST):
-        for item in level:
+        inner = []
+        for where, item in level:
             if isinstance(item, int) and abs(item) > LARGEST_NUMBER:
-                raise ValueError("a whole number of more than 63 bits")
+                raise ValueError(f"{where} is a whole number of more than 63 bits")
             if finite and isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"{item} is no number")
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
+                raise ValueError(f"{where} is {item}, which is no number")
+            if isinstance(item, dict):
+                inner += [(f"{where}.{k}" if where else k, v) for k, v in item.items()]
+            elif isinstance(item, list):
+                inner += [(f"{where}[{i}]", v) for i, v in enumerate(item)]
+        level = inner
         if not level:
             return
     raise ValueError("too deeply nested")

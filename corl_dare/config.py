@@ -191,3 +191,31 @@ class DareConfig:
     def behavior_options(self) -> dict[str, float]:
         """Options of `behavior.make_behavior_model` beyond the kind."""
         return {"width": self.behavior_width} if self.behavior == "diffusion" else {}
+
+
+@dataclass
+class NoisyDareConfig(DareConfig):
+    """The block `dare:` of an algorithm whose policy is deterministic and explores with noise."""
+
+    # Std that gives the policy a density for policy_ratio, of the largest action; none: that of
+    # the exploration noise
+    policy_std: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.policy_std is not None and not self.policy_std > 0:
+            raise ValueError(f"dare.policy_std must be positive, not {self.policy_std}")
+
+    def density_std(self, exploration_noise: float) -> float:
+        """The std of the policy's density, of the largest action.
+
+        Raises:
+            ValueError: the score needs a density, and a policy that acts without noise has none.
+        """
+        std = exploration_noise if self.policy_std is None else self.policy_std
+        if self.enabled and self.score == "policy_ratio" and not std > 0:
+            raise ValueError(
+                "dare.score policy_ratio needs a policy with a density, and this one acts "
+                "without noise; set dare.policy_std"
+            )
+        return std

@@ -144,6 +144,22 @@ def clipped_log_prob(
     return log_prob
 
 
+def noisy_log_prob(
+    policy: Callable[[torch.Tensor], torch.Tensor], std: float, max_action: float
+) -> Callable[..., torch.Tensor]:
+    """`policy_log_prob` of a deterministic policy that acts with normal noise, then clipped.
+
+    For `DareHook(..., clipped_policy=True)`. `policy` maps states (B, S) to actions (B, A); `std`
+    is that of the noise, in units of the actions.
+    """
+
+    def noisy(states: torch.Tensor) -> torch.distributions.Normal:
+        # Argument checks read tensors on the host; they change no number.
+        return torch.distributions.Normal(policy(states), std, validate_args=False)
+
+    return clipped_log_prob(noisy, max_action)
+
+
 class BehaviorData(NamedTuple):
     """The data of a behavior model that is not fitted yet, and where the result is kept."""
 

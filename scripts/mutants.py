@@ -228,6 +228,10 @@ def main() -> None:
         "--unchecked", action="store_true", help="no run without mistake"
     )
     arguments = parser.parse_args()
+    if min(arguments.jobs, arguments.sample or 1) < 1:
+        parser.error("--sample and --jobs must be at least 1")
+    if arguments.after and not arguments.after.is_file():
+        parser.error(f"--after {arguments.after} does not exist")
     chosen = choose(arguments.only, arguments.sample, arguments.seed)
     preload()
     start = time.time()

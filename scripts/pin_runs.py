@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, default=ROOT, help="checkout to run")
     parser.add_argument("--write", action="store_true", help="write tests/pins.json")
     args = parser.parse_args()
+    if not (args.tree / "corl").is_dir():
+        parser.error(f"--tree {args.tree} is no checkout")
     with tempfile.TemporaryDirectory() as folder:
         found = {name: run(name, args.tree.resolve(), Path(folder)) for name in CASES}
     if args.write:

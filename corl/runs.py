@@ -82,9 +82,8 @@ class Run:
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
-        self.current: tuple[str, int] | None = (
-            None  # phase and number of the running one
-        )
+        # Phase and number of the running iteration.
+        self.current: tuple[str, int] | None = None
         self.saved_step: int | None = None  # of checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0

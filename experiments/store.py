@@ -28,7 +28,7 @@ POINTS = 100
 METRICS = (
     *("exchanged", "separation_point", "candidates_off", "candidates_on"),
     *("score_off_mean", "score_off_std", "score_on_mean", "score_on_std"),
-    *("amplitude_before", "amplitude_after", "inverted"),
+    *("amplitude_before", "amplitude_after", "inverted", "refused"),
     *("references_clipped", "energy_loss"),
     *("q_loss", "value_loss", "actor_loss", "policy_loss"),
     *("success_rate", "train_score"),

@@ -86,6 +86,7 @@ def make_run(tmp_path, monkeypatch):
         config = Config(runs_dir=str(tmp_path / "runs"), **changes)
         total = config.offline_iterations + config.online_iterations
         run = runs.Run(config, "dare_iql", ["exchanged", "q_loss", "train_score"])
+        run.undefined = ("exchanged",)
         run.dataset = {
             "source": "self-collected",
             "label": "stand-in (not D4RL data)",

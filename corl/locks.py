@@ -36,7 +36,7 @@ def holding(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         InUseError: another holder has it, and `wait` is False.
         OSError: the file cannot be made.
     """
-    lock = _file_lock(path, -1.0 if wait else 0.0)
+    lock = file_lock(path, -1.0 if wait else 0.0)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -62,7 +62,8 @@ def holding(path: Path, what: str, wait: bool = False) -> Iterator[None]:
             lock.release()
 
 
-def _file_lock(path: Path, timeout: float) -> filelock.BaseFileLock:
+def file_lock(path: Path, timeout: float) -> filelock.BaseFileLock:
+    """A lock of the operating system and nothing else; without end is a timeout of -1."""
     options: dict[str, Any] = {}
     # The substitute that newer versions take where there are no locks outlives a killed process.
     if "fallback_to_soft" in inspect.signature(filelock.FileLock.__init__).parameters:

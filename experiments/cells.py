@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict
 
 import filelock
 
-from corl import files, machine
+from corl import files, locks, machine
 from corl.config import ConfigError, dump_config, read_yaml
 from experiments.values import flatten, plain, read_json
 
@@ -83,9 +83,9 @@ class Cell:
         return read_state(self.folder).get("state") == "done"
 
 
-def lock(folder: Path, timeout: float = -1) -> filelock.FileLock:
+def lock(folder: Path, timeout: float = -1) -> filelock.BaseFileLock:
     """The lock of a cell's folder; without a timeout it is waited for."""
-    return filelock.FileLock(folder / "cell.lock", timeout=timeout)
+    return locks.file_lock(folder / "cell.lock", timeout)
 
 
 def write_cell(cell: Cell) -> None:

@@ -174,39 +174,61 @@ def roll_out_in_processes(
                 subprocess.Popen(
                     [*command, "--worker", f"{i}/{workers}"],
                     stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
                     text=True,
                     env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                     # Ctrl-C reaches this process alone, and `finally` ends the others.
                     start_new_session=True,
                 )
             )
-
-        def listen(process: subprocess.Popen) -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                advance(int(line))
-
-        threads = [
-            threading.Thread(target=listen, args=[process], daemon=True)
-            for process in running
-        ]
-        for thread in threads:
-            thread.start()
-        codes = [process.wait() for process in running]
-        for thread in threads:
-            thread.join()
+        codes, said = _wait(running, advance)
     finally:
         for process in running:
             if process.poll() is None:
                 process.terminate()
             process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
     if any(codes):
+        # One of them is enough: a full disk is full for all.
+        begin = "error: "
+        errors = [line[len(begin) :].strip() for line in said if line.startswith(begin)]
+        if not errors:
+            sys.stderr.writelines(said)
+        why = errors[0] if errors else f"exit code {max(codes, key=abs)}, see above"
         raise RuntimeError(
-            f"a collecting process ended with exit code {max(codes, key=abs)}; its own "
-            "message is above; repeat the command to go on from the finished chunks"
+            f"a collecting process failed: {why}; repeat the command to go on from the "
+            "finished chunks"
         )
+
+
+def _wait(
+    running: list[subprocess.Popen], advance: Callable[[int], object]
+) -> tuple[list[int], list[str]]:
+    """Pass the new rows of processes on until all have ended; exit codes and lines of errors."""
+    said: list[str] = []
+
+    def listen(process: subprocess.Popen) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            advance(int(line))
+
+    def note(process: subprocess.Popen) -> None:
+        assert process.stderr is not None
+        said.extend(process.stderr)
+
+    threads = [
+        threading.Thread(target=target, args=[process], daemon=True)
+        for process in running
+        for target in (listen, note)
+    ]
+    for thread in threads:
+        thread.start()
+    codes = [process.wait() for process in running]
+    for thread in threads:
+        thread.join()
+    return codes, said
 
 
 def _worker_command(plan: rollout.Plan, out: Path) -> list[str]:

@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused(module, fields, says, good, tmp_path, monk
         (["--env", "hopper-mediun-v2"], "did you mean hopper-medium-v2"),
         (["--env", "pen-human"], "did you mean pen-human-v1"),
         (["--env", "maze2d-umaze-v1"], "maze2d-umaze-v1.*names are ROBOT-DATA-VERSION"),
-        (["--env", "hopper-best-v2"], "hopper has random, medium"),
+        (["--env", "hopper-zzzzzzzz"], "hopper has random, medium"),
         (["--env", "CartPole"], "names are ROBOT-DATA-VERSION"),
         (["--env", "x" * 900], "unknown task 'xxx"),
     ],

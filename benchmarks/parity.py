@@ -275,24 +275,24 @@ ACTOR_CRITIC_SETTINGS = {
 }
 
 
-def actor_critic_cases(ours, upstream) -> dict[str, dict[str, float]]:
+def actor_critic_cases(ours, upstream, setup=WHOLE) -> dict[str, Any]:
     """The same for TD3+BC or AWAC."""
     results = {}
     for name, fields in ACTOR_CRITIC_SETTINGS[ours].items():
         config = ours.TrainConfig(env=TASK, compat=True, **fields)
         trainers = []
-        for module in (ours, upstream):
+        for module in sides(ours, upstream):
             trainer, buffer = actor_critic_trainer(module, config), buffer_of(module, 0)
             np.random.seed(1)
             torch.manual_seed(1)
-            for _ in range(UPDATES):
-                trainer.train(buffer.sample(B))
+            for _ in range(setup.updates):
+                trainer.train(buffer.sample(setup.rows))
             trainers.append(trainer)
         targets = awac.TARGETS
         if ours is td3_bc:
             targets = [f"{name}_target" for name in td3_bc.WITH_TARGET]
         parts = ["actor", "critic_1", "critic_2", *targets]
-        results[f"{Path(ours.__file__).stem}, {name}"] = differences(*trainers, parts)
+        results[f"{Path(ours.__file__).stem}, {name}"] = setup.compare(*trainers, parts)
     return results
 
 

@@ -11,7 +11,8 @@ CORL's file with our patch. tests/test_golden.py runs our files and compares.
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import cal_ql, cql
+from algorithms import awac, cal_ql, cql, td3_bc
 from benchmarks import parity
 from corl import files, machine
 from experiments.values import dump_json
@@ -53,27 +54,29 @@ def numbers(*trainers_and_parts: Any) -> dict[str, Any]:
 SETUP = parity.Setup(UPDATES, ROWS, numbers)
 
 
-def cases(corl: Path | None) -> dict[str, Any]:
-    """Case -> numbers, of CORL's files below `corl`, or of ours."""
-    parts = ("iql", "cql", "cal_ql", "dare_iql", "dare_cal_ql")
-    return {k: v for part in parts for k, v in cases_of(part, corl).items()}
+# File of ours -> the cases of benchmarks/parity.py, and the file of CORL below algorithms/.
+PARTS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
+    "iql": (parity.iql_cases, "finetune/iql.py"),
+    "cql": (partial(parity.cql_cases, cql), "finetune/cql.py"),
+    "cal_ql": (partial(parity.cql_cases, cal_ql), "finetune/cal_ql.py"),
+    "td3_bc": (partial(parity.actor_critic_cases, td3_bc), "offline/td3_bc.py"),
+    "awac": (partial(parity.actor_critic_cases, awac), "finetune/awac.py"),
+    # CORL's file with our patch.
+    "dare_iql": (parity.dare_iql_cases, "finetune/iql.py"),
+    "dare_cal_ql": (parity.dare_cal_ql_cases, "finetune/cal_ql.py"),
+}
 
 
 def cases_of(part: str, corl: Path | None) -> dict[str, Any]:
-    """The cases of one algorithm file."""
+    """Case -> numbers, of CORL's file below `corl`, or of ours."""
+    run, file = PARTS[part]
     if corl is None:
         upstream = None
     elif part.startswith("dare_"):
         upstream = parity.patched_module(corl, part.removeprefix("dare_"))
     else:
-        upstream = parity.load(corl / f"algorithms/finetune/{part}.py")
-    if part == "iql":
-        return parity.iql_cases(upstream, SETUP)
-    if part == "dare_iql":
-        return parity.dare_iql_cases(upstream, SETUP)
-    if part == "dare_cal_ql":
-        return parity.dare_cal_ql_cases(upstream, SETUP)
-    return parity.cql_cases({"cql": cql, "cal_ql": cal_ql}[part], upstream, SETUP)
+        upstream = parity.load(corl / "algorithms" / file)
+    return run(upstream, setup=SETUP)
 
 
 def made_here(record: dict[str, Any]) -> bool:
@@ -107,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "made_on": made_on(),
         "updates": UPDATES,
         "rows": ROWS,
-        "cases": cases(args.corl),
+        "cases": {k: v for part in PARTS for k, v in cases_of(part, args.corl).items()},
     }
     GOLDEN.parent.mkdir(exist_ok=True)
     files.write_text(GOLDEN, dump_json(record))

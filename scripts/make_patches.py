@@ -84,7 +84,8 @@ dare_hook = dare_for_corl(
         "algorithms/finetune/iql.py",
         "e13a91b99a4a2982b0747198c240ba1b8494d79163d6a5b288ccf58426a570cb",
         {
-            20: "import dataclasses\n\n"
+            20: "import dataclasses\n"
+            "from typing import ClassVar\n\n"
             "from corl_dare.config import DareConfig\n"
             "from corl_dare.hook import clipped_log_prob\n"
             "from corl_dare.upstream import ExchangedBuffer, dare_for_corl\n",

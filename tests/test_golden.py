@@ -17,6 +17,8 @@ GOLDEN = json.loads(golden_corl.GOLDEN.read_text())
 # File -> how far a weight may be off, and the share by which a sum may.
 TOLERANCES = {
     "iql": (1e-6, 1e-5),
+    "td3_bc": (1e-6, 1e-5),
+    "awac": (1e-6, 1e-5),
     "dare_iql": (1e-6, 1e-5),
     "cql": (3e-4, 1e-2),
     "cal_ql": (3e-4, 1e-2),
@@ -33,6 +35,7 @@ def one_thread():
 
 
 def test_the_golden_numbers_name_their_origin():
+    assert golden_corl.PARTS.keys() == TOLERANCES.keys()
     assert GOLDEN["corl"] == make_patches.COMMIT
     assert GOLDEN["command"] in golden_corl.__doc__
     assert (GOLDEN["updates"], GOLDEN["rows"]) == (golden_corl.UPDATES, golden_corl.ROWS)

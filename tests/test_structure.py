@@ -304,7 +304,7 @@ def test_corls_values_of_td3_bc_and_awac_stand_in_the_configs():
 
 def test_makefile_targets_have_help_and_are_phony():
     text = (ROOT / "Makefile").read_text()
-    helped = set(re.findall(r"^([a-z]+):.*##", text, re.MULTILINE))
+    helped = set(re.findall(r"^([a-z-]+):.*##", text, re.MULTILINE))
     phony = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE).group(1).split())
     wanted = {"setup", "run", "test", "lint", "format", "diff", "bench", "clean"}
     assert wanted <= helped and helped <= phony | {"help"} and phony == helped

@@ -83,6 +83,16 @@ CASES = {
         "dare_cal_ql",
         f"{CQL} {RATIO} --compat true --cql_lagrange true",
     ),
+    "td3_bc": ("td3_bc", ""),
+    "td3_bc two buffers, anneal": (
+        "td3_bc",
+        "--mixing_ratio 0.5 --utd 2 --online_warmup 10 --bc_online anneal "
+        "--bc_anneal_steps 40 --bc_end 0.2 --policy_freq 3 --normalize_reward true",
+    ),
+    "awac": ("awac", "--awac_lambda 0.3333"),
+    "awac two buffers": ("awac", "--mixing_ratio 0.25 --hidden_dim 64 --gamma 0.9"),
+    "dare_td3_bc": ("dare_td3_bc", RATIO),
+    "dare_td3_bc guided": ("dare_td3_bc", f"{GUIDED} --dare.reference_max_age 3"),
 }
 
 

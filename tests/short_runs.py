@@ -4,8 +4,9 @@ import pytest
 import torch
 import toy
 
-from algorithms import awac, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl import finetune, runs
+from corl_dare.config import NoisyDareConfig
 
 FIELDS = {
     "env": toy.TASK,
@@ -73,7 +74,13 @@ DARE = {
 }
 
 
-DEFAULTS = {iql: FIELDS, dare_iql: FIELDS, td3_bc: TD3_FIELDS, awac: AWAC_FIELDS}
+DEFAULTS = {
+    iql: FIELDS,
+    dare_iql: FIELDS,
+    td3_bc: TD3_FIELDS,
+    dare_td3_bc: TD3_FIELDS,
+    awac: AWAC_FIELDS,
+}
 
 
 def run(module, tmp_path, monkeypatch, **fields):
@@ -116,6 +123,11 @@ def dare_block(kind, **fields):
 def cal_ql_block(**fields):
     """The block `dare:` of a short run of DARE-Cal-QL."""
     return dare_cal_ql.DareCalQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def td3_bc_block(**fields):
+    """The block `dare:` of a short run of DARE-TD3+BC."""
+    return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 
 def folder_of(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_config import Block, Config, parse
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl.config import (
     NOTHING,
     ConfigError,
@@ -29,7 +29,7 @@ FAMILIES = {
     "iql": [iql, dare_iql],
     "cql": [cql],
     "cal_ql": [cal_ql, dare_cal_ql],
-    "td3_bc": [td3_bc],
+    "td3_bc": [td3_bc, dare_td3_bc],
     "awac": [awac],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
@@ -339,15 +339,16 @@ CQL_ARGUMENTS = {
 }
 
 
+TD3_ARGUMENTS = {
+    "discount": 0.5,
+    "tau": 0.1,
+    "policy_noise": 0.3,
+    "noise_clip": 0.6,
+    "policy_freq": 3,
+    "alpha": 1.5,
+}
 ARGUMENTS = {
-    td3_bc: {
-        "discount": 0.5,
-        "tau": 0.1,
-        "policy_noise": 0.3,
-        "noise_clip": 0.6,
-        "policy_freq": 3,
-        "alpha": 1.5,
-    },
+    **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
     awac: {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2},
     **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
 }
@@ -367,7 +368,9 @@ CQL_RATES = {"qf_lr": 0.1, "policy_lr": 0.3}, [0.1, 0.1, 0.3, 0.3, 0.1]
 IQL_RATES = {"qf_lr": 0.1, "vf_lr": 0.2, "actor_lr": 0.3}, [0.1, 0.2, 0.3]
 RATES = {
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
-    td3_bc: ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]),
+    **dict.fromkeys(
+        FAMILIES["td3_bc"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
+    ),
     awac: ({"learning_rate": 0.2}, [0.2, 0.2, 0.2]),
 }
 

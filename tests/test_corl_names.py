@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl import compiled, finetune
 
 IQL, FAMILY = [iql, dare_iql], [cql, cal_ql, dare_cal_ql]
-OTHERS = [td3_bc, awac]
+OTHERS = [td3_bc, dare_td3_bc, awac]
 ALL = [*IQL, *FAMILY, *OTHERS]
 MIXED = [iql, dare_iql, cal_ql, dare_cal_ql, *OTHERS]
 ARGUMENTS = {
@@ -34,7 +34,7 @@ CQL_CLASSES += " FullyConnectedQFunction extend_and_repeat init_module_weights"
 NAMES = {
     **dict.fromkeys(IQL, IQL_CLASSES),
     **dict.fromkeys(FAMILY, CQL_CLASSES),
-    td3_bc: "Actor Critic TD3_BC",
+    **dict.fromkeys([td3_bc, dare_td3_bc], "Actor Critic TD3_BC"),
     awac: "Actor Critic AdvantageWeightedActorCritic",
 }
 

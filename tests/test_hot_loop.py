@@ -13,7 +13,7 @@ from helpers import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl_dare.hook import Release
 
 S, A, B = 11, 3, 32
@@ -93,9 +93,11 @@ def updates():
     def actor_critic(module):
         trainer = make_trainer(module)
         trainer.total_it = 1  # the policy of TD3+BC learns in the second update
-        return lambda: trainer.train(batch())
+        release = [Release(torch.rand(B))] * (module is dare_td3_bc)
+        return lambda: trainer.train(batch(), *release)
 
     return {
+        "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
         "awac": actor_critic(awac),
         "cql": conservative(cql),
@@ -110,7 +112,7 @@ def updates():
 
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
-NAMES += ["td3_bc", "awac"]
+NAMES += ["td3_bc", "dare_td3_bc", "awac"]
 
 
 @pytest.mark.parametrize("name", NAMES)

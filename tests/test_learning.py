@@ -13,9 +13,10 @@ from short_runs import (
     folder_of,
     run,
     stop_after,
+    td3_bc_block,
 )
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl import curves
 from corl_dare import hook
 
@@ -75,6 +76,13 @@ def test_td3_bc_and_awac_learn_offline_and_online(
     assert metrics["phase"].count("online") >= 6 and summary["updates"] == 1000
 
 
+def test_dare_td3_bc_learns_and_exchanges(tmp_path, monkeypatch):
+    dare = td3_bc_block(cap=8)
+    summary = run(dare_td3_bc, tmp_path, monkeypatch, dare=dare, log_freq=10)
+    assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
+    assert 0 < summary["exchanges_mean"] <= 8
+
+
 @pytest.mark.parametrize("bc_online", ["drop", "anneal"])
 def test_td3_without_its_cloning_term_learns_on(bc_online, tmp_path, monkeypatch):
     fields = {"bc_online": bc_online, "bc_anneal_steps": 300}
@@ -90,6 +98,33 @@ def test_off_means_equal(mixing_ratio, tmp_path, monkeypatch):
     off = dare_iql.DareIQLConfig(enabled=False)
     run(iql, tmp_path / "a", monkeypatch, **fields)
     run(dare_iql, tmp_path / "b", monkeypatch, dare=off, **fields)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+RELEASED = {"keep": 1.0, "drop": 0.0}
+
+
+@pytest.mark.parametrize("bc_online", [None, *RELEASED])
+def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
+    bc_online, tmp_path, monkeypatch
+):
+    """DARE off, every weight 1, every weight 0: TD3+BC's numbers, bit for bit."""
+    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
+    short.update(mixing_ratio=0.5, n_episodes=1)
+    sample = hook.DareHook.sample
+    drawn_by_hook = []
+
+    def constant(self, batch_size):
+        drawn = sample(self, batch_size)
+        drawn_by_hook.append(drawn)
+        weight = torch.full_like(drawn.release.weight, RELEASED[bc_online])
+        return drawn._replace(release=hook.Release(weight))
+
+    block = td3_bc_block(behavior_updates=5, enabled=bc_online is not None, cap=0)
+    run(td3_bc, tmp_path / "a", monkeypatch, bc_online=bc_online or "keep", **short)
+    monkeypatch.setattr(hook.DareHook, "sample", constant)
+    run(dare_td3_bc, tmp_path / "b", monkeypatch, dare=block, **short)
+    assert bool(drawn_by_hook) is (bc_online is not None)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 

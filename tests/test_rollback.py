@@ -18,10 +18,11 @@ from short_runs import (
     folder_of,
     run,
     stop_after,
+    td3_bc_block,
 )
 from torch._dynamo.utils import counters
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl import compiled, finetune
 from corl.rollback import Snapshot
 
@@ -218,6 +219,7 @@ RUNS = {
     ),
     "cql": (cql, {"cql_lagrange": True}),
     "td3_bc": (td3_bc, {"bc_online": "anneal", "policy_freq": 3}),
+    "dare_td3_bc": (dare_td3_bc, {"dare": td3_bc_block(behavior_updates=5)}),
     "awac": (awac, {"mixing_ratio": 0.5, "utd": 2}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),

@@ -9,9 +9,10 @@ from short_runs import (
     folder_of,
     run,
     stop_after,
+    td3_bc_block,
 )
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl import curves, finetune
 
 SHORT = {
@@ -45,6 +46,17 @@ ONLINE = {
             "bc_online": "anneal",
             "bc_end": 0.2,
             "bc_anneal_steps": 5,
+        },
+    ),
+    "dare_td3_bc": (
+        dare_td3_bc,
+        {
+            "mixing_ratio": 0.25,
+            "expl_noise": 0.9,
+            "bc_online": "keep",
+            "bc_end": 0.2,
+            "bc_anneal_steps": 5,
+            "dare": td3_bc_block(behavior_updates=3),
         },
     ),
     "awac": (awac, {"mixing_ratio": 0.25}),

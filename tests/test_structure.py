@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl.config import parse_config
 from corl.tasks import ANTMAZES, KINDS
 
@@ -41,14 +41,17 @@ ALONE = {"torch", "numpy", "safetensors", "tqdm"}
 REMOVED = {
     "iql.py": ['    name: str = "IQL"  # first part of the run folder\'s name'],
     "cal_ql.py": ['    name: str = "Cal-QL"  # first part of the run folder\'s name'],
+    "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
 }
+# The most lines that a DARE file may insert; 170 where nothing stands here.
+INSERTED = {"td3_bc.py": 60}
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 READERS = {  # folder of configs -> the files that read them
     "iql": (iql, dare_iql),
     "cql": (cql,),
     "cal_ql": (cal_ql, dare_cal_ql),
-    "td3_bc": (td3_bc,),
+    "td3_bc": (td3_bc, dare_td3_bc),
     "awac": (awac,),
 }
 TABLE_1 = [
@@ -192,7 +195,8 @@ def test_a_dare_file_is_its_baseline_plus_lines(name):
         for line in baseline[i1:i2]
     ]
     assert removed == REMOVED[name] and len(removed) <= 8
-    assert len(variant) - len(baseline) < 170
+    inserted = len(variant) - len(baseline) + len(removed)
+    assert inserted <= INSERTED.get(name, 170)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -290,7 +294,7 @@ def test_corls_values_of_td3_bc_and_awac_stand_in_the_configs():
     for path in CONFIGS:
         if path.parent.name not in ("td3_bc", "awac") or path.stem == "quick_start":
             continue
-        (module,) = READERS[path.parent.name]
+        module = READERS[path.parent.name][0]
         config = parse_config(module.TrainConfig, ["--config", str(path)])
         maze = config.env.startswith("antmaze")
         assert config.normalize and config.normalize_reward is maze

@@ -3,24 +3,26 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal
+from helpers import assert_equal, hard_release
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_td3_bc import NETWORKS, OracleTD3BC
 from test_iql import TASK, A, B, S, random_batch
 from test_losses import assert_gradient, randn
 
-from algorithms import td3_bc
+from algorithms import dare_td3_bc, td3_bc
 from corl import checkpoints
+from corl_dare.config import NoisyDareConfig
+from corl_dare.hook import Release
 
 CORL_KEYS = {"critic_1", "critic_1_optimizer", "critic_2", "critic_2_optimizer"}
 CORL_KEYS |= {"actor", "actor_optimizer", "total_it"}
 
 
-def make(seed=0, max_action=1.0, **fields):
-    config = td3_bc.TrainConfig(env=TASK, **fields)
+def make(seed=0, max_action=1.0, module=td3_bc, **fields):
+    config = module.TrainConfig(env=TASK, **fields)
     torch.manual_seed(seed)
-    return td3_bc.make_trainer(config, S, A, max_action, "cpu"), config
+    return module.make_trainer(config, S, A, max_action, "cpu"), config
 
 
 def draw(batch):
@@ -196,3 +198,79 @@ def test_corls_checkpoint_is_written_and_read(tmp_path):
 def test_bad_settings_name_the_field(fields, message):
     with pytest.raises(ValueError, match=message):
         td3_bc.TrainConfig(**{"env": TASK, **fields})
+
+
+# ---------------------------------------------------------------- DARE-TD3+BC
+
+
+@pytest.mark.parametrize("soft, kept", [(False, None), (False, B // 2), (True, None)])
+def test_dare_updates_equal_the_float64_oracle(soft, kept):
+    """The weight multiplies the distance of its row; the scale of Q has none."""
+    trainer, config = make(module=dare_td3_bc)
+    oracle = OracleTD3BC(trainer, config)
+    rng = np.random.default_rng(2)
+    weight = hard_release(B, B // 2).weight
+    for _ in range(20):
+        batch = random_batch(rng)
+        if soft:
+            weight = torch.tensor(rng.random(B), dtype=torch.float32)
+        noise = draw(batch)
+        trainer.train(batch, Release(weight, kept))
+        oracle.train(batch, noise, 1.0, weight)
+    assert_same_weights(trainer, oracle)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_same_weight_everywhere_is_the_baseline_with_its_own_switch(weight):
+    plain, _ = make()
+    released, _ = make(module=dare_td3_bc)
+    plain.bc_weight = weight
+    rng = np.random.default_rng(2)
+    for seed in range(6):
+        batch = random_batch(rng)
+        for trainer, more in (
+            (plain, ()),
+            (released, (Release(torch.full((B,), weight)),)),
+        ):
+            torch.manual_seed(seed)
+            trainer.train(batch, *more)
+    for name, network in networks(plain).items():
+        assert_equal(network.state_dict(), networks(released)[name].state_dict(), name)
+
+
+@pytest.mark.parametrize("policy_std, expected", [(None, 0.2), (0.05, 0.1)])
+def test_the_density_is_that_of_the_clipped_noise(policy_std, expected):
+    """At a bound: the mass of a normal beyond it; inside: its density."""
+    block = NoisyDareConfig(policy_std=policy_std)
+    trainer, _ = make(module=dare_td3_bc, max_action=2.0, expl_noise=0.1, dare=block)
+    log_prob = dare_td3_bc.hook_arguments(trainer)["policy_log_prob"]
+    states = torch.randn(5, S)
+    mean = trainer.actor(states)
+    normal = torch.distributions.Normal(mean, expected)
+    inside = normal.log_prob(mean + 0.03).sum(1)
+    torch.testing.assert_close(log_prob(states, mean + 0.03), inside)
+    beyond = (1 - normal.cdf(torch.tensor(2.0))).log().sum(1)
+    if expected == 0.2:  # with the other std the mass is below float32's
+        found = log_prob(states, torch.full_like(mean, 2.0))
+        assert (found < 0).all() and ((found - beyond).abs() < 1e-2)[beyond > -20].all()
+
+
+@pytest.mark.parametrize(
+    "fields, dare, message",
+    [
+        ({"bc_online": "anneal"}, {}, "bc_online anneal and dare would both release"),
+        ({"bc_online": "drop"}, {}, "bc_online drop and dare would both release"),
+        ({"expl_noise": 0.0}, {}, "acts without noise; set dare.policy_std"),
+        ({}, {"policy_std": 0.0}, "dare.policy_std must be positive, not 0.0"),
+        ({"batch_size": 255}, {}, "batch_size 255 cannot be split"),
+    ],
+)
+def test_what_dare_cannot_have_is_refused(fields, dare, message):
+    ratio = {"score": "policy_ratio", "behavior": "mixture", "guidance_scale": 0.0}
+    with pytest.raises(ValueError, match=message):
+        block = NoisyDareConfig(**{**ratio, **dare})
+        dare_td3_bc.TrainConfig(env=TASK, dare=block, **fields)
+    off = NoisyDareConfig(**ratio, enabled=False)
+    known = {k: v for k, v in fields.items() if k != "batch_size"}
+    made = dare_td3_bc.TrainConfig(env=TASK, dare=off, **known)
+    assert made.mixing_ratio is None

@@ -607,7 +607,7 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "noise_clip": 0.3,
         "cql_alpha_online": 1.0,
         "mixing_ratio": 0.5,
-        "bc_online": "drop",
+        "bc_online": "keep" if name in DARE else "drop",
         "bc_end": 0.1,
         "bc_anneal_steps": 7,
         "dare": {"cap": 1},

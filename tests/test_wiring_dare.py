@@ -38,6 +38,9 @@ def recorded(tmp_path_factory):
 
 both = pytest.mark.parametrize("name", NAMES)
 patched_too = pytest.mark.parametrize("patched", [False, True])
+with_patch = pytest.mark.parametrize("name", wiring.PATCHED)
+WAYS = [(False, name) for name in NAMES] + [(True, name) for name in wiring.PATCHED]
+every_way = pytest.mark.parametrize("patched, name", WAYS)
 
 
 def online_updates(record):
@@ -59,8 +62,7 @@ def raw(record, states):
 # ---------------------------------------------------------------- the behavior model
 
 
-@both
-@patched_too
+@every_way
 def test_the_behavior_model_is_fitted_on_the_datasets_raw_rows(name, patched, recorded):
     record = recorded(name, patched=patched)
     (fit,) = record.of("fit")
@@ -83,7 +85,7 @@ def test_the_behavior_model_is_fitted_on_the_datasets_raw_rows(name, patched, re
     assert first is fit, "everything else comes after it"
 
 
-@both
+@with_patch
 def test_the_cache_of_the_behavior_model_knows_the_data(name, recorded):
     assert recorded(name).of("fit")[0].settings["dataset_hash"] == "toy-data"
     record = recorded(name, patched=True)
@@ -127,8 +129,7 @@ def drawn(record, states):
     return [torch.stack([getattr(b, f)[i] for b, i in rows]) for f in fields]
 
 
-@both
-@patched_too
+@every_way
 def test_references_are_guided_samples_at_the_raw_states_as_drawn(
     name, patched, recorded
 ):
@@ -144,9 +145,8 @@ def test_references_are_guided_samples_at_the_raw_states_as_drawn(
     assert all(e.steps == dare.sampler_steps for e in supports)
 
 
-@both
 @pytest.mark.parametrize("options", [{}, SOFT, OTHER])
-@patched_too
+@every_way
 def test_the_batch_is_the_exchange_of_the_rows_as_drawn(
     name, options, patched, recorded
 ):
@@ -188,17 +188,16 @@ def test_references_beyond_the_bounds_are_clipped_and_counted(name, recorded):
     assert max(float(r["references_clipped"]) for r in rows) > 0
 
 
-@both
-@patched_too
+@every_way
 def test_the_policy_ratio_compares_densities_of_what_is_executed(
     name, patched, recorded
 ):
-    """IQL clips its samples, so both densities have atoms at the bounds; Cal-QL does not."""
+    """Who clips what is executed has atoms at the bounds in both densities; Cal-QL does not."""
     record = recorded(name, patched=patched, dare=RATIO)
     means = []
     for update in online_updates(record):
         event = references_of(record, update)
-        clips = name == "dare_iql"
+        clips = name != "dare_cal_ql"
         assert event.bounds == ((wiring.MAX_ACTION,) if clips else ())
         rows = drawn(record, event.states)
         torch.testing.assert_close(event.actions, rows[1])
@@ -227,8 +226,7 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
 # ---------------------------------------------------------------- which rows carry what
 
 
-@both
-@patched_too
+@every_way
 def test_hard_weights_are_one_for_the_offline_half_and_zero_after(
     name, patched, recorded
 ):
@@ -242,8 +240,7 @@ def test_hard_weights_are_one_for_the_offline_half_and_zero_after(
     assert len(offline) == (0 if patched else 7)
 
 
-@both
-@patched_too
+@every_way
 def test_soft_weights_lie_between_and_skip_no_row(name, patched, recorded):
     weights = []
     for update in online_updates(recorded(name, patched=patched, **SOFT)):
@@ -364,8 +361,7 @@ def test_released_rows_of_iql_have_the_sac_policy_loss(options, patched, recorde
         assert update.logs["actor_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-@both
-@patched_too
+@every_way
 def test_the_stream_of_released_losses_begins_at_the_seed(name, patched, recorded):
     record = recorded(name, patched=patched)
     seed = record.config.seed
@@ -378,7 +374,8 @@ def test_the_stream_of_released_losses_begins_at_the_seed(name, patched, recorde
 def test_with_dare_off_a_run_is_the_baseline_to_the_bit(name, recorded):
     record = recorded(name, dare={"enabled": False})
     assert not (record.of("fit") or record.of("energy") or online_updates(record))
-    baseline = recorded(name.removeprefix("dare_"))
+    own = {"seed": record.config.seed, **wiring.OWN.get(name, {})}
+    baseline = recorded(name.removeprefix("dare_"), **own)
     for key, value in networks_of(baseline.trainer).items():
         mine = networks_of(record.trainer)[key].state_dict()
         for part, tensor in value.state_dict().items():
@@ -396,8 +393,7 @@ def test_the_summary_has_the_mean_number_of_exchanges(name, recorded):
 # ---------------------------------------------------------------- the energy
 
 
-@both
-@patched_too
+@every_way
 def test_the_energy_is_trained_before_the_online_phase_on_offline_rows(
     name, patched, recorded
 ):
@@ -423,8 +419,7 @@ def test_the_energy_is_trained_before_the_online_phase_on_offline_rows(
         assert kinds[:done].count("update") == 7
 
 
-@both
-@patched_too
+@every_way
 def test_the_energy_follows_every_second_update_on_its_rows(name, patched, recorded):
     record = recorded(name, patched=patched)
     online = [
@@ -447,8 +442,7 @@ def test_the_energy_follows_every_second_update_on_its_rows(name, patched, recor
             assert len(set(nearest.tolist())) > 1
 
 
-@both
-@patched_too
+@every_way
 def test_the_energy_is_given_raw_states_and_scaled_q_of_the_targets(
     name, patched, recorded
 ):
@@ -466,8 +460,7 @@ def test_the_energy_is_given_raw_states_and_scaled_q_of_the_targets(
     assert differs > 1
 
 
-@both
-@patched_too
+@every_way
 def test_every_energy_step_is_one_of_adam_on_the_gradient_of_its_loss(
     name, patched, recorded
 ):
@@ -496,13 +489,11 @@ def expected_scale(record, patched):
     return 1000.0 / (returns.max() - returns.min())
 
 
-@pytest.mark.parametrize("patched, scale", [(False, None), (True, 0.25)])
-@both
-def test_q_of_a_goal_task_is_scaled_by_its_rewards_alone(name, patched, scale, recorded):
+@every_way
+def test_q_of_a_goal_task_is_scaled_by_its_rewards_alone(name, patched, recorded):
     fields = {"reward_scale": 4.0} if patched else {}
     record = recorded(name, patched=patched, env=wiring.GOAL, **fields)
-    if not patched:
-        scale = 1.0 if name == "dare_iql" else 1 / record.config.reward_scale
+    scale = 0.25 if patched else 1 / getattr(record.config, "reward_scale", 1.0)
     for event in record.of("energy"):
         torch.testing.assert_close(event.q, scale * event.target_q, rtol=1e-3, atol=1e-3)
 
@@ -513,8 +504,7 @@ def test_literal_q_is_not_scaled(name, recorded):
         torch.testing.assert_close(event.q, event.target_q, rtol=1e-3, atol=1e-3)
 
 
-@both
-@patched_too
+@every_way
 def test_support_actions_are_drawn_once_for_each_transition(name, patched, recorded):
     record = recorded(name, patched=patched)
     made = {}  # state -> number of the draw, its actions (a row may stand in it twice)
@@ -557,7 +547,7 @@ def test_cached_references_serve_as_long_as_they_may(name, recorded):
 # ---------------------------------------------------------------- the hook in patched CORL
 
 
-@both
+@with_patch
 def test_a_patched_script_trains_without_the_hook_when_dare_is_off(name, recorded):
     record = recorded(name, patched=True, dare={"enabled": False})
     assert record.hook is None and not record.of("fit")
@@ -566,7 +556,7 @@ def test_a_patched_script_trains_without_the_hook_when_dare_is_off(name, recorde
     assert torch.equal(record.trainer.dare_generator.get_state(), stream)
 
 
-@both
+@with_patch
 def test_a_patched_script_fills_the_online_buffer_through_the_hook(name, recorded):
     record = recorded(name, patched=True)
     offline, online = record.buffers

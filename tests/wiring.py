@@ -36,10 +36,12 @@ ALGORITHMS = {
     "cal_ql": "algorithms.cal_ql",
     "td3_bc": "algorithms.td3_bc",
     "awac": "algorithms.awac",
+    "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_iql": "algorithms.dare_iql",
     "dare_cal_ql": "algorithms.dare_cal_ql",
 }
-DARE = ("dare_iql", "dare_cal_ql")
+DARE = ("dare_iql", "dare_cal_ql", "dare_td3_bc")
+PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
 CQL = ("cql", "cal_ql", "dare_cal_ql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
@@ -93,8 +95,13 @@ COMMON = {
     "learning_rate": 2e-3,
     "awac_lambda": 0.5,
 }
-# Seeds with which training and evaluations reach the goal in different episodes.
-OWN = {"td3_bc": {"seed": 4}, "awac": {"seed": 6}}
+# Seeds with which training and evaluations reach the goal in different episodes; in a DARE file
+# the base's own release is off.
+OWN = {
+    "td3_bc": {"seed": 4},
+    "awac": {"seed": 6},
+    "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
+}
 COMMON_DARE = {
     "cap": 2,
     "references": 2,
@@ -476,7 +483,7 @@ def watch_hook(patch: Any, record: Record) -> None:
 
 
 def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
-    """Log-density of the current policy, by its definition; atoms at the bounds for IQL."""
+    """Log-density of the current policy, by its definition; atoms at the bounds if clipped."""
     states = (raw_states - torch.tensor(record.mean)) / torch.tensor(record.std)
     actor = record.trainer.actor
     record.muted += 1
@@ -485,6 +492,9 @@ def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
             value = actor.log_prob(states, actions)
         else:
             normal = actor(states)
+            if isinstance(normal, torch.Tensor):  # TD3: the noise of the exploration
+                std = record.config.expl_noise * MAX_ACTION
+                normal = torch.distributions.Normal(normal, std)
             inside = normal.log_prob(actions)
             low, high = (
                 normal.cdf(torch.tensor(-MAX_ACTION)),

@@ -343,7 +343,7 @@ def make_trainer(
         critic_2=critic_2,
         critic_2_optimizer=torch.optim.Adam(critic_2.parameters(), lr=config.qf_lr),
     )
-    if config.compile:
+    if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
 

@@ -71,7 +71,7 @@ format: $(DEV_READY)  ## ruff: mend what it can
 diff:  ## the method as a diff: make diff ALGO=iql
 	@git --no-pager diff --no-index --stat algorithms/$(ALGO).py algorithms/dare_$(ALGO).py || true
 	@git --no-pager diff --no-index algorithms/$(ALGO).py algorithms/dare_$(ALGO).py || true
-	@printf '\nThe same for CORL'"'"'s own file, patches/$(ALGO).patch:\n\n'; cat patches/$(ALGO).patch
+	@test ! -f patches/$(ALGO).patch || { printf '\nThe same for CORL'"'"'s own file, patches/$(ALGO).patch:\n\n'; cat patches/$(ALGO).patch; }
 
 patches: $(READY)  ## write patches/*.patch for upstream CORL: make patches CORL=path
 	$(BIN)/python scripts/make_patches.py --write --corl $(CORL)

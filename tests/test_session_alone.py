@@ -182,6 +182,21 @@ def test_the_estimate_is_the_mean_of_several_short_calls(opened, capsys):
     assert "(offline 7 s, online 4 s)" in said
 
 
+def test_the_estimate_is_made_of_whole_periods(opened, capsys):
+    """Every third update takes longer, the first of its kind much longer: it compiles."""
+    with opened(utd=1) as session:
+        calls = []
+
+        def update():
+            calls.append(None)
+            third = len(calls) % 3 == 0
+            session.clock.now += 100.0 if len(calls) <= 3 else 4.0 if third else 1.0
+
+        session.start(update, lambda: None, period=3)
+        assert "(offline 14 s, online 0 s)" in capsys.readouterr().out
+        assert len(calls) % 3 == 0
+
+
 def test_parts_are_asked_for_their_share_and_begin_before_a_checkpoint_is_restored(
     opened, capsys
 ):

@@ -130,7 +130,7 @@ METHOD = GOOD["methods"]["iql"]
             },
             ["make 726572699 cells", "at most 10000"],
         ),
-        ({"seeds": list(range(20_000))}, ["make 20000 cells"]),
+        ({"seeds": list(range(10_500))}, ["make 10500 cells"]),
         ({"method": {}}, ["unknown field method", "methods?"]),
         ("", ["tasks is missing"]),
         ("- a\n- b\n", ["s.yaml must hold"]),

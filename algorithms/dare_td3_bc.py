@@ -56,7 +56,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
-from corl_dare.config import LOGS, MEANS, PANELS, NoisyDareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, NoisyDareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, noisy_log_prob, prepare
 
 BASELINE = "td3_bc"
@@ -101,6 +101,19 @@ class TrainConfig(FinetuneConfig):
     bc_anneal_steps: int = 400000  # anneal: online steps until its weight would be 0
     dare: NoisyDareConfig = dataclasses.field(default_factory=NoisyDareConfig)
 
+    RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
+        **dict.fromkeys(("expl_noise", "policy_noise", "noise_clip"), "[0, inf)"),
+        "tau": "(0, 1]",
+        "policy_freq": "[1, 1e9]",
+        "alpha": "[0, inf)",
+        **dict.fromkeys(("actor_lr", "qf_lr"), "(0, inf)"),
+        "mixing_ratio": "(0, 1)",
+        "bc_end": "[0, 1]",
+        "bc_anneal_steps": "[1, 1e9]",
+    }
+    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {
+        "bc_online": ("keep", "drop", "anneal"),
+    }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
         "expl_noise",
@@ -111,16 +124,10 @@ class TrainConfig(FinetuneConfig):
     }
     ALIASES: ClassVar[Dict[str, str]] = {"max_timesteps": "offline_iterations"}
     QUICK_START: ClassVar[str] = "configs/td3_bc/quick_start.yaml"
+    PRESETS: ClassVar[dict] = PRESETS
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_at_least(1, "policy_freq", "bc_anneal_steps")
-        if self.bc_online not in ("keep", "drop", "anneal"):
-            raise ValueError(
-                f"bc_online must be keep, drop or anneal, not {self.bc_online!r}"
-            )
-        if not 0.0 <= self.bc_end <= 1.0:
-            raise ValueError(f"bc_end must lie in [0, 1], not {self.bc_end}")
         if self.dare.enabled:
             if self.bc_online != "keep":
                 raise ValueError(
@@ -399,7 +406,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
         if config.dare.enabled:
-            session.show(PANELS, MEANS)
+            session.show(PANELS, MEANS, UNDEFINED)
             source = prepare(
                 config.dare,
                 **session.facts(),

@@ -201,10 +201,7 @@ class NoisyDareConfig(DareConfig):
     # the exploration noise
     policy_std: Optional[float] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.policy_std is not None and not self.policy_std > 0:
-            raise ValueError(f"dare.policy_std must be positive, not {self.policy_std}")
+    RANGES: ClassVar[dict[str, str]] = DareConfig.RANGES | {"policy_std": "(0, inf)"}
 
     def density_std(self, exploration_noise: float) -> float:
         """The std of the policy's density, of the largest action.

@@ -284,19 +284,22 @@ class DareHook:
             self._density_scores = compile(self.density_scores)
             if config.rule != "random":  # a graph takes no generator
                 self._exchange = compile(exchange)
-        self.energy: EnergyNetwork | None = None
-        self.energy_optimizer: torch.optim.Adam | None = None
         self.reference_caches: list[SlotCache] | None = None
-        self.support_caches: list[SlotCache] | None = None
         if config.reference_max_age > 0 and config.score == "reference":
             self.reference_caches = self._make_caches(config.reference_max_age)
+        self.energy: EnergyNetwork | None = None
+        self.energy_optimizer: torch.optim.Adam | None = None
+        self.support_caches: list[SlotCache] | None = None
         if config.guided:
-            self.support_caches = self._make_caches(None)
-            state_dim, action_dim = behavior.state_dim, behavior.action_dim
-            self.energy = EnergyNetwork(state_dim, action_dim, seed=seed).to(device)
-            self.energy_optimizer = torch.optim.Adam(
-                self.energy.parameters(), lr=config.energy_lr
-            )
+            self._make_energy()
+
+    def _make_energy(self) -> None:
+        """What guidance needs: the energy network and the actions that it is trained on."""
+        self.support_caches = self._make_caches(None)
+        dims = self.behavior.state_dim, self.behavior.action_dim
+        self.energy = EnergyNetwork(*dims, seed=self.seed).to(self.device)
+        rate = self.config.energy_lr
+        self.energy_optimizer = torch.optim.Adam(self.energy.parameters(), lr=rate)
 
     def _make_caches(self, max_age: int | None) -> list[SlotCache]:
         for buffer in (self.offline, self.online):

@@ -43,7 +43,7 @@ REMOVED = {
     "cal_ql.py": ['    name: str = "Cal-QL"  # first part of the run folder\'s name'],
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
 }
-# The most lines that a DARE file may insert; 170 where nothing stands here.
+# The most lines that a DARE file may insert; 175 where nothing stands here.
 INSERTED = {"td3_bc.py": 60}
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
@@ -196,7 +196,7 @@ def test_a_dare_file_is_its_baseline_plus_lines(name):
     ]
     assert removed == REMOVED[name] and len(removed) <= 8
     inserted = len(variant) - len(baseline) + len(removed)
-    assert inserted <= INSERTED.get(name, 170)
+    assert inserted <= INSERTED.get(name, 175)
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -393,9 +393,8 @@ def test_regret_counts_online_evaluations_or_as_upstream_training(
         steps = record.of("step", role="train")[: int(row["step"]) - 7]
         counted = successes(steps) if fields else rates[1 : i + 1]
         regret = 1 - np.mean(counted) if len(counted) else np.nan
-        found = float(
-            row["regret"] or "nan"
-        )  # blank before the first goal could be missed
+        # Blank where there is none yet.
+        found = float(row["regret"] or "nan")
         assert found == pytest.approx(regret, nan_ok=True)
     assert recorded(name).rows_of("metrics.csv")[-2]["regret"] == ""
 

@@ -159,6 +159,8 @@ class _PickledScalar:
 
 
 _PickledScalar.__module__, _PickledScalar.__qualname__ = "__main__", "Scalar"
+# torch before 2.7 looks for this name.
+_PickledScalar.__name__ = "Scalar"
 
 
 def load_corl_checkpoint(path: Path | str, required: Iterable[str] = ()) -> dict:

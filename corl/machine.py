@@ -31,10 +31,11 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         print(f"device {name}: no CUDA device here, running on the cpu")
         return "cpu"
-    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if name.startswith("cuda:") and 0 < count <= int(name[5:]):
         raise ConfigError(
-            f"device {name} is not here, the last one is "
-            f"cuda:{torch.cuda.device_count() - 1}; set device to one of those"
+            f"device {name} is not here, the last one is cuda:{count - 1}; set device to one "
+            "of those"
         )
     return name
 

@@ -1,6 +1,7 @@
 """What is installed knows its commit, though it lies in the repository of somebody else."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -137,3 +138,16 @@ def test_the_record_is_asked_where_git_says_nothing(monkeypatch):
 def test_both_packages_have_one_version():
     assert corl.__version__ == corl_dare.__version__
     assert machine.versions()["corl-dare"] == corl.__version__
+
+
+def test_every_requirement_says_its_lowest_version():
+    bounds = runpy.run_path(str(ROOT / "scripts" / "check_bounds.py"))
+    wanted = bounds["dependencies"]()
+    assert any(r.startswith("torch>=") for r in wanted) and len(wanted) > 5
+    for requirement in wanted:
+        name, _, version = bounds["lowest"](requirement).partition("==")
+        assert requirement.startswith(f"{name}>={version}") and version[0].isdigit()
+    assert bounds["lowest"]("a-b[c,d]>=1.2,<3") == "a-b[c,d]==1.2"
+    for bad in ("torch", "torch==2.6", "torch<3", "torch>2.6"):
+        with pytest.raises(ValueError, match="no lower bound"):
+            bounds["lowest"](bad)

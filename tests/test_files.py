@@ -77,7 +77,7 @@ def test_a_link_at_the_temporary_name_is_not_followed(tmp_path, monkeypatch):
     victim.write_text("mine")
     monkeypatch.setattr(files.secrets, "token_hex", lambda count: "known")
     (tmp_path / ".x.txt.known.part").symlink_to(victim)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(files.CannotWrite, match="File exists"):
         files.write_text(path, "text")
     assert victim.read_text() == "mine" and not path.exists()
 

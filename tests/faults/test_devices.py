@@ -203,7 +203,10 @@ def test_tensors_of_a_gpu_are_read_here(kind, begun, tmp_path, monkeypatch):
     assert {device.type for device in tensor_devices(state)} == {"cpu"}
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3"])
+@pytest.mark.parametrize(
+    "device",
+    ["cuda:3", *(pytest.param(d, marks=pytest.mark.whole) for d in ("cuda", "cuda:0"))],
+)
 def test_a_gpu_that_is_not_here_is_replaced_by_the_cpu(
     device, begun, tmp_path, monkeypatch
 ):

@@ -209,7 +209,6 @@ FAST = {
     (r"metrics\.csv", "write", 3, 7),
     (r"[/.]checkpoint\.pt", "write", 2, 900),
     (r"checkpoint_\d+\.pt", "open", 2, 0),
-    (r"summary\.json", "fsync", 1, 0),
     (r"curves\.png", "write", 1, 900),
 }
 

@@ -467,6 +467,8 @@ def test_multipliers_learn_on_after_load_model(tmp_path, monkeypatch, module, co
             runs_dir=str(tmp_path),
             offline_iterations=updates,
             online_iterations=0,
+            threads=1,
+            compile=False,
             **more,
         )
         module.train(config)

@@ -692,7 +692,11 @@ def test_download_goes_to_d4rls_folder_once(home, server):
     assert len(server.asked) == asked
 
 
-def test_file_that_the_server_lacks_falls_on_to_the_stand_in(home, server, capsys):
+def test_file_that_the_server_lacks_falls_on_to_the_stand_in(
+    home, server, monkeypatch, capsys
+):
+    known = f"{published.CHECKSUMS}random 99 {'0' * 64}\n"
+    monkeypatch.setattr(published, "CHECKSUMS", known)
     found = sources.resolve("hopper-random-v2").provenance
     assert found["source"] == "self-collected"
     lines = capsys.readouterr().out.splitlines()

@@ -74,8 +74,9 @@ def test_all_d4rl_tasks_are_known_once():
     ["", "hopper", "hopper-medium", "hopper-medium-v3", "ant-medium-v2", "Hopper-v4"]
     + ["hopper-umaze-v2", "antmaze-medium-v2", "hopper-medium-v2 ", "-medium-v2"],
 )
-def test_unknown_names_are_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match="hopper-medium-v2.*antmaze-large-diverse-v2"):
+def test_unknown_names_are_refused_with_a_known_one(name):
+    known = "(hopper-medium|hopper-random|antmaze-medium-play)-v2"
+    with pytest.raises(ValueError, match=f"^unknown task '{name}'; .*{known}"):
         tasks.task(name)
 
 

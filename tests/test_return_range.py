@@ -92,7 +92,7 @@ def test_two_complete_episodes_are_enough_and_one_has_no_span(tmp_path):
     one = write_episodes(tmp_path / "one.hdf5", [300], [1.0, 1.0], unfinished=50)
     # No scale is needed here, and one episode is a range.
     assert load(iql, one).return_range() == (300.0, 300.0)
-    with pytest.raises(ValueError, match="return 300.*normalize_reward to false"):
+    with pytest.raises(ValueError, match="returns 300.*normalize_reward to false"):
         load(iql, one, normalize_reward=True)
     none = write_episodes(tmp_path / "none.hdf5", [], [1.0], unfinished=50)
     with pytest.raises(ValueError, match="no finished episode"):
@@ -115,6 +115,8 @@ def short_run(folder, path, **fields):
         "offline_iterations": 4,
         "online_iterations": 4,
         "normalize_reward": "true",
+        "threads": 1,
+        "compile": "false",
         **fields,
     }
     words = [w for name, value in values.items() for w in (f"--{name}", str(value))]

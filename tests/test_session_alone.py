@@ -215,13 +215,15 @@ def test_parts_are_asked_for_their_share_and_begin_before_a_checkpoint_is_restor
 
 def test_weights_of_corls_file_go_into_the_part_that_names_its_keys(opened, monkeypatch):
     monkeypatch.setattr(
-        checkpoints, "load_corl_checkpoint", lambda path, keys: (path, keys)
+        checkpoints,
+        "load_corl_checkpoint",
+        lambda path, keys: {"from": path, "keys": keys},
     )
     with opened(load_model="some.pt") as session:
         one, other = Part(), Part()
         session.keep("trainer", one, loads=("actor",))
         session.keep("hook", other)
-    assert one.calls == [("load_weights", ("some.pt", ("actor",)))]
+    assert one.calls == [("load_weights", {"from": Path("some.pt"), "keys": ("actor",)})]
     assert other.calls == []
 
 

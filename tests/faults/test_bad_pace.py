@@ -31,7 +31,7 @@ def test_a_flag_that_cannot_be_meant(field, value, good, tmp_path):
     outcome = harness.run(
         harness.algorithm(iql), *flags_of(good, tmp_path, **{field: value})
     )
-    harness.assert_refused(outcome, field, "auto|int or str|bool or str")
+    harness.assert_refused(outcome, field, "auto|int or str|bool or str|must lie in")
     assert not (tmp_path / "runs").exists()
 
 

@@ -101,7 +101,7 @@ FILES = {
         "max_timesteps.*set offline_iterations",
     ),
     "CORL, AWAC": ("env_name: hopper-medium-v2\n", "env_name.*set env"),
-    "CORL, SPOT": ("vae_lr: 0.001\n", "vae_lr.*not here"),
+    "CORL, SPOT": ("vae_lr: 0.001\n", "vae_lr.*another algorithm"),
     "CORL, CQL": ("policy_log_std_multiplier: 1.0\n", "leave it out"),
     "CORL, AWAC's evaluations": ("eval_frequency: 1000\n", "set eval_freq"),
 }
@@ -125,8 +125,12 @@ methods:
   a: {algorithm: FILE}
 """
 SWEEPS = {
-    "negative seed": ("seeds: [0]", "seeds: [-1]", r"seed must lie in .*, not -1"),
-    "huge seed": ("seeds: [0]", "seeds: [99999999999]", "seed must lie in"),
+    "negative seed": ("seeds: [0]", "seeds: [-1]", "whole numbers from 0 to.*, not -1"),
+    "huge seed": (
+        "seeds: [0]",
+        "seeds: [99999999999]",
+        "whole numbers from 0 to.*not 99999999999",
+    ),
     "seed of words": ("seeds: [0]", "seeds: [first]", "seeds must be whole numbers"),
     "no seed": ("seeds: [0]", "seeds: []", "seeds is missing or empty"),
     "a seed, no list": ("seeds: [0]", "seeds: 0", "seeds must be a list"),

@@ -519,6 +519,10 @@ def test_an_old_run_whose_metrics_lack_the_new_column_goes_on(good, tmp_path):
         writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    # Checkpoints of older versions did not know the tables either.
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del state["tables"]
+    torch.save(state, folder / "checkpoint.pt")
     command = algorithm(module_of("dare_iql"))
     outcome = run(command, "--resume", folder, "--online_iterations", 20)
     assert outcome.status == 0, outcome

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from short_runs import CQL_FIELDS, FIELDS, SMALL, run
 
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl import finetune
 from corl.config import (
     ConfigError,
@@ -17,8 +17,10 @@ from corl.config import (
 )
 from corl_dare.config import PRESETS, DareConfig
 
+# A long start of these names the presets, too.
 DARE = [dare_iql, dare_cal_ql]
-BASELINES = [iql, cql, cal_ql]
+WITH_PRESETS = [*DARE, dare_td3_bc]
+BASELINES = [iql, cql, cal_ql, td3_bc, awac]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 
 
@@ -29,7 +31,7 @@ def parsed(module, tmp_path, *argv, text=YAML):
     )
 
 
-@pytest.mark.parametrize("module", DARE)
+@pytest.mark.parametrize("module", WITH_PRESETS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sets_its_fields_and_no_other(module, name, tmp_path):
     plain = dataclasses.asdict(parsed(module, tmp_path))
@@ -50,7 +52,7 @@ def test_the_default_is_the_papers_setting_and_the_others_differ_from_it():
     assert not config.guided and config.score == "policy_ratio"
 
 
-@pytest.mark.parametrize("module", DARE)
+@pytest.mark.parametrize("module", WITH_PRESETS)
 def test_other_flags_win_over_a_preset_and_a_preset_over_the_file(module, tmp_path):
     flags = ("--preset", "cpu", "--dare.behavior_updates", "7")
     for argv in (flags, (*flags[2:], *flags[:2])):
@@ -59,7 +61,7 @@ def test_other_flags_win_over_a_preset_and_a_preset_over_the_file(module, tmp_pa
         assert (dare.cap, dare.support_actions) == (3, 5)
 
 
-@pytest.mark.parametrize("module", DARE)
+@pytest.mark.parametrize("module", WITH_PRESETS)
 def test_in_a_file_the_other_lines_win_over_its_preset(module, tmp_path):
     text = "preset: cpu\ndare:\n  behavior_updates: 9\n  cap: 3\n"
     dare = parsed(module, tmp_path, text=text).dare

@@ -9,6 +9,14 @@ import torch
 TensorBatch = List[torch.Tensor]
 
 
+def upload(indices: np.ndarray, device: str) -> torch.Tensor:
+    """Row numbers (B,) on the device. The host does not wait for the work that is queued there."""
+    rows = torch.from_numpy(indices)
+    if not device.startswith("cuda"):
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
+
+
 class ReplayBuffer:
     """A ring of transitions on the device.
 
@@ -97,7 +105,7 @@ class ReplayBuffer:
 
     def gather(self, indices: np.ndarray) -> TensorBatch:
         """The rows of these numbers (B,)."""
-        rows = torch.from_numpy(indices).to(self._device)
+        rows = upload(indices, self._device)
         return [field[rows] for field in self._storage()]
 
     def sample(self, batch_size: int) -> TensorBatch:

@@ -180,7 +180,7 @@ class FinetuneConfig:
             if isinstance(value, str) and value != AUTO:
                 raise ValueError(f"{field} must be {AUTO} or {kind}, not {value!r}")
         if self.compile is True:
-            compiled.check()
+            compiled.check(self.device)
 
     def check_mixing_ratio(self, or_else: str = "") -> None:
         """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
@@ -41,6 +42,7 @@ from corl.acting import (  # noqa: F401
     wrap_env,
 )
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
+from corl.captured import Captured
 from corl.config import ConfigError, expand, presets_of
 from corl.data import sources
 from corl.progress import progress_bar
@@ -250,6 +252,8 @@ class Session:
         A config that is not the run's own is for an estimate and stays eager.
         """
         own = config is None or config is self.config
+        compile = own and self.config.compile
+        captures = compile and compiled.on_gpu(self.device)
         return {
             "offline": self.offline_buffer,
             "online": self.online_buffer,
@@ -260,7 +264,10 @@ class Session:
             "cache_dir": sources.cache_folder(),
             "device": self.device,
             "seed": self.config.seed,
-            "compile": compiled.function if own and self.config.compile else None,
+            "compile": partial(compiled.function, device=self.device)
+            if compile
+            else None,
+            "capture": Captured if captures else None,
             "bar": progress_bar,
         }
 

@@ -97,18 +97,18 @@ def _choose_compile(config: Any, device: str) -> tuple[bool, str]:
     """Whether to compile, and why not."""
     if config.compat:
         return False, "compat is not compiled"
-    if device != "cpu":
-        return False, f"on {device} updates are not compiled by themselves"
-    return worth_compiling(updates_of(config))
+    return worth_compiling(updates_of(config), device)
 
 
-def worth_compiling(updates: int) -> tuple[bool, str]:
-    """Whether so many updates are worth compiling here, and if not, why."""
+def worth_compiling(updates: int, device: str = "cpu") -> tuple[bool, str]:
+    """Whether so many updates are worth compiling here, and why not or how."""
     if updates < BREAK_EVEN:
         return False, f"compiling pays from {BREAK_EVEN} updates"
-    if problem := compiled.obstacle():
-        return False, f"compiling needs {problem}"
-    return True, ""
+    problem = compiled.obstacle()
+    if compiled.on_gpu(device):
+        kernels = f"kernels are not fused, which needs {problem}" if problem else ""
+        return True, kernels or "CUDA graphs of fused kernels"
+    return (False, f"compiling needs {problem}") if problem else (True, "")
 
 
 def updates_of(config: Any) -> int:

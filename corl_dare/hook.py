@@ -42,7 +42,7 @@ from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
-from corl_dare.rows import SlotCache, draw, draw_rows, storage
+from corl_dare.rows import SlotCache, draw, draw_rows, storage, upload
 from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
@@ -229,6 +229,9 @@ class DareHook:
             `policy_log_prob` is the log of the mass beyond it. Then the behavior's is, too.
         seed: of the hook's own generators.
         compile: turns the exchange and the density scores into compiled graphs; default: eager.
+        capture: on a GPU, turns the behavior model's sampler and the energy step into one launch
+            each; called with a function of tensors, and with `optimizers` and `generators` that
+            it uses. Default: they are launched kernel by kernel.
         bar: makes progress bars, called as `tqdm` is.
         data: what `begin` fits the behavior model on; None: it is fitted.
 
@@ -253,6 +256,7 @@ class DareHook:
         device: str = "cpu",
         seed: int = 0,
         compile: Callable[..., Callable[..., Any]] | None = None,
+        capture: Callable[..., Callable[..., Any]] | None = None,
         bar: Callable[..., Any] = tqdm,
         data: BehaviorData | None = None,
     ):
@@ -292,14 +296,39 @@ class DareHook:
         self.support_caches: list[SlotCache] | None = None
         if config.guided:
             self._make_energy()
+        self._guided_samples, self._energy_update = (
+            self.guided_samples,
+            self.energy_update,
+        )
+        if capture is not None:
+            self._capture(capture)
 
     def _make_energy(self) -> None:
         """What guidance needs: the energy network and the actions that it is trained on."""
         self.support_caches = self._make_caches(None)
         dims = self.behavior.state_dim, self.behavior.action_dim
         self.energy = EnergyNetwork(*dims, seed=self.seed).to(self.device)
-        rate = self.config.energy_lr
-        self.energy_optimizer = torch.optim.Adam(self.energy.parameters(), lr=rate)
+        self.energy_optimizer = torch.optim.Adam(
+            self.energy.parameters(), lr=self.config.energy_lr, capturable=self._on_gpu
+        )
+
+    @property
+    def _on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def _capture(self, capture: Callable[..., Callable[..., Any]]) -> None:
+        """The sampler and the energy step, each as one launch."""
+        # A cache asks for another number of samples each time.
+        if self.reference_caches is None:
+            self._guided_samples = capture(
+                self.guided_samples, generators=[self.generator]
+            )
+        if self.energy_optimizer is not None:
+            self._energy_update = capture(
+                self.energy_update,
+                optimizers=[self.energy_optimizer],
+                generators=[self.generator],
+            )
 
     def _make_caches(self, max_age: int | None) -> list[SlotCache]:
         for buffer in (self.offline, self.online):
@@ -368,12 +397,13 @@ class DareHook:
     def references(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Reference actions (B, K, A), fresh or from the cache, not clipped."""
 
-        def make(states: torch.Tensor) -> torch.Tensor:
-            return self.sample_behavior(states, self.config.references, guided=True)
-
         if self.reference_caches is None:
-            return make(states)
-        return self._cached(self.reference_caches, states, rows, make)
+            return self._guided_samples(states)
+        return self._cached(self.reference_caches, states, rows, self._guided_samples)
+
+    def guided_samples(self, states: torch.Tensor) -> torch.Tensor:
+        """Fresh reference actions (B, K, A)."""
+        return self.sample_behavior(states, self.config.references, guided=True)
 
     def support(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Support actions (B, K, A): unguided behavior samples, drawn once per transition."""
@@ -401,7 +431,7 @@ class DareHook:
             def make_missing(
                 missing: np.ndarray, part: torch.Tensor = part
             ) -> torch.Tensor:
-                return make(part[torch.from_numpy(missing).to(part.device)])
+                return make(part[upload(missing, part.device)])
 
             if len(slots):
                 parts.append(cache.get(slots, self.samples, make_missing))
@@ -438,13 +468,18 @@ class DareHook:
         from_offline = picked[picked < n_offline]
         from_online = picked[picked >= n_offline] - n_offline
         rows = [rows[0][from_offline], rows[1][from_online]]
-        return self.energy_step(states[torch.from_numpy(picked).to(self.device)], rows)
+        return self.energy_step(states[upload(picked, self.device)], rows)
 
     def energy_step(self, states: torch.Tensor, rows: Rows) -> Log:
         """One contrastive step (CEP, arXiv 2304.12824) on states (B, S) as in the buffers."""
+        loss = self._energy_update(states, self.support(states, rows))
+        self.energy_steps += 1
+        return {"energy_loss": loss}
+
+    def energy_update(self, states: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+        """The loss, 0-d, of the energy step with support actions (B, K, A)."""
         assert self.q_function is not None and self.energy is not None
         assert self.energy_optimizer is not None
-        support = self.support(states, rows)  # (B, K, A)
         b, k, a = support.shape
         with torch.no_grad():
             repeated = states.unsqueeze(1).expand(b, k, states.shape[1])
@@ -463,8 +498,7 @@ class DareHook:
         self.energy_optimizer.zero_grad()
         loss.backward()
         self.energy_optimizer.step()
-        self.energy_steps += 1
-        return {"energy_loss": loss.detach()}
+        return loss.detach()
 
     def pretrain(
         self,
@@ -642,6 +676,8 @@ class DareHook:
         if self.energy is not None and self.energy_optimizer is not None:
             self.energy.load_state_dict(state["energy"])
             self.energy_optimizer.load_state_dict(state["energy_optimizer"])
+            # The checkpoint may be of another device.
+            self.energy_optimizer.param_groups[0]["capturable"] = self._on_gpu
 
 
 def prepare(

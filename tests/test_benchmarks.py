@@ -47,3 +47,14 @@ def test_speed_ratios_are_to_the_first_variant():
     lines = update_speed.table({"base": [1.0, 2.0, 9.0], "twice": [4.0, 4.0, 5.0]})
     assert lines.splitlines()[1].split()[-1] == "1.00"
     assert lines.splitlines()[2].split()[-1] == "2.00"
+
+
+def test_every_algorithm_with_a_twin_has_rows_in_the_speed_table():
+    """And what is measured of it names both files."""
+    twins = sorted(p.stem for p in update_speed.ROOT.glob("algorithms/dare_*.py"))
+    for name in (twin.removeprefix("dare_") for twin in twins):
+        variants = update_speed.variants_of(name)
+        title = update_speed.SUBJECTS[name].title
+        assert variants[title] == (None, False)
+        assert variants[f"{title}, compiled"] == (None, True)
+        assert any(shown.startswith(f"DARE-{title}, ") for shown in variants)

@@ -407,14 +407,16 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
-            source = prepare(
-                config.dare,
-                **session.facts(),
-                **hook_arguments(trainer),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span()),
-                begin=False,
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(config.env, session.return_span()),
+                    begin=False,
+                ),
             )
-            session.keep("hook", source)
 
         def explore(action: np.ndarray) -> np.ndarray:
             bounds = config.expl_noise, np.inf
@@ -424,6 +426,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
             period=config.policy_freq,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

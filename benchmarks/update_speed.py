@@ -11,28 +11,35 @@ first round warms up and compiles, and is dropped. The table shows the median ov
 smallest and the largest. The networks are untrained, which changes no cost. In the `cached`
 variants a reference never expires, and the offline buffer is so small that the warm-up fills most
 of the cache: they show the cost late in a long run, not at its start.
+
+An algorithm is one line of `SUBJECTS`. Its twin is measured where `algorithms/dare_NAME.py` exists.
 """
 
 import argparse
 import dataclasses
+import importlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import cal_ql, dare_cal_ql, dare_iql, iql
+from algorithms import dare_iql
 from benchmarks import parity
-from corl import arguments, compiled, machine
+from corl import arguments, compiled, finetune, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
 from corl_dare.rows import draw_rows
 
+ROOT = Path(__file__).parent.parent
 S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
 LIKELIHOOD = {**RATIO, "score": "likelihood"}
@@ -40,46 +47,83 @@ PAPER = {"behavior": "diffusion", "guidance_scale": 8.0}
 # DARE-IQL as in configs/iql/quick_start.yaml.
 FAST = {**RATIO, "backup_actions": 1}
 CACHED = {**PAPER, "energy_update_freq": 10, "reference_max_age": 1_000_000_000}
-# Algorithm -> baseline file, DARE file, settings of both, and variants. A variant is its name ->
-# (fields of the dare block or None for the baseline, whether it is compiled).
-FILES = {
-    "iql": (
-        iql,
-        dare_iql,
-        {},
-        {
-            "IQL": (None, False),
-            "IQL, compiled": (None, True),
-            "DARE-IQL, policy ratio": (RATIO, False),
-            "DARE-IQL, policy ratio, compiled": (RATIO, True),
-            "DARE-IQL, likelihood, compiled": (LIKELIHOOD, True),
-            "DARE-IQL, policy ratio, 1 backup action": (FAST, False),
-            "DARE-IQL, policy ratio, 1 backup action, compiled (fast)": (FAST, True),
-            "DARE-IQL, unguided references": ({"guidance_scale": 0.0}, False),
-            "DARE-IQL, guided references cached, energy every 10": (CACHED, False),
-            "DARE-IQL, guided references, energy every 10": (
-                {**PAPER, "energy_update_freq": 10},
-                False,
-            ),
-            "DARE-IQL, guided references, energy every update (paper)": (PAPER, False),
-        },
-    ),
-    "cal_ql": (
-        cal_ql,
-        dare_cal_ql,
-        {"q_n_hidden_layers": 3, "bc_steps": 0},
-        {
-            "Cal-QL": (None, False),
-            "Cal-QL, compiled": (None, True),
-            "DARE-Cal-QL, policy ratio": (RATIO, False),
-            "DARE-Cal-QL, policy ratio, compiled (fast)": (RATIO, True),
-            "DARE-Cal-QL, guided references, energy every update (paper)": (
-                PAPER,
-                False,
-            ),
-        },
-    ),
+# Name of a variant, with the algorithm's in the place of {} -> fields of the dare block, None for
+# the baseline, and whether it is compiled.
+Variants = dict[str, tuple[dict[str, Any] | None, bool]]
+VARIANTS: Variants = {
+    "{}": (None, False),
+    "{}, compiled": (None, True),
+    "DARE-{}, policy ratio": (RATIO, False),
+    "DARE-{}, policy ratio, compiled (fast)": (RATIO, True),
+    "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
 }
+IQL_VARIANTS: Variants = {
+    "{}": (None, False),
+    "{}, compiled": (None, True),
+    "DARE-{}, policy ratio": (RATIO, False),
+    "DARE-{}, policy ratio, compiled": (RATIO, True),
+    "DARE-{}, likelihood, compiled": (LIKELIHOOD, True),
+    "DARE-{}, policy ratio, 1 backup action": (FAST, False),
+    "DARE-{}, policy ratio, 1 backup action, compiled (fast)": (FAST, True),
+    "DARE-{}, unguided references": ({"guidance_scale": 0.0}, False),
+    "DARE-{}, guided references cached, energy every 10": (CACHED, False),
+    "DARE-{}, guided references, energy every 10": (
+        {**PAPER, "energy_update_freq": 10},
+        False,
+    ),
+    "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
+}
+
+
+class Subject(NamedTuple):
+    """An algorithm that is measured: `algorithms/NAME.py`, and `dare_NAME.py` where there is one.
+
+    Attributes:
+        title: its name in the table.
+        upstream: its file below CORL's `algorithms/`; None: CORL has none in PyTorch.
+        trainer: (upstream's module, config) -> upstream's trainer.
+        settings: fields of the config that are not the defaults.
+        variants: what is measured of it.
+        online: (trainer, config) -> None: the change to the online phase, where it has a cost.
+    """
+
+    title: str
+    upstream: str | None
+    trainer: Callable[[Any, Any], Any]
+    settings: dict[str, Any] = {}
+    variants: Variants = VARIANTS
+    online: Callable[[Any, Any], Any] = lambda trainer, config: None
+
+
+SUBJECTS = {
+    "iql": Subject("IQL", "finetune/iql.py", parity.iql_trainer, variants=IQL_VARIANTS),
+    "cal_ql": Subject(
+        "Cal-QL",
+        "finetune/cal_ql.py",
+        parity.cql_trainer,
+        {"q_n_hidden_layers": 3, "bc_steps": 0},
+        online=lambda trainer, config: trainer.start_online(config.cql_alpha_online),
+    ),
+    "td3_bc": Subject("TD3+BC", "offline/td3_bc.py", parity.actor_critic_trainer),
+    "awac": Subject("AWAC", "finetune/awac.py", parity.actor_critic_trainer),
+}
+
+
+def files_of(algorithm: str) -> list[ModuleType]:
+    """The algorithm's own file and, where there is one, its DARE twin."""
+    names = [algorithm, f"dare_{algorithm}"]
+    found = [name for name in names if (ROOT / f"algorithms/{name}.py").is_file()]
+    return [importlib.import_module(f"algorithms.{name}") for name in found]
+
+
+def variants_of(algorithm: str) -> Variants:
+    """What is measured of an algorithm, by the names in the table."""
+    subject, twins = SUBJECTS[algorithm], files_of(algorithm)[1:]
+    return {
+        name.format(subject.title): (fields, compile)
+        for name, (fields, compile) in subject.variants.items()
+        if fields is None or twins
+    }
 
 
 def random_buffer(module, device: str, seed: int):
@@ -103,11 +147,11 @@ def random_buffer(module, device: str, seed: int):
 
 def upstream_update(algorithm: str, corl: Path, device: str):
     """A callable that makes one online update of an upstream file."""
-    module = parity.load(corl / "algorithms" / "finetune" / f"{algorithm}.py")
-    baseline, _, settings, _ = FILES[algorithm]
-    config = baseline.TrainConfig(env=TASK, device=device, **settings)
-    make = parity.iql_trainer if algorithm == "iql" else parity.cql_trainer
-    trainer = make(module, config)
+    subject = SUBJECTS[algorithm]
+    module = parity.load(corl / "algorithms" / str(subject.upstream))
+    baseline = files_of(algorithm)[0]
+    config = baseline.TrainConfig(env=TASK, device=device, **subject.settings)
+    trainer = subject.trainer(module, config)
     buffer = random_buffer(module, device, 0)
     return lambda: trainer.train([x.to(device) for x in buffer.sample(256)])
 
@@ -115,18 +159,22 @@ def upstream_update(algorithm: str, corl: Path, device: str):
 def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     """A callable that makes one online update of a variant."""
     torch.manual_seed(0)
-    baseline, twin, settings, _ = FILES[algorithm]
-    module = baseline if fields is None else twin
+    subject = SUBJECTS[algorithm]
+    settings = subject.settings
+    module = files_of(algorithm)[0 if fields is None else 1]
     offline, online = (random_buffer(module, device, seed) for seed in (0, 1))
     if fields is not None:
-        block = next(f for f in dataclasses.fields(twin.TrainConfig) if f.name == "dare")
+        block = next(
+            f for f in dataclasses.fields(module.TrainConfig) if f.name == "dare"
+        )
         settings = {**settings, "dare": block.type(**fields)}
-    config = module.TrainConfig(env=TASK, mixing_ratio=0.5, compile=compile, **settings)
+    if "mixing_ratio" in module.TrainConfig.__dataclass_fields__:
+        settings = {**settings, "mixing_ratio": 0.5}
+    config = module.TrainConfig(env=TASK, compile=compile, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
-    if algorithm == "cal_ql":
-        trainer.start_online(config.cql_alpha_online)
+    subject.online(trainer, config)
     if fields is None:
-        source = module.MixedBuffer(offline, online, 0.5)
+        source = finetune.MixedBuffer(offline, online, 0.5)
         return lambda: module.step(trainer, source, config)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
@@ -173,7 +221,7 @@ def main() -> None:
         "--corl", type=arguments.path, help="a CORL checkout to compare with"
     )
     parser.add_argument(
-        "--algorithms", nargs="+", default=list(FILES), choices=list(FILES)
+        "--algorithms", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS)
     )
     parser.add_argument(
         "--seconds",
@@ -220,12 +268,13 @@ def measure_algorithm(
     """Measure every variant of an algorithm and print their table."""
     updates = {
         name: our_update(algorithm, fields, compile, device)
-        for name, (fields, compile) in FILES[algorithm][-1].items()
+        for name, (fields, compile) in variants_of(algorithm).items()
         if can_compile or not compile
     }
-    if args.corl is not None:
+    file = SUBJECTS[algorithm].upstream
+    if args.corl is not None and file is not None:
         upstream = upstream_update(algorithm, args.corl, device)
-        updates = {f"upstream CORL's {algorithm}.py": upstream, **updates}
+        updates = {f"upstream CORL's {Path(file).name}": upstream, **updates}
     rates = measure(updates, args.seconds, args.rounds, device)
     print(table(rates))
     return rates
@@ -243,7 +292,7 @@ def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
         "settings": {
             name: {"dare": fields, "compile": compile}
             for algorithm in args.algorithms
-            for name, (fields, compile) in FILES[algorithm][-1].items()
+            for name, (fields, compile) in variants_of(algorithm).items()
         },
         "defaults": dataclasses.asdict(dare_iql.DareIQLConfig()),
         "device": device,

@@ -70,8 +70,8 @@ from corl.training_data import (  # noqa: F401
     reward_rule,
 )
 
-# A config with another preset -> the part that would be kept then, and an online update with it.
-Other = Callable[[Any], Tuple[Any, Callable[[], Any]]]
+# (part that `Session.make` made, its config) -> metrics of one online update with it.
+Other = Callable[[Any, Any], Any]
 # A run of more seconds names the presets that make it shorter.
 LONG = 3 * 3600
 # What every algorithm logs beside its losses.
@@ -151,6 +151,8 @@ class Session:
         self._clock: Optional[float] = None  # when the running updates began
         self._phase = ""
         self._watch = pace.RateWatch({}, config.threads)
+        # Makes the part that presets differ in, and updates with it.
+        self._make: Optional[Callable[[Any], Any]] = None
         self._other: Optional[Other] = None
         self._presets: Dict[str, float] = {}  # estimated seconds with other presets
 
@@ -246,6 +248,14 @@ class Session:
         self._parts[name] = part
         return part
 
+    def make(self, name: str, make: Callable[[Any], Any]) -> Any:
+        """Put the part `make(config)` into every checkpoint, see `keep`; returns it.
+
+        The estimate of a long run makes it of other configs, too: the run's own with a preset.
+        """
+        self._make = make
+        return self.keep(name, make(self.config))
+
     def facts(self, config: Any = None) -> Dict[str, Any]:
         """What a plugin around the two buffers wants to know, as arguments.
 
@@ -308,8 +318,8 @@ class Session:
             estimate: False leaves the trial out.
             period: updates after which their work repeats, such as those between two updates of
                 a delayed actor. The trial is made of whole periods.
-            other: tells what a run with another preset would do, see `Other`. A long run names
-                the presets that make it shorter.
+            other: an online update with a part that `make` made of another preset's config. A
+                long run names the presets that make it shorter.
         """
         if estimate:
             self._period, self._other = period, other
@@ -349,13 +359,15 @@ class Session:
 
     def _estimate_presets(self, offline: float, updates: int) -> None:
         """Preset -> seconds of the run with it: `offline` ones, which are the same, and others."""
-        if self._other is None or self.run.step:
+        make, update = self._make, self._other
+        if make is None or update is None or self.run.step:
             return
         for name, config in presets_of(self.config).items():
-            part, update = self._other(config)
+            part = make(config)
             seconds = [offline, *self._seconds_of_parts([part]).values()]
             if updates:
-                seconds.append(updates * self._seconds_per_call(update))
+                each = self._seconds_per_call(partial(update, part, config))
+                seconds.append(updates * each)
             self._presets[name] = sum(seconds)
 
     def _seconds_of_parts(self, parts: Sequence[Any]) -> Dict[str, float]:

@@ -44,7 +44,7 @@ REMOVED = {
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
 }
 # The most lines that a DARE file may insert; 175 where nothing stands here.
-INSERTED = {"td3_bc.py": 60}
+INSERTED = {"td3_bc.py": 63}
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 READERS = {  # folder of configs -> the files that read them

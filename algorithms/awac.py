@@ -91,7 +91,9 @@ class TrainConfig(FinetuneConfig):
         "awac_lambda": "(0, inf)",
         "mixing_ratio": "(0, 1)",
     }
-    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {"mixing_ratio"}
+    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
+        "mixing_ratio",
+    }
     ALIASES: ClassVar[Dict[str, str]] = {
         "env_name": "env",
         "test_seed": "eval_seed",
@@ -273,7 +275,8 @@ class AdvantageWeightedActorCritic:
     ) -> torch.Tensor:
         """Advantage-weighted regression, (B,); adv (B,) without gradient."""
         weights = (adv / self.awac_lambda).exp().clamp(max=self.exp_adv_max)
-        return -self.actor.log_prob(observations, actions) * weights
+        losses = -self.actor.log_prob(observations, actions) * weights
+        return losses
 
     def _noise(self, actions: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Normal noise of the policy's samples at s' and at s, each (B, A), global stream."""

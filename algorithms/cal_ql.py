@@ -597,7 +597,9 @@ class CalQL:
         return gaps
 
     def _penalties(
-        self, diffs: List[torch.Tensor], log_dict: Dict
+        self,
+        diffs: List[torch.Tensor],
+        log_dict: Dict,
     ) -> Tuple[List[torch.Tensor], torch.Tensor]:
         """Conservative terms of the critics' loss and the multiplier's loss, all 0-d."""
         if not self.cql_lagrange:
@@ -692,7 +694,10 @@ class CalQL:
             log_dict,
         )
         diffs = [gap.mean(-1) for gap in gaps]
-        penalties, alpha_prime_loss = self._penalties(diffs, log_dict)
+        penalties, alpha_prime_loss = self._penalties(
+            diffs,
+            log_dict,
+        )
         for i in (0, 1):
             log_dict[f"qf{i + 1}_loss"] = td_losses[i].detach()
             log_dict[f"average_qf{i + 1}"] = predicted[i].detach().mean()

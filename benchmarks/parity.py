@@ -23,7 +23,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_iql,
+    iql,
+    td3_bc,
+)
 from corl import arguments, d4rl_shim, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -368,21 +377,76 @@ def dare_iql_cases(patched, setup=WHOLE) -> dict[str, Any]:
     return results
 
 
-def dare_cal_ql_cases(patched, setup=WHOLE) -> dict[str, Any]:
-    """Our DARE-Cal-QL against upstream's Cal-QL with our patch."""
-    density = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
+def dare_awac_cases(patched, setup=WHOLE) -> dict[str, Any]:
+    """Our DARE-AWAC against upstream's AWAC with our patch."""
     small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
     settings = {
-        "dare_cal_ql patched, policy ratio": ({}, density),
-        "dare_cal_ql patched, antmaze, guided references": (
-            CQL_SETTINGS["antmaze"],
-            {**small, "reference_max_age": 3},
-        ),
-        "dare_cal_ql patched, soft, no cap": (
-            {},
-            {**density, "weights": "soft", "cap": None},
-        ),
+        "dare_awac patched, policy ratio": DENSITY,
+        "dare_awac patched, guided references": {**small, "reference_max_age": 3},
+        "dare_awac patched, soft": {**DENSITY, "weights": "soft", "entropy_alpha": 0.01},
     }
+    results = {}
+    for name, fields in settings.items():
+        trainers = []
+        for module in sides(dare_awac, patched):
+            block = module.DareAWACConfig(**fields)
+            config = dare_awac.TrainConfig(
+                env=TASK, awac_lambda=0.3333, batch_size=setup.rows, dare=block
+            )
+            trainer = actor_critic_trainer(module, config)
+            trainer.dare, actor = block, trainer.actor
+            ours = module is dare_awac
+            policy = actor.policy if ours else actor._get_policy
+            source = hook.DareHook(
+                *(buffer_of(module, seed) for seed in (0, 1)),
+                block,
+                behavior_of(block),
+                policy_log_prob=hook.clipped_log_prob(policy, 1.0),
+                clipped_policy=True,
+                q_function=trainer.target_q if ours else trainer.dare_target_q,
+                seed=0,
+            )
+            np.random.seed(1)
+            torch.manual_seed(1)
+            replay = ExchangedBuffer(source, trainer)
+            for _ in range(setup.updates):
+                if ours:
+                    dare_awac.step(trainer, source, config)
+                else:
+                    trainer.train(replay.sample(setup.rows))
+            trainers.append(trainer)
+        parts = ["actor", "critic_1", "critic_2", *awac.TARGETS]
+        results[name] = setup.compare(*trainers, parts)
+    return results
+
+
+DENSITY = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
+DARE_CAL_QL_SETTINGS = {
+    "dare_cal_ql patched, policy ratio": ({}, DENSITY),
+    "dare_cal_ql patched, antmaze, guided references": (
+        CQL_SETTINGS["antmaze"],
+        {
+            "behavior_width": 0.1,
+            "energy_batch_states": 16,
+            "support_actions": 4,
+            "reference_max_age": 3,
+        },
+    ),
+    "dare_cal_ql patched, soft, no cap": (
+        {},
+        {**DENSITY, "weights": "soft", "cap": None},
+    ),
+    "dare_cal_ql patched, weighted gap": (
+        {"cql_lagrange": True, "cql_target_action_gap": 0.8},
+        {**DENSITY, "lagrange_gap": "weighted"},
+    ),
+}
+
+
+def dare_cal_ql_cases(
+    patched, setup=WHOLE, settings=DARE_CAL_QL_SETTINGS
+) -> dict[str, Any]:
+    """Our DARE-Cal-QL against upstream's Cal-QL with our patch."""
     results = {}
     for name, (fields, dare) in settings.items():
         trainers = []
@@ -392,6 +456,7 @@ def dare_cal_ql_cases(patched, setup=WHOLE) -> dict[str, Any]:
                 env=TASK, batch_size=setup.rows, dare=block, **fields
             )
             trainer = cql_trainer(module, config)
+            trainer.dare = block
             trainer.switch_calibration()
             buffers = buffer_of(module, 0), buffer_of(module, 1)
             if module is dare_cal_ql:
@@ -450,6 +515,7 @@ def main() -> None:
         results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
         results.update(dare_iql_cases(patched_module(args.corl, "iql")))
         results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
+        results.update(dare_awac_cases(patched_module(args.corl, "awac")))
     lines = [
         f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "
         f"{machine.describe()['processor']}, torch {torch.__version__}, "

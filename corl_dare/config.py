@@ -122,6 +122,15 @@ class DareConfig:
     # returns: Q as if the dataset's returns spanned 1000; literal: Q as it is
     q_scale: str = "returns"
 
+    # What a field that names something may be.
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "score": SCORES,
+        "rule": RULES,
+        "weights": WEIGHTS,
+        "alignment": ALIGNMENTS,
+        "behavior": tuple(KINDS),
+        "q_scale": ("returns", "literal"),
+    }
     # Where a number may lie. Every field that is a number has an entry.
     RANGES: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("references", "sampler_steps", "support_actions"), "[1, 1e4]"),
@@ -140,15 +149,7 @@ class DareConfig:
         self._check_combinations()
 
     def _check_choices(self) -> None:
-        choices = {
-            "score": SCORES,
-            "rule": RULES,
-            "weights": WEIGHTS,
-            "alignment": ALIGNMENTS,
-            "behavior": tuple(KINDS),
-            "q_scale": ("returns", "literal"),
-        }
-        for field, allowed in choices.items():
+        for field, allowed in self.CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"dare.{field} must be one of {', '.join(allowed)}, "

@@ -64,6 +64,7 @@ PARTS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     # CORL's file with our patch.
     "dare_iql": (parity.dare_iql_cases, "finetune/iql.py"),
     "dare_cal_ql": (parity.dare_cal_ql_cases, "finetune/cal_ql.py"),
+    "dare_awac": (parity.dare_awac_cases, "finetune/awac.py"),
 }
 
 

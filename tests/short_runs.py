@@ -4,7 +4,16 @@ import pytest
 import torch
 import toy
 
-from algorithms import awac, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
 
@@ -80,6 +89,7 @@ DEFAULTS = {
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     awac: AWAC_FIELDS,
+    dare_awac: AWAC_FIELDS,
 }
 
 
@@ -123,6 +133,17 @@ def dare_block(kind, **fields):
 def cal_ql_block(**fields):
     """The block `dare:` of a short run of DARE-Cal-QL."""
     return dare_cal_ql.DareCalQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def cql_block(**fields):
+    """The block `dare:` of a short run of DARE-CQL."""
+    return dare_cql.DareCQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def awac_block(**fields):
+    """The block `dare:` of a short run of DARE-AWAC."""
+    known = {**SMALL, "entropy_alpha": 0.01, **DARE["policy_ratio"]}
+    return dare_awac.DareAWACConfig(**{**known, **fields})
 
 
 def td3_bc_block(**fields):

@@ -9,7 +9,16 @@ import torch
 from helpers import hard_release, make_hook
 from torch._dynamo.utils import counters
 
-from algorithms import awac, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl import compiled
 from corl_dare.exchange import exchange
 
@@ -66,6 +75,12 @@ CASES = {
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
+    "dare_awac": (dare_awac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
+    "dare_cql": (
+        dare_cql,
+        {"cql_n_actions": 3, "cql_lagrange": True},
+        (hard_release(B, B // 2),),
+    ),
     "dare_iql": (dare_iql, {"actor_lr": 1e-3}, (hard_release(B, B // 2),)),
     "dare_cal_ql": (
         dare_cal_ql,

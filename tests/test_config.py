@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_config import Block, Config, parse
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl.config import (
     NOTHING,
     ConfigError,
@@ -27,10 +38,10 @@ ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
 FAMILIES = {
     "iql": [iql, dare_iql],
-    "cql": [cql],
+    "cql": [cql, dare_cql],
     "cal_ql": [cal_ql, dare_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
-    "awac": [awac],
+    "awac": [awac, dare_awac],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -349,7 +360,7 @@ TD3_ARGUMENTS = {
 }
 ARGUMENTS = {
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
-    awac: {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2},
+    **dict.fromkeys(FAMILIES["awac"], {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2}),
     **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
 }
 
@@ -371,7 +382,7 @@ RATES = {
     **dict.fromkeys(
         FAMILIES["td3_bc"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
     ),
-    awac: ({"learning_rate": 0.2}, [0.2, 0.2, 0.2]),
+    **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
 }
 
 

@@ -13,7 +13,18 @@ from helpers import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl_dare.hook import Release
 
 S, A, B = 11, 3, 32
@@ -84,8 +95,8 @@ def updates():
 
     def conservative(module, **fields):
         trainer = make_trainer(module, cql_n_actions=2, **fields)
-        extra = [torch.randn(B, 1)] * (module is not cql)
-        release = [Release(torch.rand(B))] * (module is dare_cal_ql)
+        extra = [torch.randn(B, 1)] * (module in (cal_ql, dare_cal_ql))
+        release = [Release(torch.rand(B))] * (module in (dare_cql, dare_cal_ql))
         return lambda: trainer.train(batch() + extra, *release)
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
@@ -93,13 +104,15 @@ def updates():
     def actor_critic(module):
         trainer = make_trainer(module)
         trainer.total_it = 1  # the policy of TD3+BC learns in the second update
-        release = [Release(torch.rand(B))] * (module is dare_td3_bc)
+        release = [Release(torch.rand(B))] * (module in (dare_td3_bc, dare_awac))
         return lambda: trainer.train(batch(), *release)
 
     return {
         "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
         "awac": actor_critic(awac),
+        "dare_awac": actor_critic(dare_awac),
+        "dare_cql": conservative(dare_cql, **maze),
         "cql": conservative(cql),
         "cal_ql": conservative(cal_ql, **maze),
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
@@ -112,7 +125,7 @@ def updates():
 
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
-NAMES += ["td3_bc", "dare_td3_bc", "awac"]
+NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from short_runs import (
     assert_same_weights,
+    awac_block,
     cal_ql_block,
+    cql_block,
     dare_block,
     final_weights,
     folder_of,
@@ -16,7 +18,18 @@ from short_runs import (
     td3_bc_block,
 )
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl import curves
 from corl_dare import hook
 
@@ -48,18 +61,27 @@ def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
         assert summary["exchanges_mean"] == pytest.approx(np.mean(exchanged))
 
 
-@pytest.mark.parametrize("module", [cql, cal_ql, dare_cal_ql])
+BLOCKS = {
+    dare_cal_ql: cal_ql_block,
+    dare_cql: cql_block,
+    dare_td3_bc: td3_bc_block,
+    dare_awac: awac_block,
+}
+
+
+@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql])
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
-    dare = {"dare": cal_ql_block(cap=8), "log_freq": 5}
-    fields = dare if module is dare_cal_ql else {}
+    fields = {}
+    if module in BLOCKS:
+        fields = {"dare": BLOCKS[module](cap=8), "log_freq": 5}
     summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65, summary
     assert summary["score_final"] > 85, summary
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     online = [i for i, phase in enumerate(metrics["phase"]) if phase == "online"]
     assert len(online) >= 6
-    if module is dare_cal_ql:
+    if module in BLOCKS:
         exchanged = [float(metrics["exchanged"][i]) for i in online]
         assert 0 < max(exchanged) <= 8
 
@@ -76,9 +98,10 @@ def test_td3_bc_and_awac_learn_offline_and_online(
     assert metrics["phase"].count("online") >= 6 and summary["updates"] == 1000
 
 
-def test_dare_td3_bc_learns_and_exchanges(tmp_path, monkeypatch):
-    dare = td3_bc_block(cap=8)
-    summary = run(dare_td3_bc, tmp_path, monkeypatch, dare=dare, log_freq=10)
+@pytest.mark.parametrize("module", [dare_td3_bc, dare_awac])
+def test_their_dare_twins_learn_and_exchange(module, tmp_path, monkeypatch):
+    dare = BLOCKS[module](cap=8)
+    summary = run(module, tmp_path, monkeypatch, dare=dare, log_freq=10)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
     assert 0 < summary["exchanges_mean"] <= 8
 
@@ -129,10 +152,16 @@ def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
 
 
 @pytest.mark.parametrize("dare", [{"enabled": False}, {"cap": 0}])
-def test_off_means_equal_for_cal_ql(dare, tmp_path, monkeypatch):
-    """Off, or exchanging nothing with every weight 1: Cal-QL's numbers, bit for bit."""
+@pytest.mark.parametrize(
+    "baseline, module", [(cal_ql, dare_cal_ql), (cql, dare_cql), (awac, dare_awac)]
+)
+def test_off_means_equal_where_every_row_counts(
+    baseline, module, dare, tmp_path, monkeypatch
+):
+    """Off, or exchanging nothing with every weight 1: the baseline's numbers, bit for bit."""
     short = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
-    run(cal_ql, tmp_path / "a", monkeypatch, **short, n_episodes=1)
+    short["mixing_ratio"] = 0.5
+    run(baseline, tmp_path / "a", monkeypatch, **short, n_episodes=1)
     if "cap" in dare:
         sample = hook.DareHook.sample
 
@@ -143,12 +172,12 @@ def test_off_means_equal_for_cal_ql(dare, tmp_path, monkeypatch):
             return drawn._replace(release=ones)
 
         monkeypatch.setattr(hook.DareHook, "sample", all_ones)
-    block = cal_ql_block(behavior_updates=10, **dare)
-    run(dare_cal_ql, tmp_path / "b", monkeypatch, dare=block, **short, n_episodes=1)
+    block = BLOCKS[module](behavior_updates=10, **dare)
+    run(module, tmp_path / "b", monkeypatch, dare=block, **short, n_episodes=1)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("module", [cql, cal_ql, dare_cal_ql])
+@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, dare_awac])
 @pytest.mark.parametrize("stop_at", [20, 60])
 def test_stopped_and_resumed_equals_an_unbroken_run(
     module, stop_at, tmp_path, monkeypatch
@@ -156,8 +185,8 @@ def test_stopped_and_resumed_equals_an_unbroken_run(
     """Stopped offline, or online after the calibration's end; to the last bit."""
     fields = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
     fields.update(n_episodes=1, log_freq=10)
-    if module is dare_cal_ql:
-        fields["dare"] = cal_ql_block(behavior_updates=10)
+    if module in BLOCKS:
+        fields["dare"] = BLOCKS[module](behavior_updates=10)
     run(module, tmp_path / "a", monkeypatch, **fields)
     with monkeypatch.context() as patch:
         stop_after(stop_at, patch)

@@ -3,9 +3,20 @@
 import dataclasses
 
 import pytest
-from short_runs import CQL_FIELDS, FIELDS, SMALL, TD3_FIELDS, run
+from short_runs import CQL_FIELDS, DEFAULTS, SMALL, run
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl import finetune
 from corl.config import (
     ConfigError,
@@ -17,7 +28,7 @@ from corl.config import (
 )
 from corl_dare.config import PRESETS, DareConfig
 
-WITH_PRESETS = [dare_iql, dare_cal_ql, dare_td3_bc]
+WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc]
 BASELINES = [iql, cql, cal_ql, td3_bc, awac]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 
@@ -166,8 +177,7 @@ def started(tmp_path, monkeypatch, capsys):
             "energy_batch_states": 16,
             "support_actions": 4,
         }
-        own = {dare_iql: FIELDS, dare_cal_ql: CQL_FIELDS, dare_td3_bc: TD3_FIELDS}
-        values = {**own[module], **SHORT, **fields}
+        values = {**DEFAULTS.get(module, CQL_FIELDS), **SHORT, **fields}
         values.setdefault("dare", block(**dare))
         run(module, tmp_path, monkeypatch, **values)
         return capsys.readouterr().out

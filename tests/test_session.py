@@ -3,8 +3,10 @@
 import pytest
 from helpers import assert_equal
 from short_runs import (
+    awac_block,
     cal_ql_block,
     checkpoint_of,
+    cql_block,
     dare_block,
     folder_of,
     run,
@@ -12,7 +14,18 @@ from short_runs import (
     td3_bc_block,
 )
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl import curves, finetune
 
 SHORT = {
@@ -37,7 +50,15 @@ ONLINE = {
         dare_iql,
         {**IQL_ONLINE, "dare": dare_block("policy_ratio", behavior_updates=3)},
     ),
-    "cql": (cql, {"cql_alpha_online": 7.0}),
+    "cql": (cql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
+    "dare_cql": (
+        dare_cql,
+        {
+            "cql_alpha_online": 7.0,
+            "mixing_ratio": 0.25,
+            "dare": cql_block(behavior_updates=3),
+        },
+    ),
     "td3_bc": (
         td3_bc,
         {
@@ -60,6 +81,10 @@ ONLINE = {
         },
     ),
     "awac": (awac, {"mixing_ratio": 0.25}),
+    "dare_awac": (
+        dare_awac,
+        {"mixing_ratio": 0.25, "dare": awac_block(behavior_updates=3)},
+    ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
     "dare_cal_ql": (
         dare_cal_ql,

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_cql,
+    dare_iql,
+    dare_td3_bc,
+    iql,
+    td3_bc,
+)
 from corl.config import parse_config
 from corl.tasks import ANTMAZES, KINDS
 
@@ -41,18 +52,20 @@ ALONE = {"torch", "numpy", "safetensors", "tqdm"}
 REMOVED = {
     "iql.py": ['    name: str = "IQL"  # first part of the run folder\'s name'],
     "cal_ql.py": ['    name: str = "Cal-QL"  # first part of the run folder\'s name'],
+    "cql.py": ['    name: str = "CQL"  # first part of the run folder\'s name'],
+    "awac.py": ['    name: str = "AWAC"  # first part of the run folder\'s name'],
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
 }
 # The most lines that a DARE file may insert; 175 where nothing stands here.
-INSERTED = {"td3_bc.py": 63}
+INSERTED = {"td3_bc.py": 60, "awac.py": 100}
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 READERS = {  # folder of configs -> the files that read them
     "iql": (iql, dare_iql),
-    "cql": (cql,),
+    "cql": (cql, dare_cql),
     "cal_ql": (cal_ql, dare_cal_ql),
     "td3_bc": (td3_bc, dare_td3_bc),
-    "awac": (awac,),
+    "awac": (awac, dare_awac),
 }
 TABLE_1 = [
     *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),
@@ -252,7 +265,7 @@ def test_the_quick_start_that_a_long_run_names_is_there(module):
     assert (ROOT / module.TrainConfig.QUICK_START) in CONFIGS
 
 
-@pytest.mark.parametrize("algorithm", ["iql", "cal_ql"])
+@pytest.mark.parametrize("algorithm", ["iql", "cal_ql", "cql", "td3_bc", "awac"])
 def test_the_papers_guidance_scales_stand_in_the_configs(algorithm):
     """Table 7."""
     scale = {
@@ -299,7 +312,7 @@ def test_corls_values_of_td3_bc_and_awac_stand_in_the_configs():
         maze = config.env.startswith("antmaze")
         assert config.normalize and config.normalize_reward is maze
         assert (config.offline_iterations, config.online_iterations) == (10**6, 200_000)
-        if module is awac:
+        if path.parent.name == "awac":
             assert config.awac_lambda == (0.1 if maze else 0.3333)
         else:
             assert (config.alpha, config.policy_freq) == (2.5, 2)

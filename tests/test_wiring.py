@@ -279,7 +279,7 @@ def test_every_evaluation_starts_from_the_evaluation_seed(name, fields, recorded
     record = recorded(name, **fields)
     config = record.config
     # AWAC's upstream has a field of its own for that.
-    seed = config.seed if fields and name != "awac" else config.eval_seed
+    seed = config.seed if fields and "awac" not in name else config.eval_seed
     resets = record.of("reset", role="eval")
     rounds = (config.offline_iterations + config.online_iterations) // config.eval_freq
     assert [r.seed for r in resets] == [seed, None] * rounds

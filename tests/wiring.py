@@ -39,10 +39,12 @@ ALGORITHMS = {
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_iql": "algorithms.dare_iql",
     "dare_cal_ql": "algorithms.dare_cal_ql",
+    "dare_cql": "algorithms.dare_cql",
+    "dare_awac": "algorithms.dare_awac",
 }
-DARE = ("dare_iql", "dare_cal_ql", "dare_td3_bc")
+DARE = ("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac")
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -101,6 +103,7 @@ OWN = {
     "td3_bc": {"seed": 4},
     "awac": {"seed": 6},
     "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
+    "dare_awac": {"seed": 6},
 }
 COMMON_DARE = {
     "cap": 2,
@@ -491,7 +494,8 @@ def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
         if hasattr(actor, "log_std_offset"):
             value = actor.log_prob(states, actions)
         else:
-            normal = actor(states)
+            # AWAC's actor answers with samples.
+            normal = actor.policy(states) if hasattr(actor, "policy") else actor(states)
             if isinstance(normal, torch.Tensor):  # TD3: the noise of the exploration
                 std = record.config.expl_noise * MAX_ACTION
                 normal = torch.distributions.Normal(normal, std)

@@ -455,28 +455,21 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = make_trainer(config, *session.sizes, session.device)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
-
-        def hooked(config: TrainConfig) -> DareHook:
-            return prepare(
-                config.dare,
-                **session.facts(config),
-                **hook_arguments(trainer),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span()),
-                begin=False,
-            )
-
-        def estimated(other: TrainConfig) -> Tuple[DareHook, Any]:
-            hook = hooked(other)
-            return hook, lambda: step(trainer, hook, other)
-
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
-            source = hooked(config)
-            session.keep("hook", source)
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(config.env, session.return_span()),
+                ),
+            )
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
-            other=estimated if config.dare.enabled else None,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

@@ -875,7 +875,6 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                     q_scale=lambda: energy_q_scale(
                         config.env, session.return_span(), scale
                     ),
-                    begin=False,
                 ),
             )
         session.start(

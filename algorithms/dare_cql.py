@@ -819,29 +819,21 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         if config.load_model and config.compat:
             trainer.detach_multipliers()
         source = session.mixed
-
-        def hooked(config: TrainConfig) -> DareHook:
-            scale = config.reward_scale if config.normalize_reward else 1.0
-            return prepare(
-                config.dare,
-                **session.facts(config),
-                **hook_arguments(trainer),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span(), scale),
-                begin=False,
-            )
-
-        def estimated(other: TrainConfig) -> Tuple[DareHook, Any]:
-            hook = hooked(other)
-            return hook, lambda: step(trainer, hook, other)
-
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
-            source = hooked(config)
-            session.keep("hook", source)
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(config.env, session.return_span()),
+                ),
+            )
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
-            other=estimated if config.dare.enabled else None,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

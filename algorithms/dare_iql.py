@@ -614,7 +614,6 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                     **session.facts(config),
                     **hook_arguments(trainer),
                     q_scale=lambda: energy_q_scale(config.env, session.return_span()),
-                    begin=False,
                 ),
             )
 

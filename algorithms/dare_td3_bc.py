@@ -208,8 +208,7 @@ class TD3_BC:
         policy_freq: int = 2,
         alpha: float = 2.5,
         device: str = "cpu",
-        expl_noise: float = 0.1,
-        dare: Optional[NoisyDareConfig] = None,
+        policy_std: float = 0.1,
     ):
         self.actor, self.critic_1, self.critic_2 = actor, critic_1, critic_2
         self.actor_target, self.critic_1_target, self.critic_2_target = (
@@ -223,8 +222,7 @@ class TD3_BC:
         self.discount, self.tau, self.alpha = discount, tau, alpha
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
         self.policy_freq = policy_freq
-        dare = dare or NoisyDareConfig()
-        self.policy_std = dare.density_std(expl_noise) * max_action
+        self.policy_std = policy_std
         self.total_it = 0
         self.bc_weight = 1.0  # of the behavior cloning term; the online loop sets it
 
@@ -366,6 +364,7 @@ def make_trainer(
             device=device,
             policy_noise=config.policy_noise * max_action,
             noise_clip=config.noise_clip * max_action,
+            policy_std=config.dare.density_std(config.expl_noise) * max_action,
         ),
         max_action=max_action,
         actor=actor,
@@ -414,7 +413,6 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                     **session.facts(config),
                     **hook_arguments(trainer),
                     q_scale=lambda: energy_q_scale(config.env, session.return_span()),
-                    begin=False,
                 ),
             )
 

@@ -279,6 +279,8 @@ class Session:
             else None,
             "capture": Captured if captures else None,
             "bar": progress_bar,
+            # `start` begins what a part does first.
+            "begin": False,
         }
 
     def show(

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, spot, td3_bc
 from corl import arguments, d4rl_shim, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -296,6 +296,88 @@ def actor_critic_cases(ours, upstream, setup=WHOLE) -> dict[str, Any]:
     return results
 
 
+SPOT_PARTS = ["vae", "actor", "critic_1", "critic_2"]
+SPOT_PARTS += [f"{name}_target" for name in spot.WITH_TARGET]
+SPOT_SETTINGS = {
+    "antmaze": {"actor_init_w": 1e-3, "critic_init_w": 3e-3, "lambd": 0.25},
+    "no cooling, seldom policy updates": {
+        "lambd_cool": False,
+        "policy_freq": 3,
+        "beta": 2.0,
+        "vae_hidden_dim": 64,
+        "vae_latent_dim": 5,
+        "actor_lr": 3e-4,
+    },
+    "several samples": {"num_samples": 4, "lambd": 0.1, "lambd_end": 0.9},
+}
+
+
+def spot_trainer(module, config):
+    """A trainer of `module`; networks are built in the order of the upstream script."""
+    torch.manual_seed(0)
+    if hasattr(module, "make_trainer"):
+        return module.make_trainer(config, S, A, 1.0, "cpu")
+    networks = {
+        "vae": module.VAE(S, A, config.vae_latent_dim, 1.0, config.vae_hidden_dim),
+        "actor": module.Actor(S, A, 1.0, config.actor_init_w),
+    }
+    for name in ("critic_1", "critic_2"):
+        networks[name] = module.Critic(S, A, config.critic_init_w)
+    rates = {"vae": config.vae_lr, "actor": config.actor_lr}
+    parts = {
+        f"{name}_optimizer": torch.optim.Adam(
+            network.parameters(), lr=rates.get(name, config.qf_lr)
+        )
+        for name, network in networks.items()
+    }
+    known = inspect.signature(module.SPOT).parameters
+    fields = {k: getattr(config, k) for k in known if hasattr(config, k)}
+    fields.update(
+        max_action=1.0, device="cpu", max_online_steps=config.online_iterations
+    )
+    return module.SPOT(**networks, **parts, **fields)
+
+
+def spot_online(trainer, config):
+    """What upstream's script does at the switch to the online phase."""
+    trainer.is_online, trainer.discount = True, config.online_discount
+    for name, rate in (
+        ("actor", config.actor_lr),
+        ("critic_1", config.qf_lr),
+        ("critic_2", config.qf_lr),
+    ):
+        parameters = getattr(trainer, name).parameters()
+        setattr(trainer, f"{name}_optimizer", torch.optim.Adam(parameters, lr=rate))
+
+
+def spot_cases(upstream, setup=WHOLE) -> dict[str, Any]:
+    """The same for SPOT: updates of the VAE, then the offline and the online phase."""
+    results = {}
+    for name, fields in SPOT_SETTINGS.items():
+        config = spot.TrainConfig(
+            env=TASK, online_iterations=setup.updates, compat=True, **fields
+        )
+        trainers = []
+        for module in sides(spot, upstream):
+            trainer, buffer = spot_trainer(module, config), buffer_of(module, 0)
+            np.random.seed(1)
+            torch.manual_seed(1)
+            for _ in range(setup.updates // 2):
+                trainer.vae_train(buffer.sample(setup.rows))
+            first = setup.updates // 2
+            for step in range(setup.updates):
+                if step == first and module is spot:
+                    trainer.start_online(config.online_discount)
+                elif step == first:
+                    spot_online(trainer, config)
+                if step >= first and module is spot:
+                    trainer.lambd = config.lambd_after(step + 1 - first)
+                trainer.train(buffer.sample(setup.rows))
+            trainers.append(trainer)
+        results[f"spot, {name}"] = setup.compare(*trainers, SPOT_PARTS)
+    return results
+
+
 class EveryRow(hook.DareHook):
     """A hook that hides how many rows are kept.
 
@@ -448,6 +530,7 @@ def main() -> None:
         offline = load(upstream.parent / "offline/td3_bc.py")
         results.update(actor_critic_cases(td3_bc, offline))
         results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
+        results.update(spot_cases(load(upstream / "spot.py")))
         results.update(dare_iql_cases(patched_module(args.corl, "iql")))
         results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
     lines = [

@@ -43,7 +43,7 @@ OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
 CARRIED = (
     *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
-    "return_rule",
+    *("return_rule", "pretrained"),
 )
 # Files that grow row by row. A checkpoint knows what was in them.
 TABLES = ("metrics.csv", "evaluations.csv")
@@ -108,6 +108,7 @@ class Run:
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
+        self.pretrained = 0  # updates done before the first step, of `Session.pretrain`
         self.return_rule = rewards.return_rule(config)  # of the dataset's return range
         # Returns of the last evaluation of this process, and the updates before it.
         self.evaluated: tuple[np.ndarray, int] = (np.empty(0), 0)

@@ -4,7 +4,16 @@ import pytest
 import torch
 import toy
 
-from algorithms import awac, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    dare_cal_ql,
+    dare_iql,
+    dare_spot,
+    dare_td3_bc,
+    iql,
+    spot,
+    td3_bc,
+)
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
 
@@ -47,6 +56,15 @@ TD3_FIELDS = {
     "alpha": 2.5,
     "expl_noise": 0.1,
 }
+SPOT_FIELDS = {
+    **{k: v for k, v in TD3_FIELDS.items() if k != "alpha"},
+    "normalize_reward": False,
+    "online_discount": 0.8,
+    "vae_iterations": 300,
+    "vae_hidden_dim": 32,
+    "lambd": 0.3,
+    "actor_dropout": 0.05,
+}
 AWAC_FIELDS = {
     **{k: v for k, v in FIELDS.items() if not k.endswith("_lr") and k != "beta"},
     "seed": 0,
@@ -80,6 +98,8 @@ DEFAULTS = {
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     awac: AWAC_FIELDS,
+    spot: SPOT_FIELDS,
+    dare_spot: SPOT_FIELDS,
 }
 
 
@@ -125,8 +145,8 @@ def cal_ql_block(**fields):
     return dare_cal_ql.DareCalQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 
-def td3_bc_block(**fields):
-    """The block `dare:` of a short run of DARE-TD3+BC."""
+def noisy_block(**fields):
+    """The block `dare:` of a short run of DARE-TD3+BC or DARE-SPOT."""
     return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 

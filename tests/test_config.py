@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_config import Block, Config, parse
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_spot,
+    dare_td3_bc,
+    iql,
+    spot,
+    td3_bc,
+)
 from corl.config import (
     NOTHING,
     ConfigError,
@@ -31,6 +42,7 @@ FAMILIES = {
     "cal_ql": [cal_ql, dare_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
     "awac": [awac],
+    "spot": [spot, dare_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -347,7 +359,15 @@ TD3_ARGUMENTS = {
     "policy_freq": 3,
     "alpha": 1.5,
 }
+SPOT_ARGUMENTS = {
+    **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
+    "beta": 0.7,
+    "lambd": 0.3,
+    "num_samples": 2,
+    "iwae": True,
+}
 ARGUMENTS = {
+    **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
     awac: {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2},
     **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
@@ -370,6 +390,9 @@ RATES = {
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
     **dict.fromkeys(
         FAMILIES["td3_bc"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
+    ),
+    **dict.fromkeys(
+        FAMILIES["spot"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
     ),
     awac: ({"learning_rate": 0.2}, [0.2, 0.2, 0.2]),
 }

@@ -4,11 +4,22 @@ import inspect
 
 import pytest
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_spot,
+    dare_td3_bc,
+    iql,
+    spot,
+    td3_bc,
+)
 from corl import compiled, finetune
 
 IQL, FAMILY = [iql, dare_iql], [cql, cal_ql, dare_cal_ql]
-OTHERS = [td3_bc, dare_td3_bc, awac]
+OTHERS = [td3_bc, dare_td3_bc, awac, spot, dare_spot]
 ALL = [*IQL, *FAMILY, *OTHERS]
 MIXED = [iql, dare_iql, cal_ql, dare_cal_ql, *OTHERS]
 ARGUMENTS = {
@@ -35,6 +46,7 @@ NAMES = {
     **dict.fromkeys(IQL, IQL_CLASSES),
     **dict.fromkeys(FAMILY, CQL_CLASSES),
     **dict.fromkeys([td3_bc, dare_td3_bc], "Actor Critic TD3_BC"),
+    **dict.fromkeys([spot, dare_spot], "VAE Actor Critic SPOT"),
     awac: "Actor Critic AdvantageWeightedActorCritic",
 }
 

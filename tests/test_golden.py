@@ -19,6 +19,7 @@ TOLERANCES = {
     "iql": (1e-6, 1e-5),
     "td3_bc": (1e-6, 1e-5),
     "awac": (1e-6, 1e-5),
+    "spot": (1e-6, 1e-5),
     "dare_iql": (1e-6, 1e-5),
     "cql": (3e-4, 1e-2),
     "cal_ql": (3e-4, 1e-2),

@@ -13,7 +13,18 @@ from helpers import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_spot,
+    dare_td3_bc,
+    iql,
+    spot,
+    td3_bc,
+)
 from corl_dare.hook import Release
 
 S, A, B = 11, 3, 32
@@ -90,13 +101,22 @@ def updates():
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
 
-    def actor_critic(module):
-        trainer = make_trainer(module)
+    def actor_critic(module, **fields):
+        trainer = make_trainer(module, **fields)
         trainer.total_it = 1  # the policy of TD3+BC learns in the second update
-        release = [Release(torch.rand(B))] * (module is dare_td3_bc)
+        release = [Release(torch.rand(B))] * (module in (dare_td3_bc, dare_spot))
         return lambda: trainer.train(batch(), *release)
 
+    def vae():
+        trainer = make_trainer(spot)
+        return lambda: trainer.vae_train(batch())
+
+    dropout = {"actor_dropout": 0.1}
     return {
+        "spot": actor_critic(spot, **dropout),
+        "spot iwae": actor_critic(spot, iwae=True, num_samples=2),
+        "spot vae": vae(),
+        "dare_spot": actor_critic(dare_spot, **dropout),
         "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
         "awac": actor_critic(awac),
@@ -112,7 +132,7 @@ def updates():
 
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
-NAMES += ["td3_bc", "dare_td3_bc", "awac"]
+NAMES += ["td3_bc", "dare_td3_bc", "awac", "spot", "spot iwae", "spot vae", "dare_spot"]
 
 
 @pytest.mark.parametrize("name", NAMES)

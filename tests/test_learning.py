@@ -11,9 +11,9 @@ from short_runs import (
     dare_block,
     final_weights,
     folder_of,
+    noisy_block,
     run,
     stop_after,
-    td3_bc_block,
 )
 
 from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
@@ -77,7 +77,7 @@ def test_td3_bc_and_awac_learn_offline_and_online(
 
 
 def test_dare_td3_bc_learns_and_exchanges(tmp_path, monkeypatch):
-    dare = td3_bc_block(cap=8)
+    dare = noisy_block(cap=8)
     summary = run(dare_td3_bc, tmp_path, monkeypatch, dare=dare, log_freq=10)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
     assert 0 < summary["exchanges_mean"] <= 8
@@ -120,7 +120,7 @@ def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
         weight = torch.full_like(drawn.release.weight, RELEASED[bc_online])
         return drawn._replace(release=hook.Release(weight))
 
-    block = td3_bc_block(behavior_updates=5, enabled=bc_online is not None, cap=0)
+    block = noisy_block(behavior_updates=5, enabled=bc_online is not None, cap=0)
     run(td3_bc, tmp_path / "a", monkeypatch, bc_online=bc_online or "keep", **short)
     monkeypatch.setattr(hook.DareHook, "sample", constant)
     run(dare_td3_bc, tmp_path / "b", monkeypatch, dare=block, **short)

@@ -5,7 +5,18 @@ import dataclasses
 import pytest
 from short_runs import CQL_FIELDS, FIELDS, SMALL, run
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_spot,
+    dare_td3_bc,
+    iql,
+    spot,
+    td3_bc,
+)
 from corl import finetune
 from corl.config import (
     ConfigError,
@@ -19,8 +30,8 @@ from corl_dare.config import PRESETS, DareConfig
 
 # A long start of these names the presets, too.
 DARE = [dare_iql, dare_cal_ql]
-WITH_PRESETS = [*DARE, dare_td3_bc]
-BASELINES = [iql, cql, cal_ql, td3_bc, awac]
+WITH_PRESETS = [*DARE, dare_td3_bc, dare_spot]
+BASELINES = [iql, cql, cal_ql, td3_bc, awac, spot]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 
 

@@ -111,8 +111,8 @@ OWN = {
     "td3_bc": {"seed": 4},
     "awac": {"seed": 6},
     "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
-    "spot": {"normalize": True},
-    "dare_spot": {"normalize": True, "lambd_cool": False},
+    "spot": {"seed": 1, "normalize": True},
+    "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {
     "cap": 2,

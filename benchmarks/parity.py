@@ -23,7 +23,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, spot, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_spot,
+    iql,
+    spot,
+    td3_bc,
+)
 from corl import arguments, d4rl_shim, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -382,7 +392,8 @@ class EveryRow(hook.DareHook):
     """A hook that hides how many rows are kept.
 
     The patch of Cal-QL computes the conservative gap of every row. Ours may leave rows out and
-    would then draw other random actions, so here it computes all of them, too.
+    would then draw other random actions, so here it computes all of them, too. That of SPOT
+    computes the ELBO of every row, and a product of fewer rows may round otherwise.
     """
 
     def sample(self, batch_size):
@@ -447,6 +458,54 @@ def dare_iql_cases(patched, setup=WHOLE) -> dict[str, Any]:
                     trainer.train(replay.sample(setup.rows))
             trainers.append(trainer)
         results[name] = setup.compare(*trainers, ["qf", "q_target", "vf", "actor"])
+    return results
+
+
+def dare_spot_cases(patched, setup=WHOLE) -> dict[str, Any]:
+    """Our DARE-SPOT against upstream's SPOT with our patch."""
+    density = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
+    small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
+    settings = {
+        "dare_spot patched, policy ratio": {**density, "policy_std": 0.3},
+        "dare_spot patched, guided references": {**small, "reference_max_age": 3},
+        "dare_spot patched, soft, no cap": {**density, "weights": "soft", "cap": None},
+    }
+    results = {}
+    for name, fields in settings.items():
+        trainers = []
+        for module in sides(dare_spot, patched):
+            block = module.NoisyDareConfig(**fields)
+            config = dare_spot.TrainConfig(
+                env=TASK, batch_size=setup.rows, lambd=0.5, dare=block
+            )
+            trainer = spot_trainer(module, config)
+            if module is dare_spot:
+                parts = dare_spot.hook_arguments(trainer)
+            else:
+                std = block.density_std(config.expl_noise)
+                parts = {
+                    "policy_log_prob": hook.noisy_log_prob(trainer.actor, std, 1.0),
+                    "clipped_policy": True,
+                    "q_function": functools.partial(module.dare_target_q, trainer),
+                }
+            source = EveryRow(
+                buffer_of(module, 0),
+                buffer_of(module, 1),
+                config.dare,
+                behavior_of(block),
+                **parts,
+                seed=0,
+            )
+            np.random.seed(1)
+            torch.manual_seed(1)
+            replay = ExchangedBuffer(source, trainer)
+            for _ in range(setup.updates):
+                if module is dare_spot:
+                    dare_spot.step(trainer, source, config)
+                else:
+                    trainer.train(replay.sample(setup.rows))
+            trainers.append(trainer)
+        results[name] = setup.compare(*trainers, SPOT_PARTS)
     return results
 
 
@@ -532,6 +591,7 @@ def main() -> None:
         results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
         results.update(spot_cases(load(upstream / "spot.py")))
         results.update(dare_iql_cases(patched_module(args.corl, "iql")))
+        results.update(dare_spot_cases(patched_module(args.corl, "spot")))
         results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
     lines = [
         f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "

@@ -64,6 +64,7 @@ PARTS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "spot": (parity.spot_cases, "finetune/spot.py"),
     # CORL's file with our patch.
     "dare_iql": (parity.dare_iql_cases, "finetune/iql.py"),
+    "dare_spot": (parity.dare_spot_cases, "finetune/spot.py"),
     "dare_cal_ql": (parity.dare_cal_ql_cases, "finetune/cal_ql.py"),
 }
 

@@ -21,6 +21,7 @@ TOLERANCES = {
     "awac": (1e-6, 1e-5),
     "spot": (1e-6, 1e-5),
     "dare_iql": (1e-6, 1e-5),
+    "dare_spot": (1e-6, 1e-5),
     "cql": (3e-4, 1e-2),
     "cal_ql": (3e-4, 1e-2),
     "dare_cal_ql": (3e-4, 1e-2),

@@ -30,7 +30,9 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_iql,
+    dare_spot,
     iql,
+    spot,
     td3_bc,
 )
 from corl import arguments, d4rl_shim, machine
@@ -305,11 +307,94 @@ def actor_critic_cases(ours, upstream, setup=WHOLE) -> dict[str, Any]:
     return results
 
 
+SPOT_PARTS = ["vae", "actor", "critic_1", "critic_2"]
+SPOT_PARTS += [f"{name}_target" for name in spot.WITH_TARGET]
+SPOT_SETTINGS = {
+    "antmaze": {"actor_init_w": 1e-3, "critic_init_w": 3e-3, "lambd": 0.25},
+    "no cooling, seldom policy updates": {
+        "lambd_cool": False,
+        "policy_freq": 3,
+        "beta": 2.0,
+        "vae_hidden_dim": 64,
+        "vae_latent_dim": 5,
+        "actor_lr": 3e-4,
+    },
+    "several samples": {"num_samples": 4, "lambd": 0.1, "lambd_end": 0.9},
+}
+
+
+def spot_trainer(module, config):
+    """A trainer of `module`; networks are built in the order of the upstream script."""
+    torch.manual_seed(0)
+    if hasattr(module, "make_trainer"):
+        return module.make_trainer(config, S, A, 1.0, "cpu")
+    networks = {
+        "vae": module.VAE(S, A, config.vae_latent_dim, 1.0, config.vae_hidden_dim),
+        "actor": module.Actor(S, A, 1.0, config.actor_init_w),
+    }
+    for name in ("critic_1", "critic_2"):
+        networks[name] = module.Critic(S, A, config.critic_init_w)
+    rates = {"vae": config.vae_lr, "actor": config.actor_lr}
+    parts = {
+        f"{name}_optimizer": torch.optim.Adam(
+            network.parameters(), lr=rates.get(name, config.qf_lr)
+        )
+        for name, network in networks.items()
+    }
+    known = inspect.signature(module.SPOT).parameters
+    fields = {k: getattr(config, k) for k in known if hasattr(config, k)}
+    fields.update(
+        max_action=1.0, device="cpu", max_online_steps=config.online_iterations
+    )
+    return module.SPOT(**networks, **parts, **fields)
+
+
+def spot_online(trainer, config):
+    """What upstream's script does at the switch to the online phase."""
+    trainer.is_online, trainer.discount = True, config.online_discount
+    for name, rate in (
+        ("actor", config.actor_lr),
+        ("critic_1", config.qf_lr),
+        ("critic_2", config.qf_lr),
+    ):
+        parameters = getattr(trainer, name).parameters()
+        setattr(trainer, f"{name}_optimizer", torch.optim.Adam(parameters, lr=rate))
+
+
+def spot_cases(upstream, setup=WHOLE) -> dict[str, Any]:
+    """The same for SPOT: updates of the VAE, then the offline and the online phase."""
+    results = {}
+    for name, fields in SPOT_SETTINGS.items():
+        config = spot.TrainConfig(
+            env=TASK, online_iterations=setup.updates, compat=True, **fields
+        )
+        trainers = []
+        for module in sides(spot, upstream):
+            trainer, buffer = spot_trainer(module, config), buffer_of(module, 0)
+            np.random.seed(1)
+            torch.manual_seed(1)
+            for _ in range(setup.updates // 2):
+                trainer.vae_train(buffer.sample(setup.rows))
+            first = setup.updates // 2
+            for step in range(setup.updates):
+                if step == first and module is spot:
+                    trainer.start_online(config.online_discount)
+                elif step == first:
+                    spot_online(trainer, config)
+                if step >= first and module is spot:
+                    trainer.lambd = config.lambd_after(step + 1 - first)
+                trainer.train(buffer.sample(setup.rows))
+            trainers.append(trainer)
+        results[f"spot, {name}"] = setup.compare(*trainers, SPOT_PARTS)
+    return results
+
+
 class EveryRow(hook.DareHook):
     """A hook that hides how many rows are kept.
 
     The patch of Cal-QL computes the conservative gap of every row. Ours may leave rows out and
-    would then draw other random actions, so here it computes all of them, too.
+    would then draw other random actions, so here it computes all of them, too. That of SPOT
+    computes the ELBO of every row, and a product of fewer rows may round otherwise.
     """
 
     def sample(self, batch_size):
@@ -374,6 +459,54 @@ def dare_iql_cases(patched, setup=WHOLE) -> dict[str, Any]:
                     trainer.train(replay.sample(setup.rows))
             trainers.append(trainer)
         results[name] = setup.compare(*trainers, ["qf", "q_target", "vf", "actor"])
+    return results
+
+
+def dare_spot_cases(patched, setup=WHOLE) -> dict[str, Any]:
+    """Our DARE-SPOT against upstream's SPOT with our patch."""
+    density = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
+    small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
+    settings = {
+        "dare_spot patched, policy ratio": {**density, "policy_std": 0.3},
+        "dare_spot patched, guided references": {**small, "reference_max_age": 3},
+        "dare_spot patched, soft, no cap": {**density, "weights": "soft", "cap": None},
+    }
+    results = {}
+    for name, fields in settings.items():
+        trainers = []
+        for module in sides(dare_spot, patched):
+            block = module.NoisyDareConfig(**fields)
+            config = dare_spot.TrainConfig(
+                env=TASK, batch_size=setup.rows, lambd=0.5, dare=block
+            )
+            trainer = spot_trainer(module, config)
+            if module is dare_spot:
+                parts = dare_spot.hook_arguments(trainer)
+            else:
+                std = block.density_std(config.expl_noise)
+                parts = {
+                    "policy_log_prob": hook.noisy_log_prob(trainer.actor, std, 1.0),
+                    "clipped_policy": True,
+                    "q_function": functools.partial(module.dare_target_q, trainer),
+                }
+            source = EveryRow(
+                buffer_of(module, 0),
+                buffer_of(module, 1),
+                config.dare,
+                behavior_of(block),
+                **parts,
+                seed=0,
+            )
+            np.random.seed(1)
+            torch.manual_seed(1)
+            replay = ExchangedBuffer(source, trainer)
+            for _ in range(setup.updates):
+                if module is dare_spot:
+                    dare_spot.step(trainer, source, config)
+                else:
+                    trainer.train(replay.sample(setup.rows))
+            trainers.append(trainer)
+        results[name] = setup.compare(*trainers, SPOT_PARTS)
     return results
 
 
@@ -513,7 +646,9 @@ def main() -> None:
         offline = load(upstream.parent / "offline/td3_bc.py")
         results.update(actor_critic_cases(td3_bc, offline))
         results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
+        results.update(spot_cases(load(upstream / "spot.py")))
         results.update(dare_iql_cases(patched_module(args.corl, "iql")))
+        results.update(dare_spot_cases(patched_module(args.corl, "spot")))
         results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
         results.update(dare_awac_cases(patched_module(args.corl, "awac")))
     lines = [

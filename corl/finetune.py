@@ -78,6 +78,20 @@ LONG = 3 * 3600
 COLUMNS = ("train_return", "train_score", "train_length", "success_rate", "regret")
 
 
+class Pretraining(NamedTuple):
+    """What learns before the offline phase, on the dataset.
+
+    Attributes:
+        name: shown while it runs.
+        updates: how many it makes.
+        update: makes one; returns its losses, numbers or 0-d tensors.
+    """
+
+    name: str
+    updates: int
+    update: Callable[[], Dict[str, Any]]
+
+
 class Sizes(NamedTuple):
     """What a network has to know of a task."""
 
@@ -105,6 +119,7 @@ class Session:
         with Session(config, __file__, COLUMNS) as session:
             trainer = session.keep("trainer", make_trainer(...), loads=CHECKPOINT_PARTS)
             session.start(offline=..., online=...)
+            session.pretrain(...)
             for _ in session.offline(trainer.actor):
                 session.log(...)
             session.switch(...)
@@ -154,6 +169,7 @@ class Session:
         # Makes the part that presets differ in, and updates with it.
         self._make: Optional[Callable[[Any], Any]] = None
         self._other: Optional[Other] = None
+        self._pretraining: Optional[Pretraining] = None
         self._presets: Dict[str, float] = {}  # estimated seconds with other presets
 
     def __enter__(self) -> "Session":
@@ -311,6 +327,7 @@ class Session:
         estimate: bool = True,
         period: int = 1,
         other: Optional[Other] = None,
+        pretraining: Optional[Pretraining] = None,
     ) -> None:
         """Say how long the run will take, do what parts do first, go on from a checkpoint.
 
@@ -322,9 +339,11 @@ class Session:
                 a delayed actor. The trial is made of whole periods.
             other: an online update with a part that `make` made of another preset's config. A
                 long run names the presets that make it shorter.
+            pretraining: what `pretrain` will be given; here it counts for the time alone.
         """
         if estimate:
             self._period, self._other = period, other
+            self._pretraining = pretraining
             self._announce(self._estimate(offline, online))
         for part in self._parts.values():
             if hasattr(part, "begin"):
@@ -351,10 +370,13 @@ class Session:
         snapshot = Snapshot(self._parts.values(), (*untouched, self._evaluator))
         with self._lent_rows():
             seconds = self._seconds_of_parts(list(self._parts.values()))
+            before = self._seconds_of_pretraining()
             each = {k: self._seconds_per_call(updates[k]) for k in left if left[k]}
             seconds.update({phase: left[phase] * each[phase] for phase in each})
+            seconds = {**before, **seconds}
             if sum(seconds.values()) > LONG:
-                self._estimate_presets(seconds.get("offline", 0.0), left["online"])
+                same = sum(before.values()) + seconds.get("offline", 0.0)
+                self._estimate_presets(same, left["online"])
         snapshot.restore()
         self._watch = pace.RateWatch(each, self.config.threads)
         return seconds
@@ -371,6 +393,16 @@ class Session:
                 each = self._seconds_per_call(partial(update, part, config))
                 seconds.append(updates * each)
             self._presets[name] = sum(seconds)
+
+    def _seconds_of_pretraining(self) -> Dict[str, float]:
+        """Its name -> its seconds, where some of it is left."""
+        if self._pretraining is None or self.run.step:
+            return {}
+        left = self._pretraining.updates - self.run.pretrained
+        if left <= 0:
+            return {}
+        each = self._seconds_per_call(self._pretraining.update)
+        return {self._pretraining.name: left * each}
 
     def _seconds_of_parts(self, parts: Sequence[Any]) -> Dict[str, float]:
         """What parts do before the first step, and before the first online one."""
@@ -436,6 +468,37 @@ class Session:
     def should_stop(self) -> bool:
         """Has somebody asked the run to stop?"""
         return self.run.stop_requested
+
+    def pretrain(self, pretraining: Pretraining) -> None:
+        """Make the updates that are left before the offline phase, none after its first step.
+
+        What they change must be in the parts' `state_dict`. It is saved every `eval_freq`
+        updates and where somebody asks to stop, and a resumed run goes on from there.
+
+        Raises:
+            FloatingPointError: a loss or a weight is not finite.
+        """
+        name, last, update = pretraining
+        run, config, losses = self.run, self.config, {}
+        if run.step or run.pretrained >= last:
+            return
+        with progress_bar(desc=name, initial=run.pretrained, total=last) as bar:
+            while run.pretrained < last and not run.stop_requested:
+                run.current = name, run.pretrained + 1
+                losses = update()
+                run.pretrained += 1
+                done = run.pretrained == last
+                if done or run.pretrained % config.log_freq == 0:
+                    losses = run.read(losses)
+                    shown = {k: f"{v:.4f}" for k, v in losses.items()}
+                    bar.set_postfix(shown, refresh=False)
+                bar.update()
+                if done or run.pretrained % config.eval_freq == 0:
+                    self.save()
+        if run.pretrained == last:
+            found = ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
+            run.print(f"{name}: {last} updates, {found}")
+        run.current = None
 
     def offline(self, actor: Actor) -> Iterator[int]:
         """The offline steps that are left, one update each; `actor` is evaluated."""

@@ -61,8 +61,10 @@ PARTS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "cal_ql": (partial(parity.cql_cases, cal_ql), "finetune/cal_ql.py"),
     "td3_bc": (partial(parity.actor_critic_cases, td3_bc), "offline/td3_bc.py"),
     "awac": (partial(parity.actor_critic_cases, awac), "finetune/awac.py"),
+    "spot": (parity.spot_cases, "finetune/spot.py"),
     # CORL's file with our patch.
     "dare_iql": (parity.dare_iql_cases, "finetune/iql.py"),
+    "dare_spot": (parity.dare_spot_cases, "finetune/spot.py"),
     "dare_cal_ql": (parity.dare_cal_ql_cases, "finetune/cal_ql.py"),
     "dare_awac": (parity.dare_awac_cases, "finetune/awac.py"),
 }

@@ -318,8 +318,84 @@ if dare_hook is not None:
     )
 
 
+def spot_patch() -> Patch:
+    setup = """
+dare_online_buffer = ReplayBuffer(
+    state_dim, action_dim, config.buffer_size, config.device
+)
+dare_std = config.dare.density_std(config.expl_noise) * max_action
+dare_hook = dare_for_corl(
+    config,
+    trainer,
+    replay_buffer,
+    dare_online_buffer,
+    dataset=dataset,
+    return_range=return_reward_range(dataset, max_steps),
+    state_mean=state_mean,
+    state_std=state_std,
+    policy_log_prob=noisy_log_prob(trainer.actor, dare_std, max_action),
+    clipped_policy=True,
+    q_function=lambda s, a: dare_target_q(trainer, s, a),
+)
+"""
+    function = """
+def dare_target_q(trainer, observations, actions):
+    return torch.minimum(
+        trainer.critic_1_target(observations, actions),
+        trainer.critic_2_target(observations, actions),
+    ).squeeze(-1)
+"""
+    return Patch(
+        "algorithms/finetune/spot.py",
+        "5a26ab30855e4da0af37fcb9d6bb52e5724f0c83146ffb4a68ed64454928c6d6",
+        {
+            19: "import dataclasses\n\n"
+            "from corl_dare.config import NoisyDareConfig\n"
+            "from corl_dare.hook import noisy_log_prob\n"
+            "from corl_dare.upstream import ExchangedBuffer, dare_for_corl\n",
+            69: code(
+                "dare: NoisyDareConfig = dataclasses.field(default_factory=NoisyDareConfig)",
+                1,
+            ),
+            71: code(
+                """
+if self.dare.enabled and self.lambd_cool:
+    raise ValueError(
+        "lambd_cool true and dare would both release the support constraint; set "
+        "lambd_cool to false, or dare.enabled to false"
+    )
+""",
+                2,
+            ),
+            458: code(function, 0) + "\n\n",
+            518: code("self.dare, self.dare_release = None, None", 2),
+            625: code(
+                """
+if self.dare_release is not None:
+    neg_log_beta = self.dare_release.weight * neg_log_beta
+""",
+                3,
+            ),
+            791: "\n" + code(setup, 1),
+            828: code(
+                """
+if dare_hook is not None:
+    dare_hook.pretrain()
+    replay_buffer = ExchangedBuffer(dare_hook, trainer)
+""",
+                3,
+            ),
+        },
+    )
+
+
 def patches() -> dict[str, Patch]:
-    return {"iql": iql_patch(), "cal_ql": cal_ql_patch(), "awac": awac_patch()}
+    return {
+        "iql": iql_patch(),
+        "cal_ql": cal_ql_patch(),
+        "awac": awac_patch(),
+        "spot": spot_patch(),
+    }
 
 
 def render(patch: Patch) -> str:

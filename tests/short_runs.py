@@ -10,8 +10,10 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl import finetune, runs
@@ -56,6 +58,15 @@ TD3_FIELDS = {
     "alpha": 2.5,
     "expl_noise": 0.1,
 }
+SPOT_FIELDS = {
+    **{k: v for k, v in TD3_FIELDS.items() if k != "alpha"},
+    "normalize_reward": False,
+    "online_discount": 0.8,
+    "vae_iterations": 300,
+    "vae_hidden_dim": 32,
+    "lambd": 0.3,
+    "actor_dropout": 0.05,
+}
 AWAC_FIELDS = {
     **{k: v for k, v in FIELDS.items() if not k.endswith("_lr") and k != "beta"},
     "seed": 0,
@@ -90,6 +101,8 @@ DEFAULTS = {
     dare_td3_bc: TD3_FIELDS,
     awac: AWAC_FIELDS,
     dare_awac: AWAC_FIELDS,
+    spot: SPOT_FIELDS,
+    dare_spot: SPOT_FIELDS,
 }
 
 
@@ -146,8 +159,8 @@ def awac_block(**fields):
     return dare_awac.DareAWACConfig(**{**known, **fields})
 
 
-def td3_bc_block(**fields):
-    """The block `dare:` of a short run of DARE-TD3+BC."""
+def noisy_block(**fields):
+    """The block `dare:` of a short run of DARE-TD3+BC or DARE-SPOT."""
     return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 

@@ -15,8 +15,10 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl import compiled
@@ -66,14 +68,17 @@ def train(trainer, module, skip, count, arguments=()):
     return logs
 
 
-GRAPHS = {"td3_bc": 2, "dare_td3_bc": 2}  # with an update of the policy, and without
+DELAYED = ("td3_bc", "dare_td3_bc", "spot", "dare_spot")
+GRAPHS = dict.fromkeys(DELAYED, 2)  # with an update of the policy, and without
 # Where a gradient is as small as Adam's epsilon, rounding is a part of the step (3e-4): seven of
 # the policy's 65536 weights in one layer are such.
-TOLERANCE = {"td3_bc": 6e-5, "dare_td3_bc": 6e-5}
+TOLERANCE = dict.fromkeys(DELAYED, 6e-5)
 CASES = {
     "iql": (iql, {}, ()),
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
+    "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
+    "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
     "dare_awac": (dare_awac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
     "dare_cql": (

@@ -20,8 +20,10 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl.config import (
@@ -42,6 +44,7 @@ FAMILIES = {
     "cal_ql": [cal_ql, dare_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
     "awac": [awac, dare_awac],
+    "spot": [spot, dare_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -358,7 +361,15 @@ TD3_ARGUMENTS = {
     "policy_freq": 3,
     "alpha": 1.5,
 }
+SPOT_ARGUMENTS = {
+    **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
+    "beta": 0.7,
+    "lambd": 0.3,
+    "num_samples": 2,
+    "iwae": True,
+}
 ARGUMENTS = {
+    **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
     **dict.fromkeys(FAMILIES["awac"], {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2}),
     **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
@@ -383,6 +394,9 @@ RATES = {
         FAMILIES["td3_bc"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
     ),
     **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
+    **dict.fromkeys(
+        FAMILIES["spot"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
+    ),
 }
 
 

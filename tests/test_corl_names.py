@@ -12,14 +12,16 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl import compiled, finetune
 
 IQL, FAMILY = [iql, dare_iql], [cql, dare_cql, cal_ql, dare_cal_ql]
-OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac]
+OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, spot, dare_spot]
 ALL = [*IQL, *FAMILY, *OTHERS]
 ARGUMENTS = {
     "ReplayBuffer": "state_dim action_dim buffer_size device",
@@ -46,6 +48,7 @@ NAMES = {
     **dict.fromkeys(FAMILY, CQL_CLASSES),
     **dict.fromkeys([td3_bc, dare_td3_bc], "Actor Critic TD3_BC"),
     **dict.fromkeys([awac, dare_awac], "Actor Critic AdvantageWeightedActorCritic"),
+    **dict.fromkeys([spot, dare_spot], "VAE Actor Critic SPOT"),
 }
 
 

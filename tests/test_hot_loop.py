@@ -21,8 +21,10 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl_dare.hook import Release
@@ -101,13 +103,23 @@ def updates():
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
 
-    def actor_critic(module):
-        trainer = make_trainer(module)
+    def actor_critic(module, **fields):
+        trainer = make_trainer(module, **fields)
         trainer.total_it = 1  # the policy of TD3+BC learns in the second update
-        release = [Release(torch.rand(B))] * (module in (dare_td3_bc, dare_awac))
+        twins = (dare_td3_bc, dare_awac, dare_spot)
+        release = [Release(torch.rand(B))] * (module in twins)
         return lambda: trainer.train(batch(), *release)
 
+    def vae():
+        trainer = make_trainer(spot)
+        return lambda: trainer.vae_train(batch())
+
+    dropout = {"actor_dropout": 0.1}
     return {
+        "spot": actor_critic(spot, **dropout),
+        "spot iwae": actor_critic(spot, iwae=True, num_samples=2),
+        "spot vae": vae(),
+        "dare_spot": actor_critic(dare_spot, **dropout),
         "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
         "awac": actor_critic(awac),
@@ -126,6 +138,7 @@ def updates():
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
+NAMES += ["spot", "spot iwae", "spot vae", "dare_spot"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,9 +13,9 @@ from short_runs import (
     dare_block,
     final_weights,
     folder_of,
+    noisy_block,
     run,
     stop_after,
-    td3_bc_block,
 )
 
 from algorithms import (
@@ -64,7 +64,7 @@ def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
 BLOCKS = {
     dare_cal_ql: cal_ql_block,
     dare_cql: cql_block,
-    dare_td3_bc: td3_bc_block,
+    dare_td3_bc: noisy_block,
     dare_awac: awac_block,
 }
 
@@ -143,7 +143,7 @@ def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
         weight = torch.full_like(drawn.release.weight, RELEASED[bc_online])
         return drawn._replace(release=hook.Release(weight))
 
-    block = td3_bc_block(behavior_updates=5, enabled=bc_online is not None, cap=0)
+    block = noisy_block(behavior_updates=5, enabled=bc_online is not None, cap=0)
     run(td3_bc, tmp_path / "a", monkeypatch, bc_online=bc_online or "keep", **short)
     monkeypatch.setattr(hook.DareHook, "sample", constant)
     run(dare_td3_bc, tmp_path / "b", monkeypatch, dare=block, **short)

@@ -13,8 +13,10 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl import finetune
@@ -28,8 +30,8 @@ from corl.config import (
 )
 from corl_dare.config import PRESETS, DareConfig
 
-WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc]
-BASELINES = [iql, cql, cal_ql, td3_bc, awac]
+WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_spot]
+BASELINES = [iql, cql, cal_ql, td3_bc, awac, spot]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 
 

@@ -9,9 +9,9 @@ from short_runs import (
     cql_block,
     dare_block,
     folder_of,
+    noisy_block,
     run,
     stop_after,
-    td3_bc_block,
 )
 
 from algorithms import (
@@ -22,8 +22,10 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl import curves, finetune
@@ -42,6 +44,14 @@ IQL_ONLINE = {
     "actor_lr_online": 1e-2,
     "expl_noise": 0.9,
     "noise_clip": 0.1,
+}
+SPOT_ONLINE = {
+    "mixing_ratio": 0.25,
+    "expl_noise": 0.9,
+    "lambd_cool": True,
+    "lambd_end": 0.5,
+    "lambd_cool_steps": 5,
+    "online_discount": 0.7,
 }
 # Fields of the online phase and other values for them.
 ONLINE = {
@@ -77,8 +87,13 @@ ONLINE = {
             "bc_online": "keep",
             "bc_end": 0.2,
             "bc_anneal_steps": 5,
-            "dare": td3_bc_block(behavior_updates=3),
+            "dare": noisy_block(behavior_updates=3),
         },
+    ),
+    "spot": (spot, SPOT_ONLINE),
+    "dare_spot": (
+        dare_spot,
+        {**SPOT_ONLINE, "lambd_cool": False, "dare": noisy_block(behavior_updates=3)},
     ),
     "awac": (awac, {"mixing_ratio": 0.25}),
     "dare_awac": (

@@ -36,13 +36,18 @@ ALGORITHMS = {
     "cal_ql": "algorithms.cal_ql",
     "td3_bc": "algorithms.td3_bc",
     "awac": "algorithms.awac",
+    "spot": "algorithms.spot",
+    "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_iql": "algorithms.dare_iql",
     "dare_cal_ql": "algorithms.dare_cal_ql",
     "dare_cql": "algorithms.dare_cql",
     "dare_awac": "algorithms.dare_awac",
 }
-DARE = ("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac")
+DARE = (
+    *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
+    *("dare_spot",),
+)
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
 CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
@@ -92,6 +97,14 @@ COMMON = {
     "bc_online": "anneal",
     "bc_end": 0.3,
     "bc_anneal_steps": 10,
+    # SPOT
+    "vae_iterations": 4,
+    "vae_hidden_dim": 16,
+    "lambd": 0.7,
+    "lambd_cool": True,
+    "lambd_end": 0.4,
+    "lambd_cool_steps": 10,
+    "online_discount": 0.8,
     # AWAC
     "hidden_dim": 32,
     "learning_rate": 2e-3,
@@ -104,6 +117,8 @@ OWN = {
     "awac": {"seed": 6},
     "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
     "dare_awac": {"seed": 6},
+    "spot": {"seed": 1, "normalize": True},
+    "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {
     "cap": 2,
@@ -393,6 +408,8 @@ def watch_trainer(trainer: Any, record: Record) -> None:
             rate=trainer.actor_optimizer.param_groups[0]["lr"],
             cql_alpha=getattr(trainer, "cql_alpha", None),
             bc_weight=getattr(trainer, "bc_weight", None),
+            lambd=getattr(trainer, "lambd", None),
+            discount=trainer.discount,
             calibrated=getattr(trainer, "_calibration_enabled", None),
             actor_training=actor.training,
             stream=stream_of(trainer),

@@ -160,8 +160,7 @@ class TrainConfig(FinetuneConfig):
         if self.dare.enabled:
             if self.lambd_cool:
                 raise ValueError(
-                    "lambd_cool true and dare would both release the support constraint; leave "
-                    "lambd_cool out, or set dare.enabled to false"
+                    "lambd_cool true and dare would both release; leave lambd_cool out"
                 )
             self.lambd_cool, self.mixing_ratio = False, self.mixing_ratio or 0.5
             self.dare.density_std(self.expl_noise)
@@ -323,8 +322,7 @@ class SPOT:
         num_samples: int = 1,
         iwae: bool = False,
         device: str = "cpu",
-        expl_noise: float = 0.1,
-        dare: Optional[NoisyDareConfig] = None,
+        policy_std: float = 0.1,
     ):
         self.actor, self.critic_1, self.critic_2 = actor, critic_1, critic_2
         self.actor_target, self.critic_1_target, self.critic_2_target = (
@@ -340,8 +338,7 @@ class SPOT:
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
         self.policy_freq = policy_freq
         self.beta, self.num_samples, self.iwae = beta, num_samples, iwae
-        dare = dare or NoisyDareConfig()
-        self.policy_std = dare.density_std(expl_noise) * max_action
+        self.policy_std = policy_std
         # Updates of the VAE count, too, as upstream.
         self.total_it = 0
         self.lambd = lambd  # weight of the support constraint; the online loop sets it
@@ -568,6 +565,7 @@ def make_trainer(
             device=device,
             policy_noise=config.policy_noise * max_action,
             noise_clip=config.noise_clip * max_action,
+            policy_std=config.dare.density_std(config.expl_noise) * max_action,
         ),
         max_action=max_action,
         actor=actor,
@@ -589,9 +587,9 @@ def make_trainer(
 
 def hook_arguments(trainer: SPOT) -> Dict[str, Any]:
     """What the hook needs of the trainer: the log-density of its policy, and its Q."""
-    policy, std, bound = trainer.actor.executed, trainer.policy_std, trainer.max_action
+    width = trainer.policy_std, trainer.max_action
     return {
-        "policy_log_prob": noisy_log_prob(policy, std, bound),
+        "policy_log_prob": noisy_log_prob(trainer.actor.executed, *width),
         "clipped_policy": True,
         "q_function": trainer.target_q,
     }
@@ -614,14 +612,15 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
-            source = prepare(
-                config.dare,
-                **session.facts(),
-                **hook_arguments(trainer),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span()),
-                begin=False,
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(config.env, session.return_span()),
+                ),
             )
-            session.keep("hook", source)
 
         def explore(action: np.ndarray) -> np.ndarray:
             bounds = config.expl_noise, config.noise_clip
@@ -637,6 +636,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             online=lambda: step(trainer, source, config),
             period=config.policy_freq,
             pretraining=vae,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         session.pretrain(vae)
         for _ in session.offline(trainer.actor):

@@ -125,7 +125,11 @@ class ReplayBuffer:
         mc_return = 0.0 if self._compat else -math.inf
         row: Tuple[Any, ...] = (state, action, reward, next_state, done, mc_return)
         for field, value in zip(self._storage(), row, strict=False):
-            field[self._pointer] = self._to_tensor(value)
+            if field.is_cpu:
+                # The same memory and rounding, without torch's indexing.
+                field.numpy()[self._pointer] = value
+            else:
+                field[self._pointer] = self._to_tensor(value)
         self._pointer = (self._pointer + 1) % self._buffer_size
         self._size = min(self._size + 1, self._buffer_size)
 

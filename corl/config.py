@@ -88,6 +88,7 @@ class FinetuneConfig:
     # Not in CORL
     utd: int = 1  # updates per environment step online
     online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
+    eval_together: bool = False  # episodes side by side: faster, other float32 rounding
     compat: bool = False  # reproduce upstream's known faults (see the file header)
     dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
     dataset_path: Optional[str] = None  # dataset file (or minari id) to use
@@ -171,6 +172,7 @@ class FinetuneConfig:
                 raise ValueError(
                     f"{field} {getattr(self, field)!r} is not one of {', '.join(allowed)}"
                 )
+        self._check_eval_together()
         try:
             tasks.task(self.env)
         except ValueError as error:
@@ -181,6 +183,18 @@ class FinetuneConfig:
                 raise ValueError(f"{field} must be {AUTO} or {kind}, not {value!r}")
         if self.compile is True:
             compiled.check(self.device)
+
+    def _check_eval_together(self) -> None:
+        if self.eval_together and self.compat:
+            raise ValueError(
+                "eval_together runs episodes side by side, and compat one after the other as "
+                "upstream does; set one of them to false"
+            )
+        if self.eval_together and self.env_backend != "gymnasium":
+            raise ValueError(
+                f"eval_together needs env_backend gymnasium, whose episodes can begin from one "
+                f"random stream, not {self.env_backend}; set it to false"
+            )
 
     def check_mixing_ratio(self, or_else: str = "") -> None:
         """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""

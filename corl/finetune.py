@@ -30,6 +30,7 @@ from corl import (
     tasks,
 )
 from corl.acting import (  # noqa: F401
+    TOGETHER,
     Actor,
     CheckedEnv,
     Evaluator,
@@ -155,6 +156,8 @@ class Session:
         check_memory(config, self.task, self.device)
         self._env = envs.make(self.task, config.env_backend)
         self._eval_env = envs.make(self.task, config.env_backend)
+        count = min(config.n_episodes, TOGETHER) if config.eval_together else 1
+        self._more_eval_envs = [envs.make(self.task) for _ in range(count - 1)]
         pace.settle(config, self.device)
         machine.configure_threads(config.threads)
         if config.compile:
@@ -206,9 +209,11 @@ class Session:
         self.run.check_dataset()
         self._return_range = data.return_range
         mean, std = data.normalization.mean, data.normalization.std
-        env, eval_env = (
+        roles = ["training", *["evaluation"] * (1 + len(self._more_eval_envs))]
+        raws = self._env, self._eval_env, *self._more_eval_envs
+        env, eval_env, *more = (
             wrap_env(CheckedEnv(raw, role, config), mean, std)
-            for raw, role in ((self._env, "training"), (self._eval_env, "evaluation"))
+            for raw, role in zip(raws, roles, strict=True)
         )
         self.offline_buffer = new_buffer(config, task, device)
         self.offline_buffer.load_d4rl_dataset(data.arrays)
@@ -227,7 +232,7 @@ class Session:
         self._collector = OnlineCollector(
             env, self.online_buffer, task, device, self._reward_rule(data.reward_args)
         )
-        self._evaluator = Evaluator(eval_env, config, device, self._collector)
+        self._evaluator = Evaluator(eval_env, config, device, self._collector, more)
         self.keep("online_buffer", self.online_buffer)
         self.keep("collector", self._collector)
         self.keep("evaluator", self._evaluator)

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from benchmarks import decision_agreement, memory, update_speed, whole_run
+from benchmarks import (
+    decision_agreement,
+    environment_speed,
+    memory,
+    update_speed,
+    whole_run,
+)
 from corl import tasks
 
 
@@ -103,3 +109,18 @@ def test_a_whole_run_is_compared_with_upstream_round_by_round():
     text = whole_run.table({whole_run.UPSTREAM: base, "IQL, empty cache": runs})
     row = next(line for line in text.splitlines() if line.startswith("| IQL, empty"))
     assert row.split(" | ")[1:3] == ["20 (15–60)", "2.00"]
+
+
+def test_acting_is_compared_with_gymnasium_round_by_round():
+    names = environment_speed
+    times = {
+        names.GYMNASIUMS: [100.0, 300.0],
+        names.STEP: [50.0, 100.0],
+        names.CALL: [10.0, 30.0],
+        names.ALONE: [90.0, 90.0],
+        names.SIDE_BY_SIDE: [60.0, 60.0],
+    }
+    lines = names.table(times).splitlines()
+    ratios = {line[:34].strip(): line.split()[-1] for line in lines[1:-1]}
+    assert ratios[names.STEP] == "2.50" and ratios[names.SIDE_BY_SIDE] == "1.50"
+    assert lines[-1].startswith("policy call and environment step: 95.0 µs")

@@ -91,6 +91,11 @@ CASES = {
     ),
     "awac": ("awac", "--awac_lambda 0.3333"),
     "awac two buffers": ("awac", "--mixing_ratio 0.25 --hidden_dim 64 --gamma 0.9"),
+    "cql two buffers": ("cql", f"{CQL} --mixing_ratio 0.25 --cql_lagrange true"),
+    "dare_cql": ("dare_cql", f"{CQL} {RATIO} --cql_lagrange true"),
+    "dare_cql guided": ("dare_cql", f"{CQL} {GUIDED} --dare.reference_max_age 3"),
+    "dare_awac": ("dare_awac", f"{RATIO} --awac_lambda 0.3333"),
+    "dare_awac guided": ("dare_awac", f"{GUIDED} --hidden_dim 64"),
     "dare_td3_bc": ("dare_td3_bc", RATIO),
     "dare_td3_bc guided": ("dare_td3_bc", f"{GUIDED} --dare.reference_max_age 3"),
 }

@@ -103,7 +103,7 @@ OWN = {
     "td3_bc": {"seed": 4},
     "awac": {"seed": 6},
     "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
-    "dare_awac": {"seed": 6},
+    "dare_awac": {"seed": 8},
 }
 COMMON_DARE = {
     "cap": 2,

@@ -103,6 +103,11 @@ CASES = {
         "dare_spot",
         f"{GUIDED} --vae_iterations 30 --vae_hidden_dim 64 --dare.reference_max_age 3",
     ),
+    "cql two buffers": ("cql", f"{CQL} --mixing_ratio 0.25 --cql_lagrange true"),
+    "dare_cql": ("dare_cql", f"{CQL} {RATIO} --cql_lagrange true"),
+    "dare_cql guided": ("dare_cql", f"{CQL} {GUIDED} --dare.reference_max_age 3"),
+    "dare_awac": ("dare_awac", f"{RATIO} --awac_lambda 0.3333"),
+    "dare_awac guided": ("dare_awac", f"{GUIDED} --hidden_dim 64"),
     "dare_td3_bc": ("dare_td3_bc", RATIO),
     "dare_td3_bc guided": ("dare_td3_bc", f"{GUIDED} --dare.reference_max_age 3"),
 }

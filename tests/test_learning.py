@@ -98,12 +98,16 @@ def test_td3_bc_and_awac_learn_offline_and_online(
     assert metrics["phase"].count("online") >= 6 and summary["updates"] == 1000
 
 
-@pytest.mark.parametrize("module", [dare_td3_bc, dare_awac])
-def test_their_dare_twins_learn_and_exchange(module, tmp_path, monkeypatch):
-    dare = BLOCKS[module](cap=8)
-    summary = run(module, tmp_path, monkeypatch, dare=dare, log_freq=10)
+@pytest.mark.parametrize("module, cap", [(dare_td3_bc, 8), (dare_awac, 2)])
+def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):
+    fields = {"dare": BLOCKS[module](cap=cap), "log_freq": 10}
+    if module is dare_awac:
+        # The exchange takes the best offline rows, those most like the policy, out of AWAC's
+        # regression: it learns slower here, the more so the larger the cap.
+        fields["online_iterations"] = 1200
+    summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
-    assert 0 < summary["exchanges_mean"] <= 8
+    assert 0 < summary["exchanges_mean"] <= cap
 
 
 @pytest.mark.parametrize("bc_online", ["drop", "anneal"])

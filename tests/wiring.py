@@ -116,7 +116,7 @@ OWN = {
     "td3_bc": {"seed": 4},
     "awac": {"seed": 6},
     "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
-    "dare_awac": {"seed": 6},
+    "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }

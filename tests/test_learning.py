@@ -26,8 +26,10 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_spot,
     dare_td3_bc,
     iql,
+    spot,
     td3_bc,
 )
 from corl import curves
@@ -87,8 +89,8 @@ def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mixing_ratio", [None, 0.5])
-@pytest.mark.parametrize("module", [td3_bc, awac])
-def test_td3_bc_and_awac_learn_offline_and_online(
+@pytest.mark.parametrize("module", [td3_bc, awac, spot])
+def test_td3_bc_awac_and_spot_learn_offline_and_online(
     module, mixing_ratio, tmp_path, monkeypatch
 ):
     summary = run(module, tmp_path, monkeypatch, mixing_ratio=mixing_ratio)
@@ -108,6 +110,52 @@ def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch)
     summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
     assert 0 < summary["exchanges_mean"] <= cap
+
+
+def test_dare_spot_learns_and_exchanges(tmp_path, monkeypatch):
+    dare = noisy_block(cap=8)
+    summary = run(dare_spot, tmp_path, monkeypatch, dare=dare, log_freq=10)
+    assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
+    assert 0 < summary["exchanges_mean"] <= 8
+
+
+@pytest.mark.parametrize("lambd", [0.0, 1e3])
+def test_the_support_constraint_decides_between_the_optimum_and_the_data(
+    lambd, tmp_path, monkeypatch
+):
+    """Without it the policy is TD3's; with nothing else it is the data's, which scores 50."""
+    summary = run(spot, tmp_path, monkeypatch, lambd=lambd, lambd_cool=False)
+    if lambd:
+        assert 30 < summary["score_final"] < 75, summary
+    else:
+        assert summary["score_final"] > 85, summary
+
+
+@pytest.mark.parametrize("weight", [None, 1.0, 0.0])
+def test_a_weight_that_is_the_same_for_all_rows_is_spot_without_cooling(
+    weight, tmp_path, monkeypatch
+):
+    """DARE off, every weight 1, every weight 0: SPOT, and SPOT with lambda 0, bit for bit."""
+    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
+    short.update(mixing_ratio=0.5, n_episodes=1, vae_iterations=20)
+    sample = hook.DareHook.sample
+
+    def constant(self, batch_size):
+        drawn = sample(self, batch_size)
+        every = torch.full_like(drawn.release.weight, weight)
+        return drawn._replace(release=hook.Release(every))
+
+    with monkeypatch.context() as patch:
+        if weight == 0.0:
+            after = spot.TrainConfig.lambd_after
+            patch.setattr(
+                spot.TrainConfig, "lambd_after", lambda self, t: 0.0 * after(self, t)
+            )
+        run(spot, tmp_path / "a", monkeypatch, lambd_cool=weight is None, **short)
+    block = noisy_block(behavior_updates=5, enabled=weight is not None, cap=0)
+    monkeypatch.setattr(hook.DareHook, "sample", constant)
+    run(dare_spot, tmp_path / "b", monkeypatch, dare=block, **short)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("bc_online", ["drop", "anneal"])

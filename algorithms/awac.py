@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Normal
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -368,6 +368,7 @@ def step(
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
     if config.deterministic_torch:

@@ -41,7 +41,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -771,6 +771,7 @@ def step(trainer: CalQL, source: Any, config: TrainConfig) -> Dict[str, Any]:
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
     with finetune.Session(config, __file__, COLUMNS) as session:

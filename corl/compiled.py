@@ -87,6 +87,26 @@ def function(eager: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(eager, fullgraph=True, options=OPTIONS)
 
 
+class _StepOfAllSeeds(torch.autograd.Function):
+    """Leaves `torch.vmap`: the losses of all seeds are added up, and one step moves all of them.
+
+    vmap hands a function with a rule of its own the whole tensors, with their gradients.
+    """
+
+    @staticmethod
+    def forward(loss: torch.Tensor, optimizers: list) -> torch.Tensor:
+        raise RuntimeError("a trainer of a stack makes no update alone")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, loss: torch.Tensor, optimizers: list) -> tuple:
+        descend(loss.sum(), *optimizers)
+        return loss.detach(), 0
+
+
 def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
     """Step every optimizer along the loss's gradient with respect to its own parameters.
 
@@ -94,8 +114,12 @@ def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
     parameter that the loss does not depend on stays as it is. One parameter group per optimizer.
     """
     traced = torch.compiler.is_compiling()
-    # `CompiledUpdate` gives its optimizers the attribute `traced_group`.
+    # `CompiledUpdate` gives its optimizers the attribute `traced_group`, and `stacked.Stack`
+    # the attribute `stacked`: the optimizer of all seeds.
     marked: tuple[Any, ...] = optimizers
+    if stacked := [o.stacked for o in marked if hasattr(o, "stacked")]:
+        _StepOfAllSeeds.apply(loss, stacked)
+        return
     groups = [o.traced_group if traced else o.param_groups[0] for o in marked]
     parameters = [parameter for group in groups for parameter in group["params"]]
     gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))

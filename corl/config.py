@@ -189,6 +189,17 @@ class FinetuneConfig:
         if self.compile is True:
             compiled.check()
 
+    def not_stacked(self) -> str:
+        """Why the seeds of this config cannot be stacked, or ""; a block of fields may say so."""
+        if self.compat:
+            return "compat is for single runs"
+        if getattr(self, "actor_dropout", 0.0):
+            return "actor_dropout draws its masks inside the network"
+        blocks = [
+            value for value in vars(self).values() if hasattr(value, "not_stacked")
+        ]
+        return next(filter(None, (block.not_stacked() for block in blocks)), "")
+
     def check_mixing_ratio(self, or_else: str = "") -> None:
         """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""
         # A field of the algorithms that have two buffers.

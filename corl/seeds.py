@@ -30,6 +30,8 @@ from typing import Any
 
 from corl import machine, pace, runs
 from corl.config import AUTO, ConfigError, dump_config, seed_list
+from corl.finetune import Session
+from corl.stacked_session import StackedSession
 
 # Seconds that a run has to save after the command that started it is gone.
 GRACE = 30.0
@@ -56,12 +58,40 @@ def each(train: Train) -> Train:
         if config.seeds is None:
             return train(config)
         device = machine.pick_device(config.device)
-        if config.seeds_as == "stacked":
-            raise ConfigError("seeds_as stacked is not there yet")
+        if _stacked(config, device):
+            return train(config)
         as_processes(inspect.getfile(train), config, device)
         return {}
 
     return train_each
+
+
+def _stacked(config: Any, device: str) -> bool:
+    """Whether the seeds run stacked.
+
+    Raises:
+        ConfigError: `seeds_as: stacked` of a config that cannot be.
+    """
+    why = config.not_stacked()
+    if config.seeds_as == "stacked" and why:
+        raise ConfigError(f"seeds_as stacked: {why}; set seeds_as to processes")
+    if config.seeds_as == "auto" and device != "cpu" and why:
+        print(f"seeds run as processes and are not stacked: {why}")
+        return False
+    return config.seeds_as == "stacked" or (
+        config.seeds_as == "auto" and device != "cpu"
+    )
+
+
+def session(config: Any, file: str, columns: Sequence[str]) -> Any:
+    """The session of a run, see `finetune.Session`; with `seeds` that of all of them."""
+    if config.seeds is None:
+        return Session(config, file, columns)
+    # One mode for all. Graphs of torch.compile know nothing of stacks.
+    one = dataclasses.replace(config, compile=False)
+    pace.settle(one, machine.pick_device(config.device))
+    configs = [of_seed(one, seed) for seed in seed_list(config.seeds)]
+    return StackedSession(configs, file, columns)
 
 
 def of_seed(config: Any, seed: int) -> Any:

@@ -144,17 +144,24 @@ class Stack:
         networks = [_parts_of(trainer, nn.Module) for trainer in self.members]
         self.networks = Networks(networks)
         first = self.members[0]
-        self.optimizers = []
-        for name in _parts_of(first, torch.optim.Optimizer):
-            self.optimizers.append(self._optimizer(name))
         self.trainer = copy.copy(first)
+        self.gather()
         self._update = self.networks.over_seeds(first._update)
         self.trainer._update = self.update
         self.trainer._noise = self.noise
 
+    def gather(self) -> None:
+        """Begin with what the members hold now, such as a state that was loaded into them."""
+        first = self.members[0]
+        for name, value in vars(first).items():
+            if isinstance(value, PLAIN):
+                setattr(self.trainer, name, value)
+        optimizers = _parts_of(first, torch.optim.Optimizer)
+        self.optimizers = [self._optimizer(name) for name in optimizers]
+
     def _optimizer(self, name: str) -> torch.optim.Adam:
         """One Adam of all seeds; the moments of the members' become views of its own."""
-        own = [getattr(member, name) for member in self.members]
+        own: list[Any] = [getattr(member, name) for member in self.members]
         names = {id(p): n for n, p in self.networks.roofs[0].named_parameters()}
         group = own[0].param_groups[0]
         if type(own[0]) is not torch.optim.Adam or len(own[0].param_groups) > 1:
@@ -186,7 +193,8 @@ class Stack:
             for row, (optimizer, part) in enumerate(zip(own, parts, strict=True)):
                 views = {key: moment[row] for key, moment in moments.items()}
                 optimizer.state[part] = {"step": step, **views}
-        own[0].stacked = together
+        marked: Any = own[0]
+        marked.stacked = together
         # The schedules ask whether `step` was called.
         for optimizer in own:
             optimizer._opt_called = True

@@ -139,6 +139,14 @@ class DareConfig:
         ranges.check(self.RANGES, vars(self), "dare.")
         self._check_combinations()
 
+    def not_stacked(self) -> str:
+        """Why the hooks of several seeds cannot work as one, or ""."""
+        if self.enabled and (self.guided or self.score == "reference"):
+            return "dare.score reference and guidance sample actions for each seed"
+        if self.enabled and self.rule == "random":
+            return "dare.rule random draws for each seed"
+        return ""
+
     def _check_choices(self) -> None:
         choices = {
             "score": SCORES,

@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from helpers import UNNORMALIZE, assert_equal, make_buffer
+from helpers import A as ACTIONS
+from helpers import S as STATES
 
 from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl import stacked
-from corl_dare.hook import Release
+from corl.stacked_session import StackedBuffer
+from corl.stacked_session import Streams as AllStreams
+from corl_dare.behavior import make_behavior_model
+from corl_dare.config import DareConfig
+from corl_dare.hook import DareHook, Release, StackedHook
 
 S, A, B = 5, 2, 12
 TASK = "hopper-medium-v2"
@@ -143,3 +150,85 @@ def assert_alike(a, b, where=""):
         assert_close(a.to(b.dtype), b, where)
     else:
         assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b, where
+
+
+# ---------------------------------------------------------------- the hook
+
+
+def hooks(seeds, **fields):
+    """Hooks of several seeds with networks of their own, and the buffers of each."""
+    config = DareConfig(
+        score="policy_ratio", behavior="mixture", guidance_scale=0.0, **fields
+    )
+    made = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = make_behavior_model("mixture", STATES, ACTIONS, seed=seed)
+        made.append(
+            DareHook(
+                make_buffer(40, seed=seed),
+                make_buffer(30, shift=0.4, seed=seed + 9),
+                config,
+                model.requires_grad_(False),
+                policy_log_prob=lambda s, a: -((a - 0.4) ** 2).sum(-1),
+                unnormalize=UNNORMALIZE,
+                seed=seed,
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize("rule", ["threshold", "posterior", "direct", "share"])
+@pytest.mark.parametrize("fields", [{}, {"weights": "soft"}, {"cap": 3}], ids=str)
+def test_a_stacked_exchange_gives_the_bits_of_hooks_alone(rule, fields):
+    alone, streams = hooks(3, rule=rule, **fields), []
+    members = hooks(3, rule=rule, **fields)
+    for seed in range(3):
+        np.random.seed(seed)
+        streams.append(AllStreams())
+    offline = StackedBuffer([hook.offline for hook in members], streams)
+    online = StackedBuffer([hook.online for hook in members], streams)
+    none = stacked.Networks([{"none": torch.nn.Linear(1, 1)} for _ in members])
+    stack = StackedHook(members, offline, online, none.over_seeds)
+    exchanged = 0.0
+    for _ in range(2):
+        drawn = stack.sample(64)
+        for seed, hook in enumerate(alone):
+            # Two batches of a seed's stream follow each other.
+            if hook.samples == 0:
+                np.random.seed(seed)
+                hook.stream = np.random.get_state()
+            np.random.set_state(hook.stream)
+            own = hook.sample(64)
+            hook.stream = np.random.get_state()
+            mine = stacked.of_seed(drawn.batch, seed)
+            assert_equal(mine[2:], own.batch[2:])
+            assert_equal(mine[:2], own.batch[:2])
+            torch.testing.assert_close(drawn.release.weight[seed], own.release.weight)
+            assert drawn.release.kept == own.release.kept
+            for name, value in own.log.items():
+                torch.testing.assert_close(drawn.log[name][seed], value, msg=name)
+            exchanged += float(own.log["exchanged"])
+    assert exchanged > 0
+    stack.spread()
+    assert_equal([h.state_dict() for h in members], [h.state_dict() for h in alone])
+
+
+def test_a_hook_that_draws_for_each_seed_is_not_stacked():
+    members = hooks(2, rule="random")
+    with pytest.raises(ValueError, match="dare.rule random"):
+        StackedHook(members, None, None, None)
+
+
+def test_a_trainer_of_a_stack_makes_no_update_alone():
+    stack = stacked.Stack(trainers(td3_bc, {}, 2))
+    batch = [x[0].float() for x in next(batches(td3_bc, 1, 2))]
+    with pytest.raises(RuntimeError, match="alone"):
+        stack.members[0].train(batch)
+
+
+def test_seeds_that_are_not_equally_far_are_not_stacked():
+    pair = trainers(td3_bc, {}, 2)
+    pair[1].train([x[0].float() for x in next(batches(td3_bc, 1, 2))])
+    with pytest.raises(ValueError, match="not as many"):
+        stacked.Stack(pair)

@@ -256,16 +256,23 @@ class Evaluator:
         self.env, self.config, self.device = env, config, device
         self.collector = collector
         self.successes: List[float] = []  # success rate of every online evaluation
+        # Returns and share of successes of episodes that were played elsewhere.
+        self.played: Optional[Tuple[np.ndarray, float]] = None
+
+    @property
+    def seed(self) -> int:
+        """Of the first start state."""
+        config = self.config
+        return getattr(config, config.COMPAT_EVAL_SEED if config.compat else "eval_seed")
 
     def evaluate(
         self, run: runs.Run, actor: Actor, step: int, phase: str
     ) -> Dict[str, float]:
         """Write the episodes down; returns the metrics of this evaluation."""
         config = self.config
-        field = config.COMPAT_EVAL_SEED if config.compat else "eval_seed"
-        seed = getattr(config, field)
-        returns, success = eval_actor(
-            self.env, actor, self.device, config.n_episodes, seed
+        played, self.played = self.played, None
+        returns, success = played or eval_actor(
+            self.env, actor, self.device, config.n_episodes, self.seed
         )
         scores = self.collector.task.normalized_score(returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}

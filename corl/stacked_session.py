@@ -5,6 +5,7 @@ each seed keeps a `Session` of its own, with environment, run folder, checkpoint
 what it writes is what a run alone would write, to rounding.
 """
 
+import functools
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from corl import machine, runs
+from corl import evaluation, machine, pace, runs
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch
 from corl.checkpoints import pack, rng_state, set_rng_state, unpack
 from corl.finetune import Session
@@ -121,16 +122,23 @@ class StackedSession:
         self._parts: list[Any] = []  # that hold a part of each seed
         self._stack: Stack | None = None
         self._signal: int | None = None
+        self._told = self.sessions[0]  # tells of an error
+        self._evaluators: evaluation.Evaluators | None = None
 
     def __enter__(self) -> "StackedSession":
         self._open, self.streams = ExitStack(), []
         with self._open as opened:
             for session in self.sessions:
-                opened.enter_context(session)
+                session.__enter__()
+                opened.push(functools.partial(self._close, session))
                 # It has just seeded the global streams.
                 self.streams.append(Streams())
             self._stack_buffers()
             self._listen(opened)
+            if self.device != "cpu":
+                count = min(len(self.sessions), pace.available_cores(openmp=False))
+                self._evaluators = evaluation.Evaluators(count)
+                opened.callback(self._evaluators.close)
             # Only where all has gone well.
             self._open = opened.pop_all()
         for session in self.sessions:
@@ -142,6 +150,16 @@ class StackedSession:
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._open.__exit__(*error)
+
+    def _close(self, session: Session, *error: Any) -> None:
+        """End a session. One of them says what a run says of an error."""
+        if (
+            isinstance(error[1], FloatingPointError | OSError)
+            and session is not self._told
+        ):
+            stopped = RuntimeError("another seed has ended all of them")
+            error = type(stopped), stopped, None
+        session.__exit__(*error)
 
     def _stack_buffers(self) -> None:
         offline = [session.offline_buffer for session in self.sessions]
@@ -272,11 +290,30 @@ class StackedSession:
                 session._stop_clock()
             return
         self._spread()
+        if step % self.config.eval_freq == 0:
+            self._evaluate()
         for number, (session, stream) in enumerate(
             zip(self.sessions, self.streams, strict=True)
         ):
+            self._told = session
             with stream.all():
                 session.log(of_seed(metrics, number))
+        self._told = self.sessions[0]
+
+    def _evaluate(self) -> None:
+        """Play the episodes of all seeds at the same time, where there are processes for it."""
+        if self._evaluators is None:
+            return
+        jobs = []
+        for session, own in zip(self.sessions, self._made, strict=True):
+            normal, seed = session.normalization, session._evaluator.seed
+            actor = evaluation.on_the_cpu(own.actor)
+            jobs.append(
+                evaluation.Episodes(session.config, normal.mean, normal.std, actor, seed)
+            )
+        results = self._evaluators.evaluate(jobs)
+        for session, result in zip(self.sessions, results, strict=True):
+            session._evaluator.played = result
 
     def _spread(self) -> None:
         for part in self._parts:

@@ -545,7 +545,7 @@ class DareHook:
             self.data.actions,
             dataset_hash=self.data.dataset_hash,
             cache_dir=self.data.cache_dir,
-            seed=self.seed,
+            seed=self._behavior_seed,
             device=self.device,
             bar=self.bar,
             should_stop=should_stop,
@@ -582,6 +582,11 @@ class DareHook:
             seconds["energy"] = left * warm + new * max(cold - warm, 0.0)
         return seconds
 
+    @property
+    def _behavior_seed(self) -> int:
+        own = self.config.behavior_seed
+        return self.seed if own is None else own
+
     def _behavior_file(self, data: BehaviorData) -> Path:
         return cached_file(
             self.behavior,
@@ -589,7 +594,7 @@ class DareHook:
             updates=self.config.behavior_updates,
             batch_size=self.config.behavior_batch_size,
             lr=self.config.behavior_lr,
-            seed=self.seed,
+            seed=self._behavior_seed,
             dataset_hash=data.dataset_hash,
             cache_dir=data.cache_dir,
         )[0]
@@ -788,7 +793,7 @@ def prepare(
         config.behavior,
         states.shape[1],
         actions.shape[1],
-        seed=seed,
+        seed=seed if config.behavior_seed is None else config.behavior_seed,
         **config.behavior_options,
     )
     if callable(q_scale):

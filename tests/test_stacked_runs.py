@@ -1,5 +1,7 @@
 """Whole runs of stacked seeds: what they write, and how each goes on alone."""
 
+import signal
+
 import pytest
 import torch
 from short_runs import cal_ql_block, dare_block, run, stop_after, td3_bc_block
@@ -7,6 +9,7 @@ from test_stacked import assert_alike
 
 from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from corl.config import ConfigError, parse_config
+from corl.stacked_session import StackedSession
 
 SHORT = {
     "offline_iterations": 6,
@@ -89,6 +92,46 @@ def test_a_seed_of_a_stacked_run_goes_on_alone(tmp_path, monkeypatch):
     for name, value in networks[1].items():
         torch.testing.assert_close(networks[0][name], value, rtol=1e-3, atol=1e-3)
     assert [r.split(",")[:2] for r in rows] == [r.split(",")[:2] for r in own_rows]
+
+
+@pytest.mark.parametrize("step", [2, 9])
+def test_a_signal_stops_all_seeds_after_the_same_step(
+    step, tmp_path, monkeypatch, capsys
+):
+    log = StackedSession.log
+
+    def interrupted(self, metrics):
+        now = self.sessions[0].run.step + 1
+        log(self, metrics)
+        if now == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(StackedSession, "log", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        together(iql, tmp_path, monkeypatch)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [left(tmp_path, seed)[0]["step"] for seed in (1, 3)] == [step, step]
+    shown = capsys.readouterr().out
+    for seed in (1, 3):
+        assert str(folder_of(tmp_path, seed)) in shown
+
+
+def test_a_seed_that_diverges_is_named_once(tmp_path, monkeypatch):
+    log = StackedSession.log
+
+    def spoiled(self, metrics):
+        if self.sessions[0].run.step + 1 == 6:
+            metrics["q_loss"] = torch.tensor([1.0, torch.nan])
+        log(self, metrics)
+
+    monkeypatch.setattr(StackedSession, "log", spoiled)
+    with pytest.raises(FloatingPointError) as error:
+        together(iql, tmp_path, monkeypatch)
+    said = str(error.value)
+    assert said.count("q_loss is nan") == said.count("last good checkpoint") == 1
+    assert folder_of(tmp_path, 3).name in said and "(step 4)" in said
 
 
 def test_a_checkpoint_of_a_seed_holds_that_seed_alone(tmp_path, monkeypatch):

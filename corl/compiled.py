@@ -117,7 +117,8 @@ def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
     # `CompiledUpdate` gives its optimizers the attribute `traced_group`, and `stacked.Stack`
     # the attribute `stacked`: the optimizer of all seeds.
     marked: tuple[Any, ...] = optimizers
-    if stacked := [o.stacked for o in marked if hasattr(o, "stacked")]:
+    if not traced and hasattr(marked[0], "stacked"):
+        stacked = [optimizer.stacked for optimizer in marked]
         _StepOfAllSeeds.apply(loss, stacked)
         return
     groups = [o.traced_group if traced else o.param_groups[0] for o in marked]

@@ -109,8 +109,19 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """IQL's networks have 32 units."""
+    for module in (iql, dare_iql):
+        for network in (module.TwinQ, module.ValueFunction, module.Policy):
+            values = tuple(
+                32 if value == 256 else value for value in network.__init__.__defaults__
+            )
+            monkeypatch.setattr(network.__init__, "__defaults__", values)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_stacked_seeds_learn_what_separate_ones_learn(case, double):
+def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
     module, fields, seeds, count = CASES[case]
     online = case.endswith("online")
     alone, streams = trainers(module, fields, seeds), [Streams(s) for s in range(seeds)]

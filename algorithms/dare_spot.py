@@ -45,7 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -172,6 +172,10 @@ class TrainConfig(FinetuneConfig):
     def vae_updates(self) -> int:
         """Updates of the VAE before the offline phase."""
         return 0 if self.load_model and not self.compat else self.vae_iterations
+
+    def not_stacked(self) -> str:
+        """Why the seeds of this config cannot be stacked."""
+        return super().not_stacked() or "each seed trains its own VAE first"
 
     def lambd_after(self, steps: int) -> float:
         """Weight of the support constraint after so many environment steps."""
@@ -604,10 +608,11 @@ def step(trainer: SPOT, source: Any, config: TrainConfig) -> Dict[str, Any]:
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
         if config.dare.enabled:

@@ -326,19 +326,25 @@ class Evaluator:
         self.more = more
         self.collector = collector
         self.successes: List[float] = []  # success rate of every online evaluation
+        # Returns and share of successes of episodes that were played elsewhere.
+        self.played: Optional[Tuple[np.ndarray, float]] = None
+
+    @property
+    def seed(self) -> int:
+        """Of the first start state."""
+        config = self.config
+        return getattr(config, config.COMPAT_EVAL_SEED if config.compat else "eval_seed")
 
     def evaluate(
         self, run: runs.Run, actor: Actor, step: int, phase: str
     ) -> Dict[str, float]:
         """Write the episodes down; returns the metrics of this evaluation."""
         config = self.config
-        field = config.COMPAT_EVAL_SEED if config.compat else "eval_seed"
-        seed = getattr(config, field)
-        rest = actor, self.device, config.n_episodes, seed
+        played, self.played = self.played, None
+        rest = actor, self.device, config.n_episodes, self.seed
         if config.eval_together:
-            returns, success = eval_together([self.env, *self.more], *rest)
-        else:
-            returns, success = eval_actor(self.env, *rest)
+            played = played or eval_together([self.env, *self.more], *rest)
+        returns, success = played or eval_actor(self.env, *rest)
         scores = self.collector.task.normalized_score(returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
         if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):

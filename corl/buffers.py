@@ -168,4 +168,5 @@ class MixedBuffer:
         n_offline = int(batch_size * self.mixing_ratio)
         offline = self.offline.sample(n_offline)
         online = self.online.sample(batch_size - n_offline)
-        return [torch.cat(rows) for rows in zip(offline, online, strict=True)]
+        # Along the rows, whatever stands before them.
+        return [torch.cat(rows, dim=-2) for rows in zip(offline, online, strict=True)]

@@ -109,16 +109,43 @@ def _fused(eager: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(eager, fullgraph=True, options={"fallback_random": True})
 
 
+class _StepOfAllSeeds(torch.autograd.Function):
+    """Leaves `torch.vmap`: the losses of all seeds are added up, and one step moves all of them.
+
+    vmap hands a function with a rule of its own the whole tensors, with their gradients.
+    """
+
+    @staticmethod
+    def forward(loss: torch.Tensor, optimizers: list) -> torch.Tensor:
+        raise RuntimeError("a trainer of a stack makes no update alone")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, loss: torch.Tensor, optimizers: list) -> tuple:
+        descend(loss.sum(), *optimizers)
+        return loss.detach(), 0
+
+
 def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
     """Step every optimizer along the loss's gradient with respect to its own parameters.
 
     Only these gradients are computed, so other networks in the loss need not be frozen. A
     parameter that the loss does not depend on stays as it is. One parameter group per optimizer.
     """
-    # `CompiledUpdate` gives its optimizers the attribute `traced_group`. A captured update takes
-    # the same steps before it is captured, and where nothing could compile it.
+    # `CompiledUpdate` gives its optimizers the attribute `traced_group`, and `stacked.Stack`
+    # the attribute `stacked`: the optimizer of all seeds.
     marked: tuple[Any, ...] = optimizers
-    traced = torch.compiler.is_compiling() or getattr(marked[0], "captured", False)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and hasattr(marked[0], "stacked"):
+        stacked = [optimizer.stacked for optimizer in marked]
+        _StepOfAllSeeds.apply(loss, stacked)
+        return
+    # A captured update takes the same steps before it is captured, and where nothing could
+    # compile it.
+    traced = compiling or getattr(marked[0], "captured", False)
     groups = [o.traced_group if traced else o.param_groups[0] for o in marked]
     parameters = [parameter for group in groups for parameter in group["params"]]
     gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))

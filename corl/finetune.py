@@ -245,6 +245,10 @@ class Session:
 
     # -- parts ----------------------------------------------------------------------------
 
+    def build(self, make_trainer: Callable[..., Any]) -> Any:
+        """The trainer of this run: `make_trainer(config, *sizes, device)`."""
+        return make_trainer(self.config, *self.sizes, self.device)
+
     def keep(self, name: str, part: Any, loads: Collection[str] = ()) -> Any:
         """Put a part into every checkpoint; returns it.
 

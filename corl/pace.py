@@ -165,17 +165,18 @@ def time_products(
     return {count: statistics.median(times) for count, times in found.items()}
 
 
-def available_cores(root: Path = Path("/")) -> int:
+def available_cores(root: Path = Path("/"), openmp: bool = True) -> int:
     """Cores that this process may use: its affinity, its container's quota, OMP_NUM_THREADS.
 
     Args:
         root: of the file system, where /proc and /sys are.
+        openmp: False: OMP_NUM_THREADS, which bounds one process, does not count.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    asked = os.environ.get("OMP_NUM_THREADS", "") if openmp else ""
     bounds = [float(asked)] if asked.isdigit() else []
     return max(1, math.floor(min(cores, *bounds, _quota(root))))
 

@@ -103,6 +103,7 @@ class Run:
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
         self.device = "cpu"  # where the run runs
+        self.prefix = ""  # of printed lines, where several runs share a screen
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
@@ -306,7 +307,10 @@ class Run:
     # -- progress -------------------------------------------------------------------------
 
     def print(self, text: str) -> None:
-        """A line that does not tear the progress bar."""
+        """A line that does not tear the progress bar, behind `prefix`."""
+        if self.prefix:
+            lines = filter(str.strip, text.splitlines())
+            text = "\n".join(f"{self.prefix}{line}" for line in lines)
         with files.writing("standard output"):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()

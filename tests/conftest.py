@@ -62,7 +62,7 @@ def no_timed_choice(monkeypatch):
         raise AssertionError("state threads and compile in this test")
 
     monkeypatch.setattr(pace, "time_products", timed)
-    monkeypatch.setattr(pace, "available_cores", lambda: 2)
+    monkeypatch.setattr(pace, "available_cores", lambda **options: 2)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,6 +12,7 @@ second times seeds.
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -23,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from benchmarks.update_speed import TASK, A, S, measure, random_buffer
-from corl import arguments, machine
+from corl import arguments, compiled, machine
 from corl.buffers import MixedBuffer
+from corl.captured import Captured
 from corl.stacked import Stack
 from corl.stacked_session import StackedBuffer, Streams
 from corl_dare.behavior import make_behavior_model
@@ -55,7 +57,9 @@ def config_of(name: str, seed: int):
     return module.TrainConfig(env=TASK, seed=seed, compile=False, **ratio, **fields)
 
 
-def hook_of(name: str, seed: int, trainer, offline, online, device: str) -> DareHook:
+def hook_of(
+    name: str, seed: int, trainer, offline, online, device: str, compile: bool
+) -> DareHook:
     """The hook of one seed, with a behavior model that is not fitted, which costs the same."""
     config = config_of(name, seed)
     options = config.dare.behavior_options
@@ -70,23 +74,29 @@ def hook_of(name: str, seed: int, trainer, offline, online, device: str) -> Dare
         **arguments_of_hook(trainer),
         device=device,
         seed=seed,
+        compile=functools.partial(compiled.function, device=device) if compile else None,
     )
 
 
 def update_of(name: str, count: int, device: str):
-    """A callable that makes one online update of `count` seeds; 1 is an ordinary trainer."""
+    """A callable that makes one online update of `count` seeds; 1 is an ordinary trainer.
+
+    On a GPU both are CUDA graphs, and the ordinary trainer's kernels are fused.
+    """
+    graphs = compiled.on_gpu(device)
     module = CASES[name][0]
     trainers, streams, pairs = [], [], []
     for seed in range(count):
         torch.manual_seed(seed)
         config = config_of(name, seed)
+        config.compile = graphs and count == 1
         trainers.append(module.make_trainer(config, S, A, 1.0, device))
         streams.append(Streams())
         pairs.append([random_buffer(module, device, 2 * seed + i) for i in (0, 1)])
     if count == 1:
         trainer, (offline, online) = trainers[0], pairs[0]
     else:
-        stack = Stack(trainers, [stream.torch for stream in streams])
+        stack = Stack(trainers, [stream.torch for stream in streams], graphs)
         trainer = stack.trainer
         offline, online = (
             StackedBuffer([pair[i] for pair in pairs], streams) for i in (0, 1)
@@ -94,12 +104,14 @@ def update_of(name: str, count: int, device: str):
     source = MixedBuffer(offline, online, 0.5)
     if CASES[name][2] is not None:
         hooks = [
-            hook_of(name, seed, trainer, *pair, device)
+            hook_of(name, seed, trainer, *pair, device, graphs and count == 1)
             for seed, pair in enumerate(pairs)
         ]
         source = hooks[0]
         if count > 1:
-            source = StackedHook(hooks, offline, online, stack.networks.over_seeds)
+            capture = Captured if graphs else None
+            over_seeds = stack.networks.over_seeds
+            source = StackedHook(hooks, offline, online, over_seeds, capture)
     config = config_of(name, 0)
     return lambda: module.step(trainer, source, config)
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from corl import machine, pace, runs
+from corl import compiled, machine, pace, runs
 from corl.config import AUTO, ConfigError, dump_config, seed_list
 from corl.finetune import Session
 from corl.stacked_session import StackedSession
@@ -87,9 +87,12 @@ def session(config: Any, file: str, columns: Sequence[str]) -> Any:
     """The session of a run, see `finetune.Session`; with `seeds` that of all of them."""
     if config.seeds is None:
         return Session(config, file, columns)
-    # One mode for all. Graphs of torch.compile know nothing of stacks.
-    one = dataclasses.replace(config, compile=False)
-    pace.settle(one, machine.pick_device(config.device))
+    device, one = machine.pick_device(config.device), dataclasses.replace(config)
+    if not compiled.on_gpu(device):
+        # Graphs of torch.compile know nothing of stacks.
+        one.compile = False
+    # One mode for all.
+    pace.settle(one, device)
     configs = [of_seed(one, seed) for seed in seed_list(config.seeds)]
     return StackedSession(configs, file, columns)
 

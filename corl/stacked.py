@@ -20,6 +20,8 @@ import torch.nn as nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
+from corl.captured import Captured
+
 PLAIN = (int, float, bool, str, type(None))
 
 
@@ -126,6 +128,7 @@ class Stack:
         trainers: one per seed, of one config but for the seed, and equally far.
         streams: for each seed what puts its random streams in place of the global ones; default:
             the trainers have generators of their own, or draw from one stream in turn.
+        graph: the update becomes a CUDA graph, see `captured.Captured`.
 
     Attributes:
         trainer: takes batches (N, B, ...) and returns metrics (N,). Schedules, counters and
@@ -138,15 +141,16 @@ class Stack:
         self,
         trainers: Sequence[Any],
         streams: Sequence[Callable[[], AbstractContextManager]] = (),
+        graph: bool = False,
     ):
-        self.members = list(trainers)
+        self.members, self.graph = list(trainers), graph
         self.streams = list(streams) or [nullcontext] * len(self.members)
         networks = [_parts_of(trainer, nn.Module) for trainer in self.members]
         self.networks = Networks(networks)
         first = self.members[0]
         self.trainer = copy.copy(first)
+        self._of_all = self.networks.over_seeds(first._update)
         self.gather()
-        self._update = self.networks.over_seeds(first._update)
         self.trainer._update = self.update
         self.trainer._noise = self.noise
 
@@ -158,6 +162,9 @@ class Stack:
                 setattr(self.trainer, name, value)
         optimizers = _parts_of(first, torch.optim.Optimizer)
         self.optimizers = [self._optimizer(name) for name in optimizers]
+        self._update = self._of_all
+        if self.graph:
+            self._update = Captured(self._of_all, self.optimizers)
 
     def _optimizer(self, name: str) -> torch.optim.Adam:
         """One Adam of all seeds; the moments of the members' become views of its own."""
@@ -172,6 +179,12 @@ class Stack:
             [self.networks.tensors[names[id(p)]] for p in group["params"]]
         )
         options = {k: v for k, v in group.items() if k != "params"}
+        place = group["params"][0].device
+        if place.type == "cuda":
+            # One kernel for all parameters, which a graph can hold. A rate that is a number
+            # would be part of the graph.
+            rate = torch.tensor(group["lr"], device=place)
+            options |= {"fused": True, "foreach": None, "capturable": True, "lr": rate}
         together.param_groups[0].update(options)
         for number, parameter in enumerate(together.param_groups[0]["params"]):
             parts = [optimizer.param_groups[0]["params"][number] for optimizer in own]
@@ -181,7 +194,9 @@ class Stack:
                 raise ValueError(
                     f"the seeds' {name} have made {counts} steps: not as many"
                 )
-            step = torch.tensor(counts[0])
+            step = torch.tensor(
+                counts[0], device=place if place.type == "cuda" else "cpu"
+            )
             moments = {}
             for key in ("exp_avg", "exp_avg_sq"):
                 rows = [
@@ -204,7 +219,11 @@ class Stack:
         """`_update` of all seeds: arguments (N, ...), metrics (N,)."""
         for optimizer in _parts_of(self.trainer, torch.optim.Optimizer).values():
             rate = optimizer.param_groups[0]["lr"]
-            optimizer.stacked.param_groups[0]["lr"] = rate
+            group = optimizer.stacked.param_groups[0]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return self._update(*args)
 
     def noise(self, actions: torch.Tensor, *flags: Any) -> Any:

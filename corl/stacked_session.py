@@ -5,6 +5,7 @@ each seed keeps a `Session` of its own, with environment, run folder, checkpoint
 what it writes is what a run alone would write, to rounding.
 """
 
+import dataclasses
 import functools
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from corl import evaluation, machine, pace, runs
+from corl import compiled, evaluation, machine, pace, runs
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch, upload
+from corl.captured import Captured
 from corl.checkpoints import pack, rng_state, set_rng_state, unpack
 from corl.finetune import Session
 from corl.progress import progress_bar
@@ -119,6 +121,7 @@ class StackedSession:
         self.device, self.task = first.device, first.task
         self._parts: list[Any] = []  # that hold a part of each seed
         self._stack: Stack | None = None
+        self._graph = bool(self.config.compile) and compiled.on_gpu(self.device)
         self._signal: int | None = None
         self._told = self.sessions[0]  # tells of an error
         self._evaluators: evaluation.Evaluators | None = None
@@ -191,9 +194,11 @@ class StackedSession:
         made = []
         for session, stream in zip(self.sessions, self.streams, strict=True):
             with stream.all():
-                made.append(session.build(make_trainer))
+                # One graph is made of all of them, if any.
+                alone = dataclasses.replace(session.config, compile=False)
+                made.append(make_trainer(alone, *session.sizes, session.device))
         self._made = made
-        self._stack = Stack(made, [stream.torch for stream in self.streams])
+        self._stack = Stack(made, [s.torch for s in self.streams], self._graph)
         return self._stack.trainer
 
     def keep(self, name: str, part: Any, loads: Collection[str] = ()) -> Any:
@@ -214,12 +219,15 @@ class StackedSession:
     def facts(self, config: Any = None) -> dict[str, Any]:
         """See `Session.facts`: `seeds` are those of each, and a function of all comes along."""
         assert self._stack is not None
+        eager = {"compile": None, "capture": None}
         return {
             **self.sessions[0].facts(),
+            **eager,
             "offline": self.offline_buffer,
             "online": self.online_buffer,
-            "seeds": [session.facts() for session in self.sessions],
+            "seeds": [{**session.facts(), **eager} for session in self.sessions],
             "over_seeds": self._stack.networks.over_seeds,
+            "capture": Captured if self._graph else None,
         }
 
     def show(self, *args: Any) -> None:

@@ -721,6 +721,7 @@ class StackedHook(DareHook):
         members: one hook per seed, alike but for the seed.
         offline, online: buffers of all seeds: `draw(n)` gives (N, n), `gather` (N, n, ...).
         over_seeds: turns a function of one seed's policy and of tensors into one of all seeds.
+        capture: on a GPU, turns that into one launch, see `DareHook`.
 
     Raises:
         ValueError: what is configured draws random numbers for each seed.
@@ -732,6 +733,7 @@ class StackedHook(DareHook):
         offline: Any,
         online: Any,
         over_seeds: Callable[..., Callable[..., Any]],
+        capture: Callable[..., Callable[..., Any]] | None = None,
     ):
         first = members[0]
         if why := first.config.not_stacked():
@@ -740,7 +742,7 @@ class StackedHook(DareHook):
         vars(self).update(vars(first))
         self.members, self.offline, self.online = list(members), offline, online
         self.refused = torch.stack([hook.refused for hook in members])
-        self._over_seeds = over_seeds
+        self._over_seeds, self._capture_all = over_seeds, capture
         self._arranged: Callable[..., Any] | None = None
         self._tensors: dict[str, torch.Tensor] = {}
 
@@ -758,7 +760,8 @@ class StackedHook(DareHook):
             args = first.arrange, (offline, online, [None, None])
             return torch.func.functional_call(holder, tensors, args)
 
-        return self._over_seeds(of_one)
+        of_all = self._over_seeds(of_one)
+        return of_all if self._capture_all is None else self._capture_all(of_all)
 
     def sample(self, batch_size: int) -> Drawn:
         """The batches of all seeds; see `DareHook.sample`."""
@@ -815,9 +818,10 @@ def prepare(
         CacheError: the model has to be trained, and the cache cannot be written.
     """
     if over_seeds is not None:
+        capture = options.pop("capture", None)
         options |= {"cache_dir": cache_dir, "q_scale": q_scale, "begin": begin}
         hooks = [prepare(config, **{**options, **own}) for own in seeds]
-        return StackedHook(hooks, offline, online, over_seeds)
+        return StackedHook(hooks, offline, online, over_seeds, capture)
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
     if (states is None) != (actions is None):

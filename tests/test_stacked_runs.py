@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from short_runs import cal_ql_block, dare_block, run, stop_after, td3_bc_block
+from short_runs import cal_ql_block, dare_block, noisy_block, run, stop_after
 from test_stacked import assert_alike
 
 from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
@@ -27,7 +27,7 @@ CASES = {
     "cal_ql": (cal_ql, {}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=3)}),
     "td3_bc": (td3_bc, {}),
-    "dare_td3_bc": (dare_td3_bc, {"dare": td3_bc_block(behavior_updates=3)}),
+    "dare_td3_bc": (dare_td3_bc, {"dare": noisy_block(behavior_updates=3)}),
     "awac": (awac, {}),
 }
 

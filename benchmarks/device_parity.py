@@ -34,7 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "td3_bc": {},
     "dare_td3_bc": {},
     "awac": {},
+    "dare_awac": {},
+    "spot": {},
+    "dare_spot": {},
     "cql": {},
+    "dare_cql": {},
     "cal_ql": {"bc_steps": 0},
     "dare_cal_ql": {"bc_steps": 0},
 }
@@ -73,7 +77,9 @@ class Updates:
         # IQL's update draws nothing.
         if hasattr(self.trainer, "_noise"):
             draw = self.trainer._noise
-            self.trainer._noise = lambda actions: self._moved(draw(actions.cpu()))
+            self.trainer._noise = lambda actions, *flags: self._moved(
+                draw(actions.cpu(), *flags)
+            )
         if hasattr(self.trainer, "dare_generator"):
             self.trainer.dare_generator = torch.Generator().manual_seed(0)
 

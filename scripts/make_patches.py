@@ -318,8 +318,7 @@ if dare_hook is not None:
     )
 
 
-def spot_patch() -> Patch:
-    setup = """
+SPOT_SETUP = """
 dare_online_buffer = ReplayBuffer(
     state_dim, action_dim, config.buffer_size, config.device
 )
@@ -338,6 +337,9 @@ dare_hook = dare_for_corl(
     q_function=lambda s, a: dare_target_q(trainer, s, a),
 )
 """
+
+
+def spot_patch() -> Patch:
     function = """
 def dare_target_q(trainer, observations, actions):
     return torch.minimum(
@@ -376,7 +378,7 @@ if self.dare_release is not None:
 """,
                 3,
             ),
-            791: "\n" + code(setup, 1),
+            791: "\n" + code(SPOT_SETUP, 1),
             828: code(
                 """
 if dare_hook is not None:

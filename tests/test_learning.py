@@ -123,10 +123,10 @@ def test_dare_spot_learns_and_exchanges(tmp_path, monkeypatch):
 def test_the_support_constraint_decides_between_the_optimum_and_the_data(
     lambd, tmp_path, monkeypatch
 ):
-    """Without it the policy is TD3's; with nothing else it is the data's, which scores 50."""
+    """Without it the policy is TD3's; with nothing else it stays near the data's, far from 100."""
     summary = run(spot, tmp_path, monkeypatch, lambd=lambd, lambd_cool=False)
     if lambd:
-        assert 30 < summary["score_final"] < 75, summary
+        assert 10 < summary["score_final"] < 65, summary
     else:
         assert summary["score_final"] > 85, summary
 

@@ -17,6 +17,7 @@ An algorithm is one line of `SUBJECTS`. Its twin is measured where `algorithms/d
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import statistics
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from algorithms import dare_iql
 from benchmarks import parity
 from corl import arguments, compiled, finetune, machine
+from corl.captured import Captured
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
 from corl_dare.rows import draw_rows
@@ -56,6 +58,7 @@ VARIANTS: Variants = {
     "DARE-{}, policy ratio": (RATIO, False),
     "DARE-{}, policy ratio, compiled (fast)": (RATIO, True),
     "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
+    "DARE-{}, guided references, energy every update, compiled": (PAPER, True),
 }
 IQL_VARIANTS: Variants = {
     "{}": (None, False),
@@ -72,6 +75,7 @@ IQL_VARIANTS: Variants = {
         False,
     ),
     "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
+    "DARE-{}, guided references, energy every update, compiled": (PAPER, True),
 }
 
 
@@ -95,17 +99,20 @@ class Subject(NamedTuple):
     online: Callable[[Any, Any], Any] = lambda trainer, config: None
 
 
+CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
 SUBJECTS = {
     "iql": Subject("IQL", "finetune/iql.py", parity.iql_trainer, variants=IQL_VARIANTS),
     "cal_ql": Subject(
         "Cal-QL",
         "finetune/cal_ql.py",
         parity.cql_trainer,
-        {"q_n_hidden_layers": 3, "bc_steps": 0},
+        CQL,
         online=lambda trainer, config: trainer.start_online(config.cql_alpha_online),
     ),
     "td3_bc": Subject("TD3+BC", "offline/td3_bc.py", parity.actor_critic_trainer),
     "awac": Subject("AWAC", "finetune/awac.py", parity.actor_critic_trainer),
+    "spot": Subject("SPOT", "finetune/spot.py", parity.spot_trainer),
+    "cql": Subject("CQL", "finetune/cql.py", parity.cql_trainer, CQL),
 }
 
 
@@ -152,6 +159,13 @@ def upstream_update(algorithm: str, corl: Path, device: str):
     baseline = files_of(algorithm)[0]
     config = baseline.TrainConfig(env=TASK, device=device, **subject.settings)
     trainer = subject.trainer(module, config)
+    # Those of the parity check are built on the CPU.
+    for part in list(vars(trainer).values()):
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
+    for name in ("device", "_device"):
+        if hasattr(trainer, name):
+            setattr(trainer, name, device)
     buffer = random_buffer(module, device, 0)
     return lambda: trainer.train([x.to(device) for x in buffer.sample(256)])
 
@@ -170,7 +184,7 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
         settings = {**settings, "dare": block.type(**fields)}
     if "mixing_ratio" in module.TrainConfig.__dataclass_fields__:
         settings = {**settings, "mixing_ratio": 0.5}
-    config = module.TrainConfig(env=TASK, compile=compile, **settings)
+    config = module.TrainConfig(env=TASK, compile=compile, device=device, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
     if fields is None:
@@ -185,7 +199,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
         behavior.to(device).requires_grad_(False),
         **module.hook_arguments(trainer),
         device=device,
-        compile=compiled.function if compile else None,
+        compile=functools.partial(compiled.function, device=device) if compile else None,
+        capture=Captured if compile and compiled.on_gpu(device) else None,
     )
     if source.energy is not None:  # support actions are sampled once per transition
         rows = np.arange(ROWS)
@@ -246,41 +261,74 @@ def main() -> None:
     )
     can_compile = True
     try:
-        compiled.check()
+        compiled.check(device)
     except ValueError as error:
         can_compile = False
         print(f"compiled variants are left out: {error}")
     with arguments.errors_in_one_line():
-        rates = {
+        measured = {
             algorithm: measure_algorithm(algorithm, args, device, can_compile)
             for algorithm in args.algorithms
         }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(
-            json.dumps(record(args, rates, device), indent=2, allow_nan=False) + "\n"
+            json.dumps(record(args, measured, device), indent=2, allow_nan=False) + "\n"
         )
+
+
+class Measured(NamedTuple):
+    """What was measured of an algorithm: variant -> numbers.
+
+    rates: updates per second of every round.
+    memory: most memory (MB) on the GPU; empty on the CPU.
+    """
+
+    rates: dict[str, list[float]]
+    memory: dict[str, float]
 
 
 def measure_algorithm(
     algorithm: str, args: argparse.Namespace, device: str, can_compile: bool
-) -> dict[str, list[float]]:
+) -> Measured:
     """Measure every variant of an algorithm and print their table."""
-    updates = {
-        name: our_update(algorithm, fields, compile, device)
-        for name, (fields, compile) in variants_of(algorithm).items()
-        if can_compile or not compile
-    }
+    make: dict[str, Callable[[], Callable[[], Any]]] = {}
     file = SUBJECTS[algorithm].upstream
     if args.corl is not None and file is not None:
-        upstream = upstream_update(algorithm, args.corl, device)
-        updates = {f"upstream CORL's {Path(file).name}": upstream, **updates}
+        make[f"upstream CORL's {Path(file).name}"] = functools.partial(
+            upstream_update, algorithm, args.corl, device
+        )
+    for name, (fields, compile) in variants_of(algorithm).items():
+        if can_compile or not compile:
+            make[name] = functools.partial(
+                our_update, algorithm, fields, compile, device
+            )
+    updates, memory = {}, {}
+    for name, made in make.items():
+        if compiled.on_gpu(device):
+            updates[name], memory[name] = peak_memory(made)
+        else:
+            updates[name] = made()
     rates = measure(updates, args.seconds, args.rounds, device)
-    print(table(rates))
-    return rates
+    print(table(rates, memory), flush=True)
+    return Measured(rates, memory)
 
 
-def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
+def peak_memory(make: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], Any], float]:
+    """The update that is made, and the most memory (MB) that it takes on the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    update = make()
+    # The last ones run from graphs.
+    for _ in range(5):
+        update()
+    return update, (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def record(
+    args: argparse.Namespace, measured: dict[str, Measured], device: str
+) -> dict[str, Any]:
     """The numbers and what they were measured with."""
     command = " ".join(["python benchmarks/update_speed.py", *sys.argv[1:]])
     if args.corl is not None:
@@ -288,7 +336,8 @@ def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
         command = command.replace(str(args.corl), "upstream/CORL")
     return {
         "command": command,
-        "updates_per_second": rates,
+        "updates_per_second": {name: found.rates for name, found in measured.items()},
+        "peak_gpu_memory_mb": {name: found.memory for name, found in measured.items()},
         "settings": {
             name: {"dare": fields, "compile": compile}
             for algorithm in args.algorithms
@@ -304,14 +353,16 @@ def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
     }
 
 
-def table(rates: dict[str, list[float]]) -> str:
+def table(rates: dict[str, list[float]], memory: dict[str, float] | None = None) -> str:
     """One line per variant; the ratio compares it with the first variant."""
-    base = statistics.median(next(iter(rates.values())))
-    lines = [f"{'updates per second: median (min-max)':>75}  ratio"]
+    base, memory = statistics.median(next(iter(rates.values()))), memory or {}
+    heading = f"{'updates per second: median (min-max)':>75}  ratio"
+    lines = [heading + ("  peak MB" if memory else "")]
     for name, values in rates.items():
         median = statistics.median(values)
         spread = f"{median:8.1f} ({min(values):.1f}-{max(values):.1f})"
-        lines.append(f"{name:<66} {spread:<22} {median / base:5.2f}")
+        peak = f" {memory[name]:8.0f}" if name in memory else ""
+        lines.append(f"{name:<66} {spread:<22} {median / base:5.2f}{peak}")
     return "\n".join(lines)
 
 

@@ -45,8 +45,8 @@ class Captured:
         self._calls: Counter[Hashable] = Counter()
         self._places: list[int] = []
 
-    def __call__(self, *args: Any) -> Any:
-        values, structure = pytree.tree_flatten(args)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        values, structure = pytree.tree_flatten((args, named))
         form = structure, *(_form(value) for value in values)
         places = self._places_of_state()
         if places != self._places:
@@ -58,7 +58,7 @@ class Captured:
             self._calls[form] += 1
             warm = self._calls[form] > WARM_UPS
             if not warm or len(self._graphs) == MOST_GRAPHS:
-                return self.function(*args)
+                return self.function(*args, **named)
             graph = _Graph(self.function, values, structure, self.generators)
             self._graphs[form] = graph
         return graph.replay(values)
@@ -94,9 +94,10 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self._graph.register_generator_state(generator)
+        args, named = pytree.tree_unflatten(own, structure)
         # Capturing runs nothing.
         with torch.cuda.graph(self._graph):
-            self._outputs = function(*pytree.tree_unflatten(own, structure))
+            self._outputs = function(*args, **named)
 
     def replay(self, values: list[Any]) -> Any:
         given = [value for value in values if isinstance(value, torch.Tensor)]

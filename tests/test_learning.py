@@ -104,8 +104,8 @@ def test_td3_bc_awac_and_spot_learn_offline_and_online(
 def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):
     fields = {"dare": BLOCKS[module](cap=cap), "log_freq": 10}
     if module is dare_awac:
-        # The exchange takes the best offline rows, those most like the policy, out of AWAC's
-        # regression: it learns slower here, the more so the larger the cap.
+        # Of the caps 0, 2 and 8 the larger one learned slower here, and with 8 the score fell
+        # (docs/awac.md); so this is a small cap and a longer online phase.
         fields["online_iterations"] = 1200
     summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary

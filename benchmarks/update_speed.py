@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 import statistics
 import sys
 import time
@@ -244,6 +245,7 @@ def main() -> None:
         default=2.0,
         help="per variant and round",
     )
+    parser.add_argument("--match", help="only variants with this regular expression")
     parser.add_argument("--rounds", type=arguments.number(int, "[1, 1e6]"), default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=arguments.number(int, "[1, 1024]"), default=1)
@@ -299,7 +301,9 @@ def measure_algorithm(
             upstream_update, algorithm, args.corl, device
         )
     for name, (fields, compile) in variants_of(algorithm).items():
-        if can_compile or not compile:
+        # Upstream's row is always there: it is what the ratios are to.
+        chosen = args.match is None or re.search(args.match, name)
+        if chosen and (can_compile or not compile):
             make[name] = functools.partial(
                 our_update, algorithm, fields, compile, device
             )

@@ -155,7 +155,8 @@ def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
             _traced_adam(optimizer.state, group, pairs)
             continue
         for parameter, gradient in pairs:
-            parameter.grad = gradient
+            # Adam of stacked seeds on a GPU takes gradients that lie as the parameters do.
+            parameter.grad = None if gradient is None else gradient.contiguous()
         optimizer.step()
 
 

@@ -25,6 +25,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,8 @@ from corl import arguments, envs, finetune, machine, tasks
 from corl.data import sources
 from corl.progress import progress_bar
 from corl_dare import hook
+from corl_dare.behavior import BehaviorModel
+from corl_dare.config import PRESETS
 from corl_dare.exchange import exchange
 from corl_dare.rows import draw
 
@@ -68,6 +71,8 @@ class Settings:
 
 PAPER = {}
 MIXTURE = {"behavior": "mixture", "guidance_scale": 0.0}
+# Of the preset `near` what this experiment can show: its models are smaller than the preset's.
+NEAR = {k: PRESETS["near"]["dare"][k] for k in ("sampler_steps", "energy_update_freq")}
 # Name -> fields of the dare block that differ from the paper's setting.
 VARIANTS = {
     "paper": PAPER,
@@ -76,6 +81,13 @@ VARIANTS = {
     "energy every 50 updates": {"energy_update_freq": 50},
     "references as old as the online updates": {"reference_max_age": 1_000_000_000},
     "5 network evaluations": {"sampler_steps": 5},
+    "near": {**NEAR, "behavior_width": 0.5},
+    "near, full width": NEAR,
+    "8 network evaluations": {"sampler_steps": 8},
+    "8 network evaluations, energy every 10": {
+        "sampler_steps": 8,
+        "energy_update_freq": 10,
+    },
     "no guidance": {"guidance_scale": 0.0},
     "16 references": {"references": 16},
     "16 references, other noise": {"references": 16},
@@ -122,7 +134,7 @@ class Experiment:
             collector.step(self.trainer.actor)
         low, high = self.data.return_range()
         self.q_scale = hook.energy_q_scale(settings.env, high - low)
-        self.behaviors = {kind: self.fit(kind) for kind in ("diffusion", "mixture")}
+        self.behaviors: dict[tuple[str, float], BehaviorModel] = {}
 
     def block(self, fields: dict) -> dare_iql.DareIQLConfig:
         """The dare block of a variant, with the sizes of this experiment."""
@@ -131,12 +143,18 @@ class Experiment:
         shared = {k: v for k, v in sizes if k in names}
         return dare_iql.DareIQLConfig(**{**shared, **fields})
 
-    def fit(self, kind: str):
+    def behavior(self, block: dare_iql.DareIQLConfig) -> BehaviorModel:
+        """The behavior model of a block: one for each kind and width."""
+        key = block.behavior, block.behavior_width
+        if key not in self.behaviors:
+            self.behaviors[key] = self.fit(block)
+        return self.behaviors[key]
+
+    def fit(self, block: dare_iql.DareIQLConfig) -> BehaviorModel:
         """A behavior model of the raw offline rows, from the cache if it was fitted before."""
-        fields = {} if kind == "diffusion" else MIXTURE
         rows = self.offline._size
         return hook.fit_behavior(
-            self.block(fields),
+            block,
             self.data.normalization.undo(self.offline._states[:rows]),
             self.offline._actions[:rows],
             dataset_hash=self.data.provenance["sha256"],
@@ -152,7 +170,7 @@ class Experiment:
             self.offline,
             self.online,
             block,
-            self.behaviors[block.behavior],
+            self.behavior(block),
             **dare_iql.hook_arguments(self.trainer),
             q_scale=self.q_scale,
             unnormalize=self.data.normalization.undo,
@@ -218,13 +236,15 @@ def compare(ours: list, papers: list) -> dict[str, float]:
     }
 
 
-def run(settings: Settings) -> dict[str, dict[str, float]]:
-    """Name of the setting -> its numbers."""
+def run(settings: Settings, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Name of the setting -> its numbers, for these variants."""
     experiment = Experiment(settings)
     paper = experiment.hook(PAPER)
     paper.pretrain()
     hooks = {}
     for i, (name, fields) in enumerate(VARIANTS.items()):
+        if name not in names:
+            continue
         # Every variant has noise of its own.
         hooks[name] = experiment.hook(fields, seed=i)
         if hooks[name].energy is not None:
@@ -235,10 +255,11 @@ def run(settings: Settings) -> dict[str, dict[str, float]]:
             state = copy.deepcopy(paper.energy_optimizer.state_dict())
             hooks[name].energy_optimizer.load_state_dict(state)
     numbers = range(1000, 1000 + settings.batches)
-    old = hooks["references as old as the online updates"]
-    # Fill the cache of old references before Q and the energy change.
-    for number in numbers:
-        decide(old, number)
+    for source in hooks.values():
+        if source.config.reference_max_age:
+            # Fill the cache of old references before Q and the energy change.
+            for number in numbers:
+                decide(source, number)
 
     np.random.seed(settings.seed)
     late = [h for h in hooks.values() if h.config.energy_update_freq > 1]
@@ -282,13 +303,16 @@ def main() -> None:
         parser.add_argument(
             f"--{field.name}", type=arguments.setting(field), default=field.default
         )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)
+    )
     parser.add_argument("--out", type=arguments.path, help="write the numbers as JSON")
     args = vars(parser.parse_args())
-    out = args.pop("out")
+    out, names = args.pop("out"), ["paper", *args.pop("variants")]
     settings = Settings(**args)
     machine.configure_threads(1)
     with arguments.errors_in_one_line():
-        results = run(settings)
+        results = run(settings, names)
     print(table(results))
     if out is None:
         return

@@ -40,6 +40,7 @@ from corl import arguments, compiled, finetune, machine
 from corl.captured import Captured
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
+from corl_dare.config import PRESETS
 from corl_dare.rows import draw_rows
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,7 @@ S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
 LIKELIHOOD = {**RATIO, "score": "likelihood"}
 PAPER = {"behavior": "diffusion", "guidance_scale": 8.0}
+NEAR = {**PAPER, **PRESETS["near"]["dare"]}
 # DARE-IQL as in configs/iql/quick_start.yaml.
 FAST = {**RATIO, "backup_actions": 1}
 CACHED = {**PAPER, "energy_update_freq": 10, "reference_max_age": 1_000_000_000}
@@ -58,6 +60,8 @@ VARIANTS: Variants = {
     "{}, compiled": (None, True),
     "DARE-{}, policy ratio": (RATIO, False),
     "DARE-{}, policy ratio, compiled (fast)": (RATIO, True),
+    "DARE-{}, preset near": (NEAR, False),
+    "DARE-{}, preset near, compiled": (NEAR, True),
     "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
     "DARE-{}, guided references, energy every update, compiled": (PAPER, True),
 }
@@ -75,6 +79,8 @@ IQL_VARIANTS: Variants = {
         {**PAPER, "energy_update_freq": 10},
         False,
     ),
+    "DARE-{}, preset near": (NEAR, False),
+    "DARE-{}, preset near, compiled": (NEAR, True),
     "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
     "DARE-{}, guided references, energy every update, compiled": (PAPER, True),
 }
@@ -318,7 +324,9 @@ def measure_algorithm(
     return Measured(rates, memory)
 
 
-def peak_memory(make: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], Any], float]:
+def peak_memory(
+    make: Callable[[], Callable[[], Any]],
+) -> tuple[Callable[[], Any], float]:
     """The update that is made, and the most memory (MB) that it takes on the GPU."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

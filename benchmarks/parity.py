@@ -1,16 +1,23 @@
 """Our files against a CORL checkout: the largest difference of every parameter.
 
     python benchmarks/parity.py --corl PATH [--out results/parity/FILE.txt]
+    python benchmarks/parity.py --corl PATH --jax_python PYTHON --only_rebrac
 
 Both sides get the same weights, batches and random draws and make 20 updates on the CPU in
 float32. The cases named `patched` apply `patches/` to a copy in memory and compare whole online
 DARE updates (hook, losses, energy) with our DARE file. A difference of 0 means the same bits.
+CORL's ReBRAC is JAX. It is compared where `--jax_python` names a Python that has jax, flax, optax
+and chex (`benchmarks/rebrac_jax.py`). In float32 the two differ by rounding, which Adam enlarges
+where a gradient is almost 0, up to its learning rate; in float64 they show that the rest is equal.
 """
 
 import dataclasses
 import functools
 import inspect
+import json
+import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, td3_bc
+from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, rebrac, td3_bc
 from corl import arguments, d4rl_shim, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -49,6 +56,7 @@ def data(seed: int) -> dict[str, np.ndarray]:
         "next_observations": rng.normal(size=(ROWS, S)).astype(np.float32),
         "terminals": rng.random(ROWS) < 0.05,
         "mc_returns": rng.normal(size=ROWS).astype(np.float32),
+        "next_actions": rng.uniform(-1, 1, (ROWS, A)).astype(np.float32),
     }
 
 
@@ -57,6 +65,8 @@ def buffer_of(module, seed: int):
     extra = {}
     if getattr(module.TrainConfig, "MC_RETURNS", False):
         extra = {"mc_returns": True}
+    if getattr(module.TrainConfig, "NEXT_ACTIONS", False):
+        extra = {"next_actions": True}
     buffer = module.ReplayBuffer(S, A, ROWS + 10, "cpu", **extra)
     buffer.load_d4rl_dataset(data(seed))
     return buffer
@@ -296,6 +306,121 @@ def actor_critic_cases(ours, upstream, setup=WHOLE) -> dict[str, Any]:
     return results
 
 
+# The settings of CORL's files; coefficients of the first case stand in none of them.
+REBRAC_SETTINGS: dict[str, dict[str, Any]] = {
+    "large penalties": {},
+    "locomotion": {
+        "actor_bc_coef": 0.01,
+        "critic_bc_coef": 0.01,
+        "actor_lr": 1e-3,
+        "qf_lr": 1e-3,
+    },
+    "antmaze": {
+        "actor_bc_coef": 0.003,
+        "critic_bc_coef": 0.002,
+        "qf_lr": 5e-5,
+        "discount": 0.999,
+    },
+    "online": {"actor_bc_coef": 0.05, "online_iterations": 30},
+    "other networks": {
+        "hidden_dim": 64,
+        "actor_n_hiddens": 2,
+        "critic_n_hiddens": 1,
+        "actor_ln": True,
+        "critic_ln": False,
+        "normalize_q": False,
+        "policy_freq": 3,
+    },
+}
+REBRAC_FIELDS = ("states", "actions", "rewards", "next_states", "dones", "next_actions")
+
+
+class JaxFile(NamedTuple):
+    """CORL's ReBRAC, and a Python that can run it."""
+
+    python: Path
+    file: Path
+
+    def after(self, case: dict[str, Any]) -> dict[str, np.ndarray]:
+        """What `benchmarks/rebrac_jax.py` makes of a case."""
+        with tempfile.TemporaryDirectory() as folder:
+            given, made = Path(folder) / "case.npz", Path(folder) / "result.npz"
+            np.savez(given, **case)
+            worker = Path(__file__).with_name("rebrac_jax.py")
+            command = map(str, [self.python, worker, self.file, given, made])
+            wide = str(int(case["noise"].dtype == np.float64))
+            environment = {**os.environ, "JAX_ENABLE_X64": wide, "JAX_PLATFORMS": "cpu"}
+            done = subprocess.run(
+                list(command), env=environment, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{self.python}: {done.stderr.strip()[-500:]}")
+            with np.load(made) as arrays:
+                return dict(arrays)
+
+
+def rebrac_trainer(config: Any, dtype: torch.dtype) -> Any:
+    """A trainer of ReBRAC whose numbers have a type."""
+    torch.manual_seed(0)
+    trainer = rebrac.make_trainer(config, S, A, 1.0, "cpu")
+    for name in rebrac.WITH_TARGET:
+        getattr(trainer, name).to(dtype), getattr(trainer, f"{name}_target").to(dtype)
+    return trainer
+
+
+def rebrac_run(
+    config: Any, setup: Setup, online: bool, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """Our trainer after the updates, and all that upstream needs to make the same ones."""
+    trainer, buffer = rebrac_trainer(config, dtype), buffer_of(rebrac, 0)
+    case: dict[str, Any] = {
+        f"start.{part}.{name}": value.numpy().copy()
+        for part in rebrac.WITH_TARGET
+        for name, value in getattr(trainer, part).state_dict().items()
+    }
+    settings = dataclasses.asdict(config)
+    case["settings"] = json.dumps({**settings, "gamma": config.discount})
+    np.random.seed(1)
+    torch.manual_seed(1)
+    batches, noises, coefs = [], [], []
+    for step in range(setup.updates):
+        if online:
+            trainer.actor_bc_coef, trainer.critic_bc_coef = config.bc_coefs(step)
+        coefs.append([trainer.actor_bc_coef, trainer.critic_bc_coef])
+        batches.append([column.to(dtype) for column in buffer.sample(setup.rows)])
+        stream = torch.get_rng_state()
+        noises.append(trainer._noise(batches[-1][1]))
+        torch.set_rng_state(stream)
+        trainer.train(batches[-1])
+    columns = [torch.stack(column).numpy() for column in zip(*batches, strict=True)]
+    case.update(zip(REBRAC_FIELDS, columns, strict=True))
+    case.update(rewards=case["rewards"][..., 0], dones=case["dones"][..., 0])
+    case.update(noise=torch.stack(noises).numpy(), coefs=np.array(coefs))
+    return trainer, case
+
+
+def rebrac_cases(
+    upstream: JaxFile | None, setup=WHOLE, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The same for ReBRAC; the updates of the case `online` follow the online schedule."""
+    results = {}
+    parts = [*rebrac.WITH_TARGET, *(f"{name}_target" for name in rebrac.WITH_TARGET)]
+    for name, fields in REBRAC_SETTINGS.items():
+        config = rebrac.TrainConfig(env=TASK, **fields)
+        trainer, case = rebrac_run(config, setup, name == "online", dtype)
+        trainers = [trainer]
+        if upstream is not None:
+            found = upstream.after(case)
+            trainers.append(rebrac_trainer(config, dtype))
+            for part in parts:
+                network = getattr(trainers[1], part)
+                state = {k: found[f"{part}.{k}"] for k in network.state_dict()}
+                network.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+        kind = str(dtype).removeprefix("torch.")
+        results[f"rebrac, {name}, {kind}"] = setup.compare(*trainers, parts)
+    return results
+
+
 class EveryRow(hook.DareHook):
     """A hook that hides how many rows are kept.
 
@@ -430,28 +555,50 @@ def patched_module(corl: Path, name: str) -> SimpleNamespace:
         return load(path)
 
 
+def torch_cases(corl: Path) -> dict[str, Any]:
+    """The cases of all files but ReBRAC's."""
+    upstream = corl / "algorithms/finetune"
+    results = iql_cases(load(upstream / "iql.py"))
+    results.update(cql_cases(cql, load(upstream / "cql.py")))
+    results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
+    offline = load(upstream.parent / "offline/td3_bc.py")
+    results.update(actor_critic_cases(td3_bc, offline))
+    results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
+    results.update(dare_iql_cases(patched_module(corl, "iql")))
+    results.update(dare_cal_ql_cases(patched_module(corl, "cal_ql")))
+    return results
+
+
 def main() -> None:
     parser = arguments.Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--corl", type=arguments.path, required=True, help="a CORL checkout"
     )
     parser.add_argument("--out", type=arguments.path, help="also write the report here")
+    parser.add_argument(
+        "--jax_python", type=arguments.path, help="a Python with jax, flax, optax, chex"
+    )
+    parser.add_argument(
+        "--only_rebrac", action="store_true", help="leave the other algorithms out"
+    )
     args = parser.parse_args()
     if not (args.corl / "algorithms").is_dir():
         parser.error(f"{args.corl} is no folder of CORL")
     machine.configure_threads(1)
-    upstream = args.corl / "algorithms/finetune"
+    if args.only_rebrac and args.jax_python is None:
+        parser.error("--only_rebrac needs --jax_python PYTHON")
     with arguments.errors_in_one_line():
-        results = iql_cases(load(upstream / "iql.py"))
-        results.update(cql_cases(cql, load(upstream / "cql.py")))
-        results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
-        offline = load(upstream.parent / "offline/td3_bc.py")
-        results.update(actor_critic_cases(td3_bc, offline))
-        results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
-        results.update(dare_iql_cases(patched_module(args.corl, "iql")))
-        results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
+        results = {} if args.only_rebrac else torch_cases(args.corl)
+        if args.jax_python is None:
+            print(
+                "rebrac: left out, CORL's file is JAX; --jax_python PYTHON compares it"
+            )
+        else:
+            file = JaxFile(args.jax_python, args.corl / "algorithms/offline/rebrac.py")
+            for dtype in (torch.float32, torch.float64):
+                results.update(rebrac_cases(file, dtype=dtype))
     lines = [
-        f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "
+        f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows on "
         f"{machine.describe()['processor']}, torch {torch.__version__}, "
         f"ours {machine.git_commit()}",
     ]

@@ -87,6 +87,8 @@ def random_buffer(module, device: str, seed: int):
     rng = np.random.default_rng(seed)
     keeps = getattr(module.TrainConfig, "MC_RETURNS", False)
     extra = {"mc_returns": True} if keeps else {}
+    if getattr(module.TrainConfig, "NEXT_ACTIONS", False):
+        extra = {"next_actions": True}
     buffer = module.ReplayBuffer(S, A, ROWS, device, **extra)
     buffer.load_d4rl_dataset(
         {
@@ -96,6 +98,7 @@ def random_buffer(module, device: str, seed: int):
             "next_observations": rng.normal(size=(ROWS, S)),
             "terminals": np.zeros(ROWS),
             "mc_returns": rng.normal(size=ROWS),
+            "next_actions": rng.uniform(-1, 1, (ROWS, A)),
         }
     )
     return buffer

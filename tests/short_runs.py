@@ -4,7 +4,16 @@ import pytest
 import torch
 import toy
 
-from algorithms import awac, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
 
@@ -54,6 +63,12 @@ AWAC_FIELDS = {
     "hidden_dim": 64,
     "awac_lambda": 0.1,
 }
+REBRAC_FIELDS = {
+    **{k: v for k, v in TD3_FIELDS.items() if k != "alpha"},
+    "hidden_dim": 64,
+    "actor_bc_coef": 0.3,
+    "critic_bc_coef": 0.1,
+}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -80,6 +95,8 @@ DEFAULTS = {
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     awac: AWAC_FIELDS,
+    rebrac: REBRAC_FIELDS,
+    dare_rebrac: REBRAC_FIELDS,
 }
 
 
@@ -126,7 +143,7 @@ def cal_ql_block(**fields):
 
 
 def td3_bc_block(**fields):
-    """The block `dare:` of a short run of DARE-TD3+BC."""
+    """The block `dare:` of a short run of DARE-TD3+BC or DARE-ReBRAC."""
     return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 

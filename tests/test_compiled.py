@@ -9,7 +9,16 @@ import torch
 from helpers import hard_release, make_hook
 from torch._dynamo.utils import counters
 
-from algorithms import awac, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl import compiled
 from corl_dare.exchange import exchange
 
@@ -25,6 +34,7 @@ def batches(module, count):
     shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)] + [(B, 1)] * (
         module is dare_cal_ql
     )
+    shapes += [(B, A)] * getattr(module.TrainConfig, "NEXT_ACTIONS", False)
     for _ in range(count):
         batch = [torch.tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes]
         batch[1], batch[4] = batch[1].tanh(), (batch[4] > 1).float()
@@ -57,7 +67,8 @@ def train(trainer, module, skip, count, arguments=()):
     return logs
 
 
-GRAPHS = {"td3_bc": 2, "dare_td3_bc": 2}  # with an update of the policy, and without
+# With an update of the policy, and without.
+GRAPHS = dict.fromkeys(("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac"), 2)
 # Where a gradient is as small as Adam's epsilon, rounding is a part of the step (3e-4): seven of
 # the policy's 65536 weights in one layer are such.
 TOLERANCE = {"td3_bc": 6e-5, "dare_td3_bc": 6e-5}
@@ -66,6 +77,8 @@ CASES = {
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
+    "rebrac": (rebrac, {"hidden_dim": 64}, ()),
+    "dare_rebrac": (dare_rebrac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
     "dare_iql": (dare_iql, {"actor_lr": 1e-3}, (hard_release(B, B // 2),)),
     "dare_cal_ql": (
         dare_cal_ql,

@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_config import Block, Config, parse
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl.config import (
     NOTHING,
     ConfigError,
@@ -31,6 +42,7 @@ FAMILIES = {
     "cal_ql": [cal_ql, dare_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
     "awac": [awac],
+    "rebrac": [rebrac, dare_rebrac],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -347,7 +359,14 @@ TD3_ARGUMENTS = {
     "policy_freq": 3,
     "alpha": 1.5,
 }
+REBRAC_ARGUMENTS = {
+    **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
+    "actor_bc_coef": 0.1,
+    "critic_bc_coef": 0.2,
+    "normalize_q": False,
+}
 ARGUMENTS = {
+    **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
     awac: {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2},
     **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
@@ -366,11 +385,10 @@ def test_the_algorithm_gets_the_fields_that_its_constructor_names(module):
 
 CQL_RATES = {"qf_lr": 0.1, "policy_lr": 0.3}, [0.1, 0.1, 0.3, 0.3, 0.1]
 IQL_RATES = {"qf_lr": 0.1, "vf_lr": 0.2, "actor_lr": 0.3}, [0.1, 0.2, 0.3]
+TD3_RATES = {"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]
 RATES = {
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
-    **dict.fromkeys(
-        FAMILIES["td3_bc"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
-    ),
+    **dict.fromkeys(FAMILIES["td3_bc"] + FAMILIES["rebrac"], TD3_RATES),
     awac: ({"learning_rate": 0.2}, [0.2, 0.2, 0.2]),
 }
 
@@ -394,7 +412,7 @@ SPELLINGS = [(m, alias) for m in ALL for alias in m.TrainConfig.ALIASES]
 def test_another_spelling_is_read_and_the_field_is_stored(module, alias, tmp_path):
     name = module.TrainConfig.ALIASES[alias]
     default = getattr(module.TrainConfig(), name)
-    value = {str: "hopper-medium-v2", int: 7, float: 0.5}[type(default)]
+    value = {str: "hopper-medium-v2", int: 7, float: 0.25, bool: True}[type(default)]
     file = tmp_path / "c.yaml"
     file.write_text(f"{alias}: {value}\n")
     ways = [["--config", str(file)], [f"--{alias}", str(value)]]

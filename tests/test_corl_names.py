@@ -4,11 +4,22 @@ import inspect
 
 import pytest
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl import compiled, finetune
 
 IQL, FAMILY = [iql, dare_iql], [cql, cal_ql, dare_cal_ql]
-OTHERS = [td3_bc, dare_td3_bc, awac]
+OTHERS = [td3_bc, dare_td3_bc, awac, rebrac, dare_rebrac]
 ALL = [*IQL, *FAMILY, *OTHERS]
 MIXED = [iql, dare_iql, cal_ql, dare_cal_ql, *OTHERS]
 ARGUMENTS = {
@@ -36,6 +47,7 @@ NAMES = {
     **dict.fromkeys(FAMILY, CQL_CLASSES),
     **dict.fromkeys([td3_bc, dare_td3_bc], "Actor Critic TD3_BC"),
     awac: "Actor Critic AdvantageWeightedActorCritic",
+    **dict.fromkeys([rebrac, dare_rebrac], "Actor Critic ReBRAC"),
 }
 
 

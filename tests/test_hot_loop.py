@@ -13,7 +13,18 @@ from helpers import make_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl_dare.hook import Release
 
 S, A, B = 11, 3, 32
@@ -92,14 +103,19 @@ def updates():
 
     def actor_critic(module):
         trainer = make_trainer(module)
-        trainer.total_it = 1  # the policy of TD3+BC learns in the second update
-        release = [Release(torch.rand(B))] * (module is dare_td3_bc)
-        return lambda: trainer.train(batch(), *release)
+        # The policy of TD3+BC learns in the second update, that of ReBRAC in the first.
+        next_actions = getattr(module.TrainConfig, "NEXT_ACTIONS", False)
+        trainer.total_it = 0 if next_actions else 1
+        more = [torch.rand(B, A)] * next_actions
+        release = [Release(torch.rand(B))] * (module in (dare_td3_bc, dare_rebrac))
+        return lambda: trainer.train(batch() + more, *release)
 
     return {
         "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
         "awac": actor_critic(awac),
+        "rebrac": actor_critic(rebrac),
+        "dare_rebrac": actor_critic(dare_rebrac),
         "cql": conservative(cql),
         "cal_ql": conservative(cal_ql, **maze),
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
@@ -112,7 +128,7 @@ def updates():
 
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
-NAMES += ["td3_bc", "dare_td3_bc", "awac"]
+NAMES += ["td3_bc", "dare_td3_bc", "awac", "rebrac", "dare_rebrac"]
 
 
 @pytest.mark.parametrize("name", NAMES)

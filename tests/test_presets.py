@@ -5,7 +5,18 @@ import dataclasses
 import pytest
 from short_runs import CQL_FIELDS, FIELDS, SMALL, run
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl import finetune
 from corl.config import (
     ConfigError,
@@ -19,12 +30,16 @@ from corl_dare.config import PRESETS, DareConfig
 
 # A long start of these names the presets, too.
 DARE = [dare_iql, dare_cal_ql]
-WITH_PRESETS = [*DARE, dare_td3_bc]
-BASELINES = [iql, cql, cal_ql, td3_bc, awac]
+WITH_PRESETS = [*DARE, dare_td3_bc, dare_rebrac]
+BASELINES = [iql, cql, cal_ql, td3_bc, awac, rebrac]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
+# ReBRAC acts without noise, so a ratio of densities needs a width.
+ACTS_WITHOUT_NOISE = (dare_rebrac,)
 
 
 def parsed(module, tmp_path, *argv, text=YAML):
+    if module in ACTS_WITHOUT_NOISE:
+        argv = (*argv, "--dare.policy_std", "0.1")
     (tmp_path / "c.yaml").write_text(text)
     return parse_config(
         module.TrainConfig, ["--config", str(tmp_path / "c.yaml"), *argv]

@@ -22,7 +22,18 @@ from short_runs import (
 )
 from torch._dynamo.utils import counters
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl import compiled, finetune
 from corl.rollback import Snapshot
 
@@ -221,6 +232,8 @@ RUNS = {
     "td3_bc": (td3_bc, {"bc_online": "anneal", "policy_freq": 3}),
     "dare_td3_bc": (dare_td3_bc, {"dare": td3_bc_block(behavior_updates=5)}),
     "awac": (awac, {"mixing_ratio": 0.5, "utd": 2}),
+    "rebrac": (rebrac, {"mixing_ratio": 0.5, "bc_anneal_steps": 30, "policy_freq": 3}),
+    "dare_rebrac": (dare_rebrac, {"dare": td3_bc_block(behavior_updates=5)}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }
@@ -253,7 +266,11 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "name", ["iql, two buffers", "dare_iql, guided", "dare_cal_ql", "td3_bc", "awac"]
+    "name",
+    [
+        *("iql, two buffers", "dare_iql, guided", "dare_cal_ql", "td3_bc", "awac"),
+        *("rebrac", "dare_rebrac"),
+    ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])
 def test_a_resumed_run_with_the_estimate_equals_one_without(

@@ -12,7 +12,18 @@ from short_runs import (
     td3_bc_block,
 )
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl import curves, finetune
 
 SHORT = {
@@ -60,6 +71,29 @@ ONLINE = {
         },
     ),
     "awac": (awac, {"mixing_ratio": 0.25}),
+    "rebrac": (
+        rebrac,
+        {
+            "mixing_ratio": 0.25,
+            "expl_noise": 0.9,
+            "bc_online": "drop",
+            "critic_bc_online": "keep",
+            "bc_end": 0.2,
+            "bc_anneal_steps": 5,
+        },
+    ),
+    "dare_rebrac": (
+        dare_rebrac,
+        {
+            "mixing_ratio": 0.25,
+            "expl_noise": 0.9,
+            "bc_online": "keep",
+            "critic_bc_online": "keep",
+            "bc_end": 0.2,
+            "bc_anneal_steps": 5,
+            "dare": td3_bc_block(behavior_updates=3),
+        },
+    ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
     "dare_cal_ql": (
         dare_cal_ql,

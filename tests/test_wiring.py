@@ -12,7 +12,9 @@ from wiring import CQL, DARE, GOAL
 
 ALL = list(wiring.ALGORITHMS)
 IQL = [name for name in ALL if name.endswith("iql")]
-NOISY = [name for name in ALL if name.endswith("td3_bc")]  # noise is added to the action
+REBRAC = [name for name in ALL if name.endswith("rebrac")]
+TD3 = [name for name in ALL if name.endswith("td3_bc")]
+NOISY = [*TD3, *REBRAC]  # noise is added to the action
 COMPAT = {"compat": True, "env": GOAL}
 WARMUP = (8, 9)  # steps
 
@@ -239,8 +241,24 @@ def test_the_behavior_cloning_term_changes_with_the_environment_steps(
 
 @pytest.mark.parametrize("name", NOISY)
 def test_the_policy_of_td3_learns_in_every_second_update(name, recorded):
+    """That of ReBRAC in the first, too."""
     learned = ["actor_loss" in u.logs for u in recorded(name).of("update")]
-    assert learned == [i % 2 == 1 for i in range(35)]
+    assert learned == [i % 2 == int(name in TD3) for i in range(35)]
+
+
+@pytest.mark.parametrize("name", REBRAC)
+def test_rows_carry_the_action_after_them(name, recorded):
+    record = recorded(name)
+    stored, rows = record.stored("offline"), record.arrays["actions"]
+    np.testing.assert_array_equal(stored["next_actions"][:-1], rows[1:])
+    # Online it is what the policy does in the next state, with its noise, before it learns.
+    online = online_rows(record)
+    assert (online["next_actions"] != 0).all()
+    warmup = slice(0, record.config.online_warmup - 1)
+    states, following = online["observations"][1:], online["next_observations"][:-1]
+    same = (states == following).all(1)[warmup]
+    gaps = np.abs(online["next_actions"][:-1] - online["actions"][1:])[warmup][same]
+    assert len(gaps) and (gaps < 6 * 0.1 * wiring.MAX_ACTION).all() and (gaps > 0).all()
 
 
 @every_algorithm
@@ -278,8 +296,9 @@ def test_the_training_environment_is_seeded_once_by_seed(name, recorded):
 def test_every_evaluation_starts_from_the_evaluation_seed(name, fields, recorded):
     record = recorded(name, **fields)
     config = record.config
-    # AWAC's upstream has a field of its own for that.
-    seed = config.seed if fields and name != "awac" else config.eval_seed
+    # AWAC's and ReBRAC's upstream have a field of their own for that.
+    own = name in ("awac", *REBRAC)
+    seed = config.seed if fields and not own else config.eval_seed
     resets = record.of("reset", role="eval")
     rounds = (config.offline_iterations + config.online_iterations) // config.eval_freq
     assert [r.seed for r in resets] == [seed, None] * rounds

@@ -626,6 +626,7 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "cql_alpha_online": 1.0,
         "mixing_ratio": 0.5,
         "bc_online": "keep" if name in DARE else "drop",
+        "critic_bc_online": "keep",
         "bc_end": 0.1,
         "bc_anneal_steps": 7,
         "dare": {"cap": 1},

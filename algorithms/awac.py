@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Normal
 
-from corl import finetune
+from corl import seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -91,7 +91,9 @@ class TrainConfig(FinetuneConfig):
         "awac_lambda": "(0, inf)",
         "mixing_ratio": "(0, 1)",
     }
-    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {"mixing_ratio"}
+    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
+        "mixing_ratio",
+    }
     ALIASES: ClassVar[Dict[str, str]] = {
         "env_name": "env",
         "test_seed": "eval_seed",
@@ -273,7 +275,8 @@ class AdvantageWeightedActorCritic:
     ) -> torch.Tensor:
         """Advantage-weighted regression, (B,); adv (B,) without gradient."""
         weights = (adv / self.awac_lambda).exp().clamp(max=self.exp_adv_max)
-        return -self.actor.log_prob(observations, actions) * weights
+        losses = -self.actor.log_prob(observations, actions) * weights
+        return losses
 
     def _noise(self, actions: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Normal noise of the policy's samples at s' and at s, each (B, A), global stream."""
@@ -368,14 +371,15 @@ def step(
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
     if config.deterministic_torch:
         # What CUDA's matrix products ask for.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic_torch)
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
         session.start(

@@ -41,7 +41,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -597,7 +597,9 @@ class CalQL:
         return gaps
 
     def _penalties(
-        self, diffs: List[torch.Tensor], log_dict: Dict
+        self,
+        diffs: List[torch.Tensor],
+        log_dict: Dict,
     ) -> Tuple[List[torch.Tensor], torch.Tensor]:
         """Conservative terms of the critics' loss and the multiplier's loss, all 0-d."""
         if not self.cql_lagrange:
@@ -692,7 +694,10 @@ class CalQL:
             log_dict,
         )
         diffs = [gap.mean(-1) for gap in gaps]
-        penalties, alpha_prime_loss = self._penalties(diffs, log_dict)
+        penalties, alpha_prime_loss = self._penalties(
+            diffs,
+            log_dict,
+        )
         for i in (0, 1):
             log_dict[f"qf{i + 1}_loss"] = td_losses[i].detach()
             log_dict[f"average_qf{i + 1}"] = predicted[i].detach().mean()
@@ -771,10 +776,11 @@ def step(trainer: CalQL, source: Any, config: TrainConfig) -> Dict[str, Any]:
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         if config.load_model and config.compat:
             trainer.detach_multipliers()

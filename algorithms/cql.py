@@ -17,8 +17,10 @@ What differs from upstream, and why (`compat: true` brings the upstream behaviou
 - A dataset that exactly fills the buffer can be fine-tuned. Upstream's write pointer is then
   out of range.
 - Regret is computed from evaluation episodes. Upstream computes it from training episodes.
-Without a switch: the multipliers live on the device; `use_automatic_entropy_tuning: false` can be
-saved; `train` returns tensors, so that an update never waits for the device.
+Without a switch: `mixing_ratio` adds a second form with two buffers (offline rows first, then
+online rows; the default is upstream's single buffer). The multipliers live on the device;
+`use_automatic_entropy_tuning: false` can be saved; `train` returns tensors, so that an update
+never waits for the device.
 
 Shapes: B rows of a batch, n = cql_n_actions, S state dimension, A action dimension.
 """
@@ -39,13 +41,14 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
 # CORL's names, for those who import them from here.
 from corl.finetune import (  # noqa: F401
     LINEAR_REWARDS,
+    MixedBuffer,
     ReplayBuffer,
     TensorBatch,
     compute_mean_std,
@@ -135,6 +138,8 @@ class TrainConfig(FinetuneConfig):
     q_n_hidden_layers: int = 2  # hidden layers of the critics
     reward_scale: float = 1.0  # factor on rewards, only with normalize_reward
     reward_bias: float = 0.0  # added to them, only with normalize_reward
+    # Not in CORL
+    mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
 
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         "alpha_multiplier": "[0, inf)",
@@ -151,8 +156,12 @@ class TrainConfig(FinetuneConfig):
         "q_n_hidden_layers": "[1, 100]",
         "reward_scale": "(0, inf)",
         "reward_bias": "(-inf, inf)",
+        "mixing_ratio": "(0, 1)",
     }
-    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {"cql_alpha_online"}
+    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
+        "cql_alpha_online",
+        "mixing_ratio",
+    }
     QUICK_START: ClassVar[str] = "configs/cql/quick_start.yaml"
     REWARDS: ClassVar[finetune.RewardRule] = LINEAR_REWARDS
 
@@ -163,6 +172,8 @@ class TrainConfig(FinetuneConfig):
                 f"cql_clip_diff_min {self.cql_clip_diff_min} lies above "
                 f"cql_clip_diff_max {self.cql_clip_diff_max}"
             )
+        if self.mixing_ratio is not None:
+            self.check_mixing_ratio("; leave it out for a single buffer")
 
 
 def extend_and_repeat(tensor: torch.Tensor, dim: int, repeat: int) -> torch.Tensor:
@@ -559,7 +570,9 @@ class ContinuousCQL:
         return gaps
 
     def _penalties(
-        self, diffs: List[torch.Tensor], log_dict: Dict
+        self,
+        diffs: List[torch.Tensor],
+        log_dict: Dict,
     ) -> Tuple[List[torch.Tensor], torch.Tensor]:
         """Conservative terms of the critics' loss and the multiplier's loss, all 0-d."""
         if not self.cql_lagrange:
@@ -653,7 +666,10 @@ class ContinuousCQL:
             log_dict,
         )
         diffs = [gap.mean(-1) for gap in gaps]
-        penalties, alpha_prime_loss = self._penalties(diffs, log_dict)
+        penalties, alpha_prime_loss = self._penalties(
+            diffs,
+            log_dict,
+        )
         for i in (0, 1):
             log_dict[f"qf{i + 1}_loss"] = td_losses[i].detach()
             log_dict[f"average_qf{i + 1}"] = predicted[i].detach().mean()
@@ -730,10 +746,11 @@ def step(trainer: ContinuousCQL, source: Any, config: TrainConfig) -> Dict[str, 
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         if config.load_model and config.compat:
             trainer.detach_multipliers()

@@ -9,9 +9,10 @@ left with the TD loss (Eq. 14).
 
 This file is `cal_ql.py` plus lines (`make diff ALGO=cal_ql`). Readings of the paper: the gap of a
 row is clipped, then weighted, then averaged over the whole batch, so half the rows of weight 1
-give half of full-batch CQL; that average also drives the Lagrange multiplier. Calibration ends
-with the offline phase as in the baseline; with `dare.keep_calibration` it goes on, and rows
-collected online, whose return nobody knows, have no bound wherever the exchange puts them.
+give half of full-batch CQL; that average also drives the Lagrange multiplier, unless
+`dare.lagrange_gap` is weighted. Calibration ends with the offline phase as in the baseline; with
+`dare.keep_calibration` it goes on, and rows collected online, whose return nobody knows, have no
+bound wherever the exchange puts them.
 
 What follows is the header of the baseline.
 
@@ -57,7 +58,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -135,6 +136,13 @@ class DareCalQLConfig(DareConfig):
 
     cap: Optional[int] = 32  # n, most pairs exchanged per batch; none: no cap
     keep_calibration: bool = False  # keep Cal-QL's lower bounds online, where known
+    # With cql_lagrange, the multiplier drives to 0: literal: mean(w gap) - target; weighted:
+    # mean(w (gap - target))
+    lagrange_gap: str = "literal"
+
+    CHOICES: ClassVar[dict] = DareConfig.CHOICES | {
+        "lagrange_gap": ("literal", "weighted"),
+    }
 
 
 @dataclass
@@ -442,6 +450,7 @@ class CalQL:
     cql_clip_diff_max: float = np.inf
     device: str = "cpu"
     compat: bool = False
+    dare: DareCalQLConfig = dataclasses.field(default_factory=DareCalQLConfig)
 
     def __post_init__(self):
         self.target_critic_1, self.target_critic_2 = (
@@ -642,7 +651,10 @@ class CalQL:
         return gaps
 
     def _penalties(
-        self, diffs: List[torch.Tensor], log_dict: Dict
+        self,
+        diffs: List[torch.Tensor],
+        log_dict: Dict,
+        release: Optional[Release] = None,
     ) -> Tuple[List[torch.Tensor], torch.Tensor]:
         """Conservative terms of the critics' loss and the multiplier's loss, all 0-d."""
         if not self.cql_lagrange:
@@ -651,6 +663,9 @@ class CalQL:
         else:
             alpha_prime = self.log_alpha_prime().exp().clamp(0.0, 1000000.0)
             excess = [diff - self.cql_target_action_gap for diff in diffs]
+            if release is not None and self.dare.lagrange_gap == "weighted":
+                target = release.weight.mean() * self.cql_target_action_gap
+                excess = [diff - target for diff in diffs]
             dual = [alpha_prime * self.cql_alpha * e.detach() for e in excess]
             alpha_prime_loss = (-dual[0] - dual[1]) * 0.5
             alpha_prime = alpha_prime.detach()
@@ -745,7 +760,11 @@ class CalQL:
             release,
         )
         diffs = [gap.mean(-1) for gap in gaps]
-        penalties, alpha_prime_loss = self._penalties(diffs, log_dict)
+        penalties, alpha_prime_loss = self._penalties(
+            diffs,
+            log_dict,
+            release,
+        )
         for i in (0, 1):
             log_dict[f"qf{i + 1}_loss"] = td_losses[i].detach()
             log_dict[f"average_qf{i + 1}"] = predicted[i].detach().mean()
@@ -836,37 +855,33 @@ def step(trainer: CalQL, source: Any, config: TrainConfig) -> Dict[str, Any]:
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         if config.load_model and config.compat:
             trainer.detach_multipliers()
         source = session.mixed
-
-        def hooked(config: TrainConfig) -> DareHook:
-            scale = config.reward_scale if config.normalize_reward else 1.0
-            return prepare(
-                config.dare,
-                **session.facts(config),
-                **hook_arguments(trainer),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span(), scale),
-                begin=False,
-            )
-
-        def estimated(other: TrainConfig) -> Tuple[DareHook, Any]:
-            hook = hooked(other)
-            return hook, lambda: step(trainer, hook, other)
-
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
-            source = hooked(config)
-            session.keep("hook", source)
+            scale = config.reward_scale if config.normalize_reward else 1.0
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(
+                        config.env, session.return_span(), scale
+                    ),
+                ),
+            )
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
-            other=estimated if config.dare.enabled else None,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -256,7 +256,7 @@ class Policy(nn.Module):
         """Actions (B, A) in [-1, 1] for states (B, S)."""
         raise NotImplementedError
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, state: np.ndarray, device: str = "cpu") -> np.ndarray:
         """Executable action (A,) for a state (S,); training mode explores."""
         obs = torch.as_tensor(state, dtype=torch.float32, device=device)
@@ -275,13 +275,19 @@ class GaussianPolicy(Policy):
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
     def forward(self, obs: torch.Tensor) -> Normal:
-        std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
         # Argument checks read tensors on the host; they change no number.
-        return Normal(self.net(obs), std, validate_args=False)
+        return Normal(self.net(obs), self.std(), validate_args=False)
+
+    def std(self) -> torch.Tensor:
+        """The standard deviation (A,)."""
+        return self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
 
     def choose(self, obs: torch.Tensor) -> torch.Tensor:
-        policy_out = self(obs)
-        return policy_out.sample() if self.training else policy_out.mean
+        mean = self.net(obs)
+        if not self.training:
+            return mean
+        # What `Normal.sample` draws, without making the law.
+        return torch.normal(mean, self.std().expand_as(mean))
 
 
 class DeterministicPolicy(Policy):
@@ -599,30 +605,24 @@ def step(trainer: ImplicitQLearning, source: Any, config: TrainConfig) -> Dict[s
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
-
-        def hooked(config: TrainConfig) -> DareHook:
-            return prepare(
-                config.dare,
-                **session.facts(config),
-                **hook_arguments(trainer),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span()),
-                begin=False,
-            )
-
-        def estimated(other: TrainConfig) -> Tuple[DareHook, Any]:
-            hook = hooked(other)
-            return hook, lambda: step(trainer, hook, other)
-
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
-            source = hooked(config)
-            session.keep("hook", source)
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(config.env, session.return_span()),
+                ),
+            )
 
         def explore(action: np.ndarray) -> np.ndarray:
             bounds = config.expl_noise, config.noise_clip
@@ -631,7 +631,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
-            other=estimated if config.dare.enabled else None,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

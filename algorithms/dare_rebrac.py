@@ -37,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import AUTO, FinetuneConfig, arguments_of, main
 
@@ -311,6 +311,7 @@ class ReBRAC:
         critic_bc_coef: float = 1.0,
         normalize_q: bool = True,
         device: str = "cpu",
+        policy_std: float = 0.1,
     ):
         self.actor, self.critic_1, self.critic_2 = actor, critic_1, critic_2
         self.actor_target, self.critic_1_target, self.critic_2_target = (
@@ -324,6 +325,7 @@ class ReBRAC:
         self.discount, self.tau, self.normalize_q = discount, tau, normalize_q
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
         self.policy_freq = policy_freq
+        self.policy_std = policy_std
         # The online loop changes them.
         self.actor_bc_coef, self.critic_bc_coef = actor_bc_coef, critic_bc_coef
         self.total_it = 0
@@ -501,6 +503,7 @@ def make_trainer(
             device=device,
             policy_noise=config.policy_noise * max_action,
             noise_clip=config.noise_clip * max_action,
+            policy_std=config.dare.density_std(config.expl_noise) * max_action,
         ),
         max_action=max_action,
         actor=actor,
@@ -515,10 +518,9 @@ def make_trainer(
     return trainer
 
 
-def hook_arguments(trainer: ReBRAC, config: TrainConfig) -> Dict[str, Any]:
+def hook_arguments(trainer: ReBRAC) -> Dict[str, Any]:
     """What the hook needs of the trainer: the log-density of its policy, and its Q."""
-    std = config.dare.density_std(config.expl_noise) * trainer.max_action
-    log_prob = noisy_log_prob(trainer.actor, std, trainer.max_action)
+    log_prob = noisy_log_prob(trainer.actor, trainer.policy_std, trainer.max_action)
     target_q = trainer.target_q
     return {"policy_log_prob": log_prob, "clipped_policy": True, "q_function": target_q}
 
@@ -532,23 +534,27 @@ def step(trainer: ReBRAC, source: Any, config: TrainConfig) -> Dict[str, Any]:
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
             scale = REWARD_SCALE if config.normalize_reward else 1.0
-            source = prepare(
-                config.dare,
-                **session.facts(),
-                **hook_arguments(trainer, config),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span(), scale),
-                begin=False,
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(
+                        config.env, session.return_span(), scale
+                    ),
+                ),
             )
-            session.keep("hook", source)
 
         def explore(action: np.ndarray) -> np.ndarray:
             bounds = config.expl_noise, np.inf
@@ -558,6 +564,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
             period=config.policy_freq,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from corl import finetune
+from corl import finetune, seeds
 from corl.compiled import CompiledUpdate, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
@@ -208,8 +208,7 @@ class TD3_BC:
         policy_freq: int = 2,
         alpha: float = 2.5,
         device: str = "cpu",
-        expl_noise: float = 0.1,
-        dare: Optional[NoisyDareConfig] = None,
+        policy_std: float = 0.1,
     ):
         self.actor, self.critic_1, self.critic_2 = actor, critic_1, critic_2
         self.actor_target, self.critic_1_target, self.critic_2_target = (
@@ -223,8 +222,7 @@ class TD3_BC:
         self.discount, self.tau, self.alpha = discount, tau, alpha
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
         self.policy_freq = policy_freq
-        dare = dare or NoisyDareConfig()
-        self.policy_std = dare.density_std(expl_noise) * max_action
+        self.policy_std = policy_std
         self.total_it = 0
         self.bc_weight = 1.0  # of the behavior cloning term; the online loop sets it
 
@@ -366,6 +364,7 @@ def make_trainer(
             device=device,
             policy_noise=config.policy_noise * max_action,
             noise_clip=config.noise_clip * max_action,
+            policy_std=config.dare.density_std(config.expl_noise) * max_action,
         ),
         max_action=max_action,
         actor=actor,
@@ -399,22 +398,24 @@ def step(trainer: TD3_BC, source: Any, config: TrainConfig) -> Dict[str, Any]:
     return trainer.train(source.sample(config.batch_size))
 
 
+@seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
-    with finetune.Session(config, __file__, COLUMNS) as session:
-        trainer = make_trainer(config, *session.sizes, session.device)
+    with seeds.session(config, __file__, COLUMNS) as session:
+        trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
-            source = prepare(
-                config.dare,
-                **session.facts(),
-                **hook_arguments(trainer),
-                q_scale=lambda: energy_q_scale(config.env, session.return_span()),
-                begin=False,
+            source = session.make(
+                "hook",
+                lambda config: prepare(
+                    config.dare,
+                    **session.facts(config),
+                    **hook_arguments(trainer),
+                    q_scale=lambda: energy_q_scale(config.env, session.return_span()),
+                ),
             )
-            session.keep("hook", source)
 
         def explore(action: np.ndarray) -> np.ndarray:
             bounds = config.expl_noise, np.inf
@@ -424,6 +425,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             offline=lambda: step(trainer, session.offline_buffer, config),
             online=lambda: step(trainer, source, config),
             period=config.policy_freq,
+            other=lambda hook, config: step(trainer, hook, config),
         )
         for _ in session.offline(trainer.actor):
             session.log(step(trainer, session.offline_buffer, config))

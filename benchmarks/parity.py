@@ -1,23 +1,17 @@
 """Our files against a CORL checkout: the largest difference of every parameter.
 
     python benchmarks/parity.py --corl PATH [--out results/parity/FILE.txt]
-    python benchmarks/parity.py --corl PATH --jax_python PYTHON --only_rebrac
 
 Both sides get the same weights, batches and random draws and make 20 updates on the CPU in
 float32. The cases named `patched` apply `patches/` to a copy in memory and compare whole online
 DARE updates (hook, losses, energy) with our DARE file. A difference of 0 means the same bits.
-CORL's ReBRAC is JAX. It is compared where `--jax_python` names a Python that has jax, flax, optax
-and chex (`benchmarks/rebrac_jax.py`). In float32 the two differ by rounding, which Adam enlarges
-where a gradient is almost 0, up to its learning rate; in float64 they show that the rest is equal.
+CORL's ReBRAC is JAX and has a command of its own, benchmarks/parity_rebrac.py.
 """
 
 import dataclasses
 import functools
 import inspect
-import json
-import os
 import runpy
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,7 +24,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, iql, rebrac, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_awac,
+    dare_cal_ql,
+    dare_iql,
+    dare_spot,
+    iql,
+    spot,
+    td3_bc,
+)
 from corl import arguments, d4rl_shim, machine
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -306,118 +311,85 @@ def actor_critic_cases(ours, upstream, setup=WHOLE) -> dict[str, Any]:
     return results
 
 
-# The settings of CORL's files; coefficients of the first case stand in none of them.
-REBRAC_SETTINGS: dict[str, dict[str, Any]] = {
-    "large penalties": {},
-    "locomotion": {
-        "actor_bc_coef": 0.01,
-        "critic_bc_coef": 0.01,
-        "actor_lr": 1e-3,
-        "qf_lr": 1e-3,
-    },
-    "antmaze": {
-        "actor_bc_coef": 0.003,
-        "critic_bc_coef": 0.002,
-        "qf_lr": 5e-5,
-        "discount": 0.999,
-    },
-    "online": {"actor_bc_coef": 0.05, "online_iterations": 30},
-    "other networks": {
-        "hidden_dim": 64,
-        "actor_n_hiddens": 2,
-        "critic_n_hiddens": 1,
-        "actor_ln": True,
-        "critic_ln": False,
-        "normalize_q": False,
+SPOT_PARTS = ["vae", "actor", "critic_1", "critic_2"]
+SPOT_PARTS += [f"{name}_target" for name in spot.WITH_TARGET]
+SPOT_SETTINGS = {
+    "antmaze": {"actor_init_w": 1e-3, "critic_init_w": 3e-3, "lambd": 0.25},
+    "no cooling, seldom policy updates": {
+        "lambd_cool": False,
         "policy_freq": 3,
+        "beta": 2.0,
+        "vae_hidden_dim": 64,
+        "vae_latent_dim": 5,
+        "actor_lr": 3e-4,
     },
+    "several samples": {"num_samples": 4, "lambd": 0.1, "lambd_end": 0.9},
 }
-REBRAC_FIELDS = ("states", "actions", "rewards", "next_states", "dones", "next_actions")
 
 
-class JaxFile(NamedTuple):
-    """CORL's ReBRAC, and a Python that can run it."""
-
-    python: Path
-    file: Path
-
-    def after(self, case: dict[str, Any]) -> dict[str, np.ndarray]:
-        """What `benchmarks/rebrac_jax.py` makes of a case."""
-        with tempfile.TemporaryDirectory() as folder:
-            given, made = Path(folder) / "case.npz", Path(folder) / "result.npz"
-            np.savez(given, **case)
-            worker = Path(__file__).with_name("rebrac_jax.py")
-            command = map(str, [self.python, worker, self.file, given, made])
-            wide = str(int(case["noise"].dtype == np.float64))
-            environment = {**os.environ, "JAX_ENABLE_X64": wide, "JAX_PLATFORMS": "cpu"}
-            done = subprocess.run(
-                list(command), env=environment, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise RuntimeError(f"{self.python}: {done.stderr.strip()[-500:]}")
-            with np.load(made) as arrays:
-                return dict(arrays)
-
-
-def rebrac_trainer(config: Any, dtype: torch.dtype) -> Any:
-    """A trainer of ReBRAC whose numbers have a type."""
+def spot_trainer(module, config):
+    """A trainer of `module`; networks are built in the order of the upstream script."""
     torch.manual_seed(0)
-    trainer = rebrac.make_trainer(config, S, A, 1.0, "cpu")
-    for name in rebrac.WITH_TARGET:
-        getattr(trainer, name).to(dtype), getattr(trainer, f"{name}_target").to(dtype)
-    return trainer
-
-
-def rebrac_run(
-    config: Any, setup: Setup, online: bool, dtype: torch.dtype
-) -> tuple[Any, dict[str, Any]]:
-    """Our trainer after the updates, and all that upstream needs to make the same ones."""
-    trainer, buffer = rebrac_trainer(config, dtype), buffer_of(rebrac, 0)
-    case: dict[str, Any] = {
-        f"start.{part}.{name}": value.numpy().copy()
-        for part in rebrac.WITH_TARGET
-        for name, value in getattr(trainer, part).state_dict().items()
+    if hasattr(module, "make_trainer"):
+        return module.make_trainer(config, S, A, 1.0, "cpu")
+    networks = {
+        "vae": module.VAE(S, A, config.vae_latent_dim, 1.0, config.vae_hidden_dim),
+        "actor": module.Actor(S, A, 1.0, config.actor_init_w),
     }
-    settings = dataclasses.asdict(config)
-    case["settings"] = json.dumps({**settings, "gamma": config.discount})
-    np.random.seed(1)
-    torch.manual_seed(1)
-    batches, noises, coefs = [], [], []
-    for step in range(setup.updates):
-        if online:
-            trainer.actor_bc_coef, trainer.critic_bc_coef = config.bc_coefs(step)
-        coefs.append([trainer.actor_bc_coef, trainer.critic_bc_coef])
-        batches.append([column.to(dtype) for column in buffer.sample(setup.rows)])
-        stream = torch.get_rng_state()
-        noises.append(trainer._noise(batches[-1][1]))
-        torch.set_rng_state(stream)
-        trainer.train(batches[-1])
-    columns = [torch.stack(column).numpy() for column in zip(*batches, strict=True)]
-    case.update(zip(REBRAC_FIELDS, columns, strict=True))
-    case.update(rewards=case["rewards"][..., 0], dones=case["dones"][..., 0])
-    case.update(noise=torch.stack(noises).numpy(), coefs=np.array(coefs))
-    return trainer, case
+    for name in ("critic_1", "critic_2"):
+        networks[name] = module.Critic(S, A, config.critic_init_w)
+    rates = {"vae": config.vae_lr, "actor": config.actor_lr}
+    parts = {
+        f"{name}_optimizer": torch.optim.Adam(
+            network.parameters(), lr=rates.get(name, config.qf_lr)
+        )
+        for name, network in networks.items()
+    }
+    known = inspect.signature(module.SPOT).parameters
+    fields = {k: getattr(config, k) for k in known if hasattr(config, k)}
+    fields.update(
+        max_action=1.0, device="cpu", max_online_steps=config.online_iterations
+    )
+    return module.SPOT(**networks, **parts, **fields)
 
 
-def rebrac_cases(
-    upstream: JaxFile | None, setup=WHOLE, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """The same for ReBRAC; the updates of the case `online` follow the online schedule."""
+def spot_online(trainer, config):
+    """What upstream's script does at the switch to the online phase."""
+    trainer.is_online, trainer.discount = True, config.online_discount
+    for name, rate in (
+        ("actor", config.actor_lr),
+        ("critic_1", config.qf_lr),
+        ("critic_2", config.qf_lr),
+    ):
+        parameters = getattr(trainer, name).parameters()
+        setattr(trainer, f"{name}_optimizer", torch.optim.Adam(parameters, lr=rate))
+
+
+def spot_cases(upstream, setup=WHOLE) -> dict[str, Any]:
+    """The same for SPOT: updates of the VAE, then the offline and the online phase."""
     results = {}
-    parts = [*rebrac.WITH_TARGET, *(f"{name}_target" for name in rebrac.WITH_TARGET)]
-    for name, fields in REBRAC_SETTINGS.items():
-        config = rebrac.TrainConfig(env=TASK, **fields)
-        trainer, case = rebrac_run(config, setup, name == "online", dtype)
-        trainers = [trainer]
-        if upstream is not None:
-            found = upstream.after(case)
-            trainers.append(rebrac_trainer(config, dtype))
-            for part in parts:
-                network = getattr(trainers[1], part)
-                state = {k: found[f"{part}.{k}"] for k in network.state_dict()}
-                network.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
-        kind = str(dtype).removeprefix("torch.")
-        results[f"rebrac, {name}, {kind}"] = setup.compare(*trainers, parts)
+    for name, fields in SPOT_SETTINGS.items():
+        config = spot.TrainConfig(
+            env=TASK, online_iterations=setup.updates, compat=True, **fields
+        )
+        trainers = []
+        for module in sides(spot, upstream):
+            trainer, buffer = spot_trainer(module, config), buffer_of(module, 0)
+            np.random.seed(1)
+            torch.manual_seed(1)
+            for _ in range(setup.updates // 2):
+                trainer.vae_train(buffer.sample(setup.rows))
+            first = setup.updates // 2
+            for step in range(setup.updates):
+                if step == first and module is spot:
+                    trainer.start_online(config.online_discount)
+                elif step == first:
+                    spot_online(trainer, config)
+                if step >= first and module is spot:
+                    trainer.lambd = config.lambd_after(step + 1 - first)
+                trainer.train(buffer.sample(setup.rows))
+            trainers.append(trainer)
+        results[f"spot, {name}"] = setup.compare(*trainers, SPOT_PARTS)
     return results
 
 
@@ -425,7 +397,8 @@ class EveryRow(hook.DareHook):
     """A hook that hides how many rows are kept.
 
     The patch of Cal-QL computes the conservative gap of every row. Ours may leave rows out and
-    would then draw other random actions, so here it computes all of them, too.
+    would then draw other random actions, so here it computes all of them, too. That of SPOT
+    computes the ELBO of every row, and a product of fewer rows may round otherwise.
     """
 
     def sample(self, batch_size):
@@ -493,21 +466,124 @@ def dare_iql_cases(patched, setup=WHOLE) -> dict[str, Any]:
     return results
 
 
-def dare_cal_ql_cases(patched, setup=WHOLE) -> dict[str, Any]:
-    """Our DARE-Cal-QL against upstream's Cal-QL with our patch."""
+def dare_spot_cases(patched, setup=WHOLE) -> dict[str, Any]:
+    """Our DARE-SPOT against upstream's SPOT with our patch."""
     density = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
     small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
     settings = {
-        "dare_cal_ql patched, policy ratio": ({}, density),
-        "dare_cal_ql patched, antmaze, guided references": (
-            CQL_SETTINGS["antmaze"],
-            {**small, "reference_max_age": 3},
-        ),
-        "dare_cal_ql patched, soft, no cap": (
-            {},
-            {**density, "weights": "soft", "cap": None},
-        ),
+        "dare_spot patched, policy ratio": {**density, "policy_std": 0.3},
+        "dare_spot patched, guided references": {**small, "reference_max_age": 3},
+        "dare_spot patched, soft, no cap": {**density, "weights": "soft", "cap": None},
     }
+    results = {}
+    for name, fields in settings.items():
+        trainers = []
+        for module in sides(dare_spot, patched):
+            block = module.NoisyDareConfig(**fields)
+            config = dare_spot.TrainConfig(
+                env=TASK, batch_size=setup.rows, lambd=0.5, dare=block
+            )
+            trainer = spot_trainer(module, config)
+            if module is dare_spot:
+                parts = dare_spot.hook_arguments(trainer)
+            else:
+                std = block.density_std(config.expl_noise)
+                parts = {
+                    "policy_log_prob": hook.noisy_log_prob(trainer.actor, std, 1.0),
+                    "clipped_policy": True,
+                    "q_function": functools.partial(module.dare_target_q, trainer),
+                }
+            source = EveryRow(
+                buffer_of(module, 0),
+                buffer_of(module, 1),
+                config.dare,
+                behavior_of(block),
+                **parts,
+                seed=0,
+            )
+            np.random.seed(1)
+            torch.manual_seed(1)
+            replay = ExchangedBuffer(source, trainer)
+            for _ in range(setup.updates):
+                if module is dare_spot:
+                    dare_spot.step(trainer, source, config)
+                else:
+                    trainer.train(replay.sample(setup.rows))
+            trainers.append(trainer)
+        results[name] = setup.compare(*trainers, SPOT_PARTS)
+    return results
+
+
+def dare_awac_cases(patched, setup=WHOLE) -> dict[str, Any]:
+    """Our DARE-AWAC against upstream's AWAC with our patch."""
+    small = {"behavior_width": 0.1, "energy_batch_states": 16, "support_actions": 4}
+    settings = {
+        "dare_awac patched, policy ratio": DENSITY,
+        "dare_awac patched, guided references": {**small, "reference_max_age": 3},
+        "dare_awac patched, soft": {**DENSITY, "weights": "soft", "entropy_alpha": 0.01},
+    }
+    results = {}
+    for name, fields in settings.items():
+        trainers = []
+        for module in sides(dare_awac, patched):
+            block = module.DareAWACConfig(**fields)
+            config = dare_awac.TrainConfig(
+                env=TASK, awac_lambda=0.3333, batch_size=setup.rows, dare=block
+            )
+            trainer = actor_critic_trainer(module, config)
+            trainer.dare, actor = block, trainer.actor
+            ours = module is dare_awac
+            policy = actor.policy if ours else actor._get_policy
+            source = hook.DareHook(
+                *(buffer_of(module, seed) for seed in (0, 1)),
+                block,
+                behavior_of(block),
+                policy_log_prob=hook.clipped_log_prob(policy, 1.0),
+                clipped_policy=True,
+                q_function=trainer.target_q if ours else trainer.dare_target_q,
+                seed=0,
+            )
+            np.random.seed(1)
+            torch.manual_seed(1)
+            replay = ExchangedBuffer(source, trainer)
+            for _ in range(setup.updates):
+                if ours:
+                    dare_awac.step(trainer, source, config)
+                else:
+                    trainer.train(replay.sample(setup.rows))
+            trainers.append(trainer)
+        parts = ["actor", "critic_1", "critic_2", *awac.TARGETS]
+        results[name] = setup.compare(*trainers, parts)
+    return results
+
+
+DENSITY = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
+DARE_CAL_QL_SETTINGS = {
+    "dare_cal_ql patched, policy ratio": ({}, DENSITY),
+    "dare_cal_ql patched, antmaze, guided references": (
+        CQL_SETTINGS["antmaze"],
+        {
+            "behavior_width": 0.1,
+            "energy_batch_states": 16,
+            "support_actions": 4,
+            "reference_max_age": 3,
+        },
+    ),
+    "dare_cal_ql patched, soft, no cap": (
+        {},
+        {**DENSITY, "weights": "soft", "cap": None},
+    ),
+    "dare_cal_ql patched, weighted gap": (
+        {"cql_lagrange": True, "cql_target_action_gap": 0.8},
+        {**DENSITY, "lagrange_gap": "weighted"},
+    ),
+}
+
+
+def dare_cal_ql_cases(
+    patched, setup=WHOLE, settings=DARE_CAL_QL_SETTINGS
+) -> dict[str, Any]:
+    """Our DARE-Cal-QL against upstream's Cal-QL with our patch."""
     results = {}
     for name, (fields, dare) in settings.items():
         trainers = []
@@ -517,6 +593,7 @@ def dare_cal_ql_cases(patched, setup=WHOLE) -> dict[str, Any]:
                 env=TASK, batch_size=setup.rows, dare=block, **fields
             )
             trainer = cql_trainer(module, config)
+            trainer.dare = block
             trainer.switch_calibration()
             buffers = buffer_of(module, 0), buffer_of(module, 1)
             if module is dare_cal_ql:
@@ -555,50 +632,42 @@ def patched_module(corl: Path, name: str) -> SimpleNamespace:
         return load(path)
 
 
-def torch_cases(corl: Path) -> dict[str, Any]:
-    """The cases of all files but ReBRAC's."""
-    upstream = corl / "algorithms/finetune"
-    results = iql_cases(load(upstream / "iql.py"))
-    results.update(cql_cases(cql, load(upstream / "cql.py")))
-    results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
-    offline = load(upstream.parent / "offline/td3_bc.py")
-    results.update(actor_critic_cases(td3_bc, offline))
-    results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
-    results.update(dare_iql_cases(patched_module(corl, "iql")))
-    results.update(dare_cal_ql_cases(patched_module(corl, "cal_ql")))
-    return results
-
-
 def main() -> None:
     parser = arguments.Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--corl", type=arguments.path, required=True, help="a CORL checkout"
     )
     parser.add_argument("--out", type=arguments.path, help="also write the report here")
-    parser.add_argument(
-        "--jax_python", type=arguments.path, help="a Python with jax, flax, optax, chex"
-    )
-    parser.add_argument(
-        "--only_rebrac", action="store_true", help="leave the other algorithms out"
-    )
     args = parser.parse_args()
     if not (args.corl / "algorithms").is_dir():
         parser.error(f"{args.corl} is no folder of CORL")
     machine.configure_threads(1)
-    if args.only_rebrac and args.jax_python is None:
-        parser.error("--only_rebrac needs --jax_python PYTHON")
+    upstream = args.corl / "algorithms/finetune"
     with arguments.errors_in_one_line():
-        results = {} if args.only_rebrac else torch_cases(args.corl)
-        if args.jax_python is None:
-            print(
-                "rebrac: left out, CORL's file is JAX; --jax_python PYTHON compares it"
-            )
-        else:
-            file = JaxFile(args.jax_python, args.corl / "algorithms/offline/rebrac.py")
-            for dtype in (torch.float32, torch.float64):
-                results.update(rebrac_cases(file, dtype=dtype))
+        results = iql_cases(load(upstream / "iql.py"))
+        results.update(cql_cases(cql, load(upstream / "cql.py")))
+        results.update(cql_cases(cal_ql, load(upstream / "cal_ql.py")))
+        offline = load(upstream.parent / "offline/td3_bc.py")
+        results.update(actor_critic_cases(td3_bc, offline))
+        results.update(actor_critic_cases(awac, load(upstream / "awac.py")))
+        results.update(spot_cases(load(upstream / "spot.py")))
+        results.update(dare_iql_cases(patched_module(args.corl, "iql")))
+        results.update(dare_spot_cases(patched_module(args.corl, "spot")))
+        results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
+        results.update(dare_awac_cases(patched_module(args.corl, "awac")))
+    report(results, ", float32", args.out)
+
+
+def report(results: dict[str, Any], numbers: str, out: Path | None) -> None:
+    """Print the differences of every case, and write them to a file.
+
+    Args:
+        results: case -> parameter -> difference.
+        numbers: of which type they are, for the first line.
+        out: the file.
+    """
     lines = [
-        f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows on "
+        f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows{numbers} on "
         f"{machine.describe()['processor']}, torch {torch.__version__}, "
         f"ours {machine.git_commit()}",
     ]
@@ -607,11 +676,11 @@ def main() -> None:
         lines += [
             f"    {value:10.3g}  {parameter}" for parameter, value in found.items()
         ]
-    report = "\n".join(lines)
-    print(report)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(report + "\n")
+    text = "\n".join(lines)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Updates of CORL's ReBRAC, which is JAX; benchmarks/parity.py runs this with a Python of its own.
+"""Updates of CORL's ReBRAC, which is JAX: the part of parity_rebrac.py in a Python of its own.
 
     JAXPYTHON benchmarks/rebrac_jax.py CORL/algorithms/offline/rebrac.py CASE.npz RESULT.npz
 

@@ -11,28 +11,38 @@ first round warms up and compiles, and is dropped. The table shows the median ov
 smallest and the largest. The networks are untrained, which changes no cost. In the `cached`
 variants a reference never expires, and the offline buffer is so small that the warm-up fills most
 of the cache: they show the cost late in a long run, not at its start.
+
+An algorithm is one line of `SUBJECTS`. Its twin is measured where `algorithms/dare_NAME.py` exists.
 """
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import json
+import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import cal_ql, dare_cal_ql, dare_iql, iql
+from algorithms import dare_iql
 from benchmarks import parity
-from corl import arguments, compiled, machine
+from corl import arguments, compiled, finetune, machine
+from corl.captured import Captured
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
 from corl_dare.rows import draw_rows
 
+ROOT = Path(__file__).parent.parent
 S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
 LIKELIHOOD = {**RATIO, "score": "likelihood"}
@@ -40,46 +50,90 @@ PAPER = {"behavior": "diffusion", "guidance_scale": 8.0}
 # DARE-IQL as in configs/iql/quick_start.yaml.
 FAST = {**RATIO, "backup_actions": 1}
 CACHED = {**PAPER, "energy_update_freq": 10, "reference_max_age": 1_000_000_000}
-# Algorithm -> baseline file, DARE file, settings of both, and variants. A variant is its name ->
-# (fields of the dare block or None for the baseline, whether it is compiled).
-FILES = {
-    "iql": (
-        iql,
-        dare_iql,
-        {},
-        {
-            "IQL": (None, False),
-            "IQL, compiled": (None, True),
-            "DARE-IQL, policy ratio": (RATIO, False),
-            "DARE-IQL, policy ratio, compiled": (RATIO, True),
-            "DARE-IQL, likelihood, compiled": (LIKELIHOOD, True),
-            "DARE-IQL, policy ratio, 1 backup action": (FAST, False),
-            "DARE-IQL, policy ratio, 1 backup action, compiled (fast)": (FAST, True),
-            "DARE-IQL, unguided references": ({"guidance_scale": 0.0}, False),
-            "DARE-IQL, guided references cached, energy every 10": (CACHED, False),
-            "DARE-IQL, guided references, energy every 10": (
-                {**PAPER, "energy_update_freq": 10},
-                False,
-            ),
-            "DARE-IQL, guided references, energy every update (paper)": (PAPER, False),
-        },
-    ),
-    "cal_ql": (
-        cal_ql,
-        dare_cal_ql,
-        {"q_n_hidden_layers": 3, "bc_steps": 0},
-        {
-            "Cal-QL": (None, False),
-            "Cal-QL, compiled": (None, True),
-            "DARE-Cal-QL, policy ratio": (RATIO, False),
-            "DARE-Cal-QL, policy ratio, compiled (fast)": (RATIO, True),
-            "DARE-Cal-QL, guided references, energy every update (paper)": (
-                PAPER,
-                False,
-            ),
-        },
-    ),
+# Name of a variant, with the algorithm's in the place of {} -> fields of the dare block, None for
+# the baseline, and whether it is compiled.
+Variants = dict[str, tuple[dict[str, Any] | None, bool]]
+VARIANTS: Variants = {
+    "{}": (None, False),
+    "{}, compiled": (None, True),
+    "DARE-{}, policy ratio": (RATIO, False),
+    "DARE-{}, policy ratio, compiled (fast)": (RATIO, True),
+    "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
+    "DARE-{}, guided references, energy every update, compiled": (PAPER, True),
 }
+IQL_VARIANTS: Variants = {
+    "{}": (None, False),
+    "{}, compiled": (None, True),
+    "DARE-{}, policy ratio": (RATIO, False),
+    "DARE-{}, policy ratio, compiled": (RATIO, True),
+    "DARE-{}, likelihood, compiled": (LIKELIHOOD, True),
+    "DARE-{}, policy ratio, 1 backup action": (FAST, False),
+    "DARE-{}, policy ratio, 1 backup action, compiled (fast)": (FAST, True),
+    "DARE-{}, unguided references": ({"guidance_scale": 0.0}, False),
+    "DARE-{}, guided references cached, energy every 10": (CACHED, False),
+    "DARE-{}, guided references, energy every 10": (
+        {**PAPER, "energy_update_freq": 10},
+        False,
+    ),
+    "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
+    "DARE-{}, guided references, energy every update, compiled": (PAPER, True),
+}
+
+
+class Subject(NamedTuple):
+    """An algorithm that is measured: `algorithms/NAME.py`, and `dare_NAME.py` where there is one.
+
+    Attributes:
+        title: its name in the table.
+        upstream: its file below CORL's `algorithms/`; None: CORL has none in PyTorch.
+        trainer: (upstream's module, config) -> upstream's trainer; None where it has none.
+        settings: fields of the config that are not the defaults.
+        variants: what is measured of it.
+        online: (trainer, config) -> None: the change to the online phase, where it has a cost.
+    """
+
+    title: str
+    upstream: str | None
+    trainer: Callable[[Any, Any], Any] | None
+    settings: dict[str, Any] = {}
+    variants: Variants = VARIANTS
+    online: Callable[[Any, Any], Any] = lambda trainer, config: None
+
+
+CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
+SUBJECTS = {
+    "iql": Subject("IQL", "finetune/iql.py", parity.iql_trainer, variants=IQL_VARIANTS),
+    "cal_ql": Subject(
+        "Cal-QL",
+        "finetune/cal_ql.py",
+        parity.cql_trainer,
+        CQL,
+        online=lambda trainer, config: trainer.start_online(config.cql_alpha_online),
+    ),
+    "td3_bc": Subject("TD3+BC", "offline/td3_bc.py", parity.actor_critic_trainer),
+    "awac": Subject("AWAC", "finetune/awac.py", parity.actor_critic_trainer),
+    "spot": Subject("SPOT", "finetune/spot.py", parity.spot_trainer),
+    "cql": Subject("CQL", "finetune/cql.py", parity.cql_trainer, CQL),
+    # CORL's file is JAX.
+    "rebrac": Subject("ReBRAC", None, None),
+}
+
+
+def files_of(algorithm: str) -> list[ModuleType]:
+    """The algorithm's own file and, where there is one, its DARE twin."""
+    names = [algorithm, f"dare_{algorithm}"]
+    found = [name for name in names if (ROOT / f"algorithms/{name}.py").is_file()]
+    return [importlib.import_module(f"algorithms.{name}") for name in found]
+
+
+def variants_of(algorithm: str) -> Variants:
+    """What is measured of an algorithm, by the names in the table."""
+    subject, twins = SUBJECTS[algorithm], files_of(algorithm)[1:]
+    return {
+        name.format(subject.title): (fields, compile)
+        for name, (fields, compile) in subject.variants.items()
+        if fields is None or twins
+    }
 
 
 def random_buffer(module, device: str, seed: int):
@@ -106,11 +160,19 @@ def random_buffer(module, device: str, seed: int):
 
 def upstream_update(algorithm: str, corl: Path, device: str):
     """A callable that makes one online update of an upstream file."""
-    module = parity.load(corl / "algorithms" / "finetune" / f"{algorithm}.py")
-    baseline, _, settings, _ = FILES[algorithm]
-    config = baseline.TrainConfig(env=TASK, device=device, **settings)
-    make = parity.iql_trainer if algorithm == "iql" else parity.cql_trainer
-    trainer = make(module, config)
+    subject = SUBJECTS[algorithm]
+    assert subject.upstream is not None and subject.trainer is not None
+    module = parity.load(corl / "algorithms" / subject.upstream)
+    baseline = files_of(algorithm)[0]
+    config = baseline.TrainConfig(env=TASK, device=device, **subject.settings)
+    trainer = subject.trainer(module, config)
+    # Those of the parity check are built on the CPU.
+    for part in list(vars(trainer).values()):
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
+    for name in ("device", "_device"):
+        if hasattr(trainer, name):
+            setattr(trainer, name, device)
     buffer = random_buffer(module, device, 0)
     return lambda: trainer.train([x.to(device) for x in buffer.sample(256)])
 
@@ -118,18 +180,22 @@ def upstream_update(algorithm: str, corl: Path, device: str):
 def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     """A callable that makes one online update of a variant."""
     torch.manual_seed(0)
-    baseline, twin, settings, _ = FILES[algorithm]
-    module = baseline if fields is None else twin
+    subject = SUBJECTS[algorithm]
+    settings = subject.settings
+    module = files_of(algorithm)[0 if fields is None else 1]
     offline, online = (random_buffer(module, device, seed) for seed in (0, 1))
     if fields is not None:
-        block = next(f for f in dataclasses.fields(twin.TrainConfig) if f.name == "dare")
+        block = next(
+            f for f in dataclasses.fields(module.TrainConfig) if f.name == "dare"
+        )
         settings = {**settings, "dare": block.type(**fields)}
-    config = module.TrainConfig(env=TASK, mixing_ratio=0.5, compile=compile, **settings)
+    if "mixing_ratio" in module.TrainConfig.__dataclass_fields__:
+        settings = {**settings, "mixing_ratio": 0.5}
+    config = module.TrainConfig(env=TASK, compile=compile, device=device, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
-    if algorithm == "cal_ql":
-        trainer.start_online(config.cql_alpha_online)
+    subject.online(trainer, config)
     if fields is None:
-        source = module.MixedBuffer(offline, online, 0.5)
+        source = finetune.MixedBuffer(offline, online, 0.5)
         return lambda: module.step(trainer, source, config)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
@@ -140,7 +206,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
         behavior.to(device).requires_grad_(False),
         **module.hook_arguments(trainer),
         device=device,
-        compile=compiled.function if compile else None,
+        compile=functools.partial(compiled.function, device=device) if compile else None,
+        capture=Captured if compile and compiled.on_gpu(device) else None,
     )
     if source.energy is not None:  # support actions are sampled once per transition
         rows = np.arange(ROWS)
@@ -176,7 +243,7 @@ def main() -> None:
         "--corl", type=arguments.path, help="a CORL checkout to compare with"
     )
     parser.add_argument(
-        "--algorithms", nargs="+", default=list(FILES), choices=list(FILES)
+        "--algorithms", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS)
     )
     parser.add_argument(
         "--seconds",
@@ -184,6 +251,7 @@ def main() -> None:
         default=2.0,
         help="per variant and round",
     )
+    parser.add_argument("--match", help="only variants with this regular expression")
     parser.add_argument("--rounds", type=arguments.number(int, "[1, 1e6]"), default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=arguments.number(int, "[1, 1024]"), default=1)
@@ -201,40 +269,78 @@ def main() -> None:
     )
     can_compile = True
     try:
-        compiled.check()
+        compiled.check(device)
     except ValueError as error:
         can_compile = False
         print(f"compiled variants are left out: {error}")
     with arguments.errors_in_one_line():
-        rates = {
+        measured = {
             algorithm: measure_algorithm(algorithm, args, device, can_compile)
             for algorithm in args.algorithms
         }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(
-            json.dumps(record(args, rates, device), indent=2, allow_nan=False) + "\n"
+            json.dumps(record(args, measured, device), indent=2, allow_nan=False) + "\n"
         )
+
+
+class Measured(NamedTuple):
+    """What was measured of an algorithm: variant -> numbers.
+
+    rates: updates per second of every round.
+    memory: most memory (MB) on the GPU; empty on the CPU.
+    """
+
+    rates: dict[str, list[float]]
+    memory: dict[str, float]
 
 
 def measure_algorithm(
     algorithm: str, args: argparse.Namespace, device: str, can_compile: bool
-) -> dict[str, list[float]]:
+) -> Measured:
     """Measure every variant of an algorithm and print their table."""
-    updates = {
-        name: our_update(algorithm, fields, compile, device)
-        for name, (fields, compile) in FILES[algorithm][-1].items()
-        if can_compile or not compile
-    }
-    if args.corl is not None:
-        upstream = upstream_update(algorithm, args.corl, device)
-        updates = {f"upstream CORL's {algorithm}.py": upstream, **updates}
+    make: dict[str, Callable[[], Callable[[], Any]]] = {}
+    file = SUBJECTS[algorithm].upstream
+    if args.corl is not None and file is not None:
+        make[f"upstream CORL's {Path(file).name}"] = functools.partial(
+            upstream_update, algorithm, args.corl, device
+        )
+    for name, (fields, compile) in variants_of(algorithm).items():
+        # Upstream's row is always there: it is what the ratios are to.
+        chosen = args.match is None or re.search(args.match, name)
+        if chosen and (can_compile or not compile):
+            make[name] = functools.partial(
+                our_update, algorithm, fields, compile, device
+            )
+    updates, memory = {}, {}
+    for name, made in make.items():
+        if compiled.on_gpu(device):
+            updates[name], memory[name] = peak_memory(made)
+        else:
+            updates[name] = made()
     rates = measure(updates, args.seconds, args.rounds, device)
-    print(table(rates))
-    return rates
+    print(table(rates, memory), flush=True)
+    return Measured(rates, memory)
 
 
-def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
+def peak_memory(
+    make: Callable[[], Callable[[], Any]],
+) -> tuple[Callable[[], Any], float]:
+    """The update that is made, and the most memory (MB) that it takes on the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    update = make()
+    # The last ones run from graphs.
+    for _ in range(5):
+        update()
+    return update, (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def record(
+    args: argparse.Namespace, measured: dict[str, Measured], device: str
+) -> dict[str, Any]:
     """The numbers and what they were measured with."""
     command = " ".join(["python benchmarks/update_speed.py", *sys.argv[1:]])
     if args.corl is not None:
@@ -242,11 +348,12 @@ def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
         command = command.replace(str(args.corl), "upstream/CORL")
     return {
         "command": command,
-        "updates_per_second": rates,
+        "updates_per_second": {name: found.rates for name, found in measured.items()},
+        "peak_gpu_memory_mb": {name: found.memory for name, found in measured.items()},
         "settings": {
             name: {"dare": fields, "compile": compile}
             for algorithm in args.algorithms
-            for name, (fields, compile) in FILES[algorithm][-1].items()
+            for name, (fields, compile) in variants_of(algorithm).items()
         },
         "defaults": dataclasses.asdict(dare_iql.DareIQLConfig()),
         "device": device,
@@ -258,14 +365,16 @@ def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
     }
 
 
-def table(rates: dict[str, list[float]]) -> str:
+def table(rates: dict[str, list[float]], memory: dict[str, float] | None = None) -> str:
     """One line per variant; the ratio compares it with the first variant."""
-    base = statistics.median(next(iter(rates.values())))
-    lines = [f"{'updates per second: median (min-max)':>75}  ratio"]
+    base, memory = statistics.median(next(iter(rates.values()))), memory or {}
+    heading = f"{'updates per second: median (min-max)':>75}  ratio"
+    lines = [heading + ("  peak MB" if memory else "")]
     for name, values in rates.items():
         median = statistics.median(values)
         spread = f"{median:8.1f} ({min(values):.1f}-{max(values):.1f})"
-        lines.append(f"{name:<66} {spread:<22} {median / base:5.2f}")
+        peak = f" {memory[name]:8.0f}" if name in memory else ""
+        lines.append(f"{name:<66} {spread:<22} {median / base:5.2f}{peak}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Dict, List, Optional, Protocol, Tuple, Union
 
 import gymnasium as gym
@@ -13,6 +13,9 @@ from corl import envs, finite, physics, runs, tasks
 from corl.buffers import ReplayBuffer
 from corl.config import FinetuneConfig
 
+# The most episodes that run side by side. More would add memory, and little speed: a policy call
+# for so many states is a small part of their environment steps.
+TOGETHER = 16
 ENVS_WITH_GOAL = ("antmaze", "pen", "door", "hammer", "relocate")
 
 
@@ -20,7 +23,7 @@ class Actor(Protocol):
     """A network that acts, as those of the algorithm files do."""
 
     def act(self, state: np.ndarray, device: str) -> np.ndarray:
-        """State (S,) -> action (A,); in evaluation mode without noise."""
+        """State (S,) -> action (A,), or (N, S) -> (N, A); in evaluation mode without noise."""
 
     def train(self) -> Any:
         """Switch to training mode, in which it explores."""
@@ -60,7 +63,9 @@ class CheckedEnv(gym.Wrapper):
             )
         result = self.env.step(action)
         self._check(result[0], "observation")
-        self._check(result[1], "reward")
+        reward: Any = result[1]
+        if not abs(reward) <= finite.LARGEST:
+            self._check(reward, "reward")
         return result
 
     def _check(self, values: Any, what: str) -> None:
@@ -152,6 +157,66 @@ def eval_actor(
         successes.append(float(success))
     actor.train()
     return np.asarray(returns), float(np.mean(successes))
+
+
+class _Episode:
+    """An episode that runs beside others."""
+
+    def __init__(self, number: int, env: gym.Env, state: np.ndarray):
+        self.number, self.env, self.state = number, env, state
+        self.total, self.success = 0.0, False
+
+    def step(self, action: np.ndarray) -> bool:
+        """Take an action (A,); is the episode over?"""
+        self.state, reward, terminated, truncated, info = self.env.step(action)
+        self.total += float(reward)
+        self.success = self.success or is_goal_reached(float(reward), info)
+        return bool(terminated or truncated)
+
+
+@torch.no_grad()
+def eval_together(
+    envs: Sequence[gym.Env], actor: Actor, device: str, n_episodes: int, seed: int
+) -> Tuple[np.ndarray, float]:
+    """As `eval_actor`, with one episode in each of the environments at a time.
+
+    Episode i begins in the same state as there: all resets draw from one stream, in the order of
+    the episodes. The policy acts on all states in one batch, whose float32 rounding depends on how
+    many there are.
+
+    Args:
+        envs: of one kind, at least one; random in their resets alone.
+    """
+    actor.eval()
+    first = envs[0].unwrapped
+    waiting = iter(range(n_episodes))
+
+    def begin(env: gym.Env) -> List[_Episode]:
+        number = next(waiting, None)
+        if number is None:
+            return []
+        if number > 0:
+            env.unwrapped.np_random = first.np_random
+        state, _ = env.reset(seed=seed if number == 0 else None)
+        return [_Episode(number, env, state)]
+
+    running = [episode for env in envs for episode in begin(env)]
+    done: List[_Episode] = []
+    while running:
+        states = np.stack([episode.state for episode in running])
+        actions = actor.act(states, device)
+        still: List[_Episode] = []
+        for episode, action in zip(running, actions, strict=True):
+            if episode.step(action):
+                done.append(episode)
+                still += begin(episode.env)
+            else:
+                still.append(episode)
+        running = still
+    actor.train()
+    done.sort(key=lambda episode: episode.number)
+    returns = np.array([episode.total for episode in done])
+    return returns, float(np.mean([float(episode.success) for episode in done]))
 
 
 def check_reward(stored: float, raw: Any) -> None:
@@ -250,7 +315,10 @@ class OnlineCollector:
 
 
 class Evaluator:
-    """Evaluates the deterministic policy; for goal tasks also success rate and regret."""
+    """Evaluates the deterministic policy; for goal tasks also success rate and regret.
+
+    `more` are further environments of the same kind, for `eval_together`.
+    """
 
     def __init__(
         self,
@@ -258,21 +326,31 @@ class Evaluator:
         config: FinetuneConfig,
         device: str,
         collector: OnlineCollector,
+        more: Sequence[gym.Env] = (),
     ):
         self.env, self.config, self.device = env, config, device
+        self.more = more
         self.collector = collector
         self.successes: List[float] = []  # success rate of every online evaluation
+        # Returns and share of successes of episodes that were played elsewhere.
+        self.played: Optional[Tuple[np.ndarray, float]] = None
+
+    @property
+    def seed(self) -> int:
+        """Of the first start state."""
+        config = self.config
+        return getattr(config, config.COMPAT_EVAL_SEED if config.compat else "eval_seed")
 
     def evaluate(
         self, run: runs.Run, actor: Actor, step: int, phase: str
     ) -> Dict[str, float]:
         """Write the episodes down; returns the metrics of this evaluation."""
         config = self.config
-        field = config.COMPAT_EVAL_SEED if config.compat else "eval_seed"
-        seed = getattr(config, field)
-        returns, success = eval_actor(
-            self.env, actor, self.device, config.n_episodes, seed
-        )
+        played, self.played = self.played, None
+        rest = actor, self.device, config.n_episodes, self.seed
+        if config.eval_together:
+            played = played or eval_together([self.env, *self.more], *rest)
+        returns, success = played or eval_actor(self.env, *rest)
         scores = self.collector.task.normalized_score(returns)
         logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
         if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):

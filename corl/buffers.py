@@ -9,6 +9,14 @@ import torch
 TensorBatch = List[torch.Tensor]
 
 
+def upload(indices: np.ndarray, device: str) -> torch.Tensor:
+    """Row numbers (B,) on the device. The host does not wait for the work that is queued there."""
+    rows = torch.from_numpy(indices)
+    if not device.startswith("cuda"):
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
+
+
 class ReplayBuffer:
     """A ring of transitions on the device.
 
@@ -109,7 +117,7 @@ class ReplayBuffer:
 
     def gather(self, indices: np.ndarray) -> TensorBatch:
         """The rows of these numbers (B,)."""
-        rows = torch.from_numpy(indices).to(self._device)
+        rows = upload(indices, self._device)
         return [field[rows] for field in self._storage()]
 
     def sample(self, batch_size: int) -> TensorBatch:
@@ -133,7 +141,11 @@ class ReplayBuffer:
         if self.keeps_next_actions:
             row.append(next_action)
         for field, value in zip(self._storage(), row, strict=True):
-            field[self._pointer] = self._to_tensor(value)
+            if field.is_cpu:
+                # The same memory and rounding, without torch's indexing.
+                field.numpy()[self._pointer] = value
+            else:
+                field[self._pointer] = self._to_tensor(value)
         self._pointer = (self._pointer + 1) % self._buffer_size
         self._size = min(self._size + 1, self._buffer_size)
 
@@ -172,4 +184,5 @@ class MixedBuffer:
         n_offline = int(batch_size * self.mixing_ratio)
         offline = self.offline.sample(n_offline)
         online = self.online.sample(batch_size - n_offline)
-        return [torch.cat(rows) for rows in zip(offline, online, strict=True)]
+        # Along the rows, whatever stands before them.
+        return [torch.cat(rows, dim=-2) for rows in zip(offline, online, strict=True)]

@@ -35,6 +35,12 @@ def pack(value: Any) -> Any:
         return {"__array__": torch.from_numpy(np.array(value, order="C"))}
     if isinstance(value, np.generic):
         return value.item()
+    if (
+        isinstance(value, torch.Tensor)
+        and value.untyped_storage().nbytes() > value.nbytes
+    ):
+        # A view would bring everything along that lies beside it.
+        return value.clone()
     if isinstance(value, dict):
         return {k: pack(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

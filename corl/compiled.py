@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from corl.captured import Captured
+
 COMPILERS = ("g++", "clang++")
 # Eager's random draws; fewer microseconds around a graph with the wrapper in C++.
 OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True}
@@ -30,9 +32,11 @@ OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True}
 HEADERS = "#include <Python.h>\n#include <cmath>\nint main() { return 0; }\n"
 
 
-def check() -> None:
-    """Raises ValueError where updates cannot be compiled here."""
-    if problem := obstacle():
+def check(device: str = "cpu") -> None:
+    """Raises ValueError where updates cannot be compiled on the device; `auto` may be a GPU."""
+    # There a graph of torch's own kernels is captured where none can be compiled.
+    on_a_gpu = device != "cpu" and torch.cuda.is_available()
+    if not on_a_gpu and (problem := obstacle()):
         raise ValueError(f"compile: true needs {problem}; or set compile to false")
 
 
@@ -82,9 +86,47 @@ def keep_graphs_in(folder: Path) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
-def function(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one graph, compiled when it is called first."""
-    return torch.compile(eager, fullgraph=True, options=OPTIONS)
+def function(eager: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
+    """The function of tensors as one graph, compiled when it is called first.
+
+    On a GPU it becomes a CUDA graph too, see `captured.Captured`: of compiled kernels where there
+    is a compiler, else of torch's own.
+    """
+    if not on_gpu(device):
+        return torch.compile(eager, fullgraph=True, options=OPTIONS)
+    return Captured(_fused(eager))
+
+
+def on_gpu(device: str | torch.device) -> bool:
+    """Is the device a CUDA one, where graphs are captured?"""
+    return torch.device(device).type == "cuda"
+
+
+def _fused(eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its kernels fused, on a GPU; as it is where nothing can compile it."""
+    if obstacle():
+        return eager
+    return torch.compile(eager, fullgraph=True, options={"fallback_random": True})
+
+
+class _StepOfAllSeeds(torch.autograd.Function):
+    """Leaves `torch.vmap`: the losses of all seeds are added up, and one step moves all of them.
+
+    vmap hands a function with a rule of its own the whole tensors, with their gradients.
+    """
+
+    @staticmethod
+    def forward(loss: torch.Tensor, optimizers: list) -> torch.Tensor:
+        raise RuntimeError("a trainer of a stack makes no update alone")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, loss: torch.Tensor, optimizers: list) -> tuple:
+        descend(loss.sum(), *optimizers)
+        return loss.detach(), 0
 
 
 def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
@@ -93,9 +135,17 @@ def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
     Only these gradients are computed, so other networks in the loss need not be frozen. A
     parameter that the loss does not depend on stays as it is. One parameter group per optimizer.
     """
-    traced = torch.compiler.is_compiling()
-    # `CompiledUpdate` gives its optimizers the attribute `traced_group`.
+    # `CompiledUpdate` gives its optimizers the attribute `traced_group`, and `stacked.Stack`
+    # the attribute `stacked`: the optimizer of all seeds.
     marked: tuple[Any, ...] = optimizers
+    compiling = torch.compiler.is_compiling()
+    if not compiling and hasattr(marked[0], "stacked"):
+        stacked = [optimizer.stacked for optimizer in marked]
+        _StepOfAllSeeds.apply(loss, stacked)
+        return
+    # A captured update takes the same steps before it is captured, and where nothing could
+    # compile it.
+    traced = compiling or getattr(marked[0], "captured", False)
     groups = [o.traced_group if traced else o.param_groups[0] for o in marked]
     parameters = [parameter for group in groups for parameter in group["params"]]
     gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -169,17 +219,42 @@ class CompiledUpdate:
             # A copy: every number in torch's own group would be guarded.
             optimizer.traced_group = {**group, "lr": rate}
             optimizer._opt_called = True  # the schedules ask whether `step` was called
-        self.compiled = function(update)
+        self.device = self.optimizers[0].param_groups[0]["params"][0].device
+        if on_gpu(self.device):
+            self.compiled: Callable[..., Any] = Captured(_fused(update), self.optimizers)
+            for optimizer in self.optimizers:
+                optimizer.captured = True
+        else:
+            self.compiled = function(update)
+        self._rates: list[float] = []
+        self._completed: list[Any] = []  # the optimizers' state, once it is complete
 
     def __call__(self, *args: Any) -> dict[str, torch.Tensor]:
-        for optimizer in self.optimizers:
-            group = optimizer.param_groups[0]
-            optimizer.traced_group["lr"].fill_(group["lr"])
-            if not optimizer.state:
-                for parameter in group["params"]:
-                    optimizer.state[parameter] = {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        if rates != self._rates:
+            for optimizer, rate in zip(self.optimizers, rates, strict=True):
+                optimizer.traced_group["lr"].fill_(rate)
+            self._rates = rates
+        states = [optimizer.state for optimizer in self.optimizers]
+        # `load_state_dict` makes a new one.
+        new = len(states) != len(self._completed) or not all(
+            state and state is known
+            for state, known in zip(states, self._completed, strict=True)
+        )
+        if new:
+            for optimizer in self.optimizers:
+                self._complete(optimizer)
+            self._completed = states
         return self.compiled(*args)
+
+    def _complete(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zeros where an optimizer has made no step; its counts on the device of the update."""
+        for parameter in optimizer.param_groups[0]["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if state["step"].device != self.device:
+                # torch keeps counts on the CPU, which a CUDA graph cannot read.
+                state["step"] = state["step"].to(self.device)

@@ -56,6 +56,8 @@ CORL_FIELDS = {
         "it belongs to another algorithm of CORL",
     ),
 }
+# The most runs that one command starts.
+MOST_SEEDS = 1000
 # A value of `threads` and `compile`: `pace.settle` puts the chosen one in its place.
 AUTO = "auto"
 
@@ -75,6 +77,8 @@ class FinetuneConfig:
     device: str = "auto"  # auto, cpu, cuda
     env: str = "hopper-medium-v2"  # D4RL task name
     seed: int = 0  # seeds networks, batches, exploration and the training environment
+    seeds: Optional[str] = None  # several runs in one command: 0-7 or 0,3,5
+    seeds_as: str = "auto"  # stacked: one process; processes; auto: stacked on a GPU
     eval_seed: int = 0  # seeds the evaluation episodes
     eval_freq: int = 5000  # updates between two evaluations
     n_episodes: int = 10  # episodes per evaluation
@@ -91,6 +95,7 @@ class FinetuneConfig:
     # Not in CORL
     utd: int = 1  # updates per environment step online
     online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
+    eval_together: bool = False  # episodes side by side: faster, other float32 rounding
     compat: bool = False  # reproduce upstream's known faults (see the file header)
     dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
     dataset_path: Optional[str] = None  # dataset file (or minari id) to use
@@ -133,6 +138,7 @@ class FinetuneConfig:
         ),
         "env_backend": ("gymnasium", "d4rl"),
         "wandb_mode": ("disabled", "offline", "online"),
+        "seeds_as": ("auto", "stacked", "processes"),
     }
     # Files and folders that a run needs again: its config.yaml has them as absolute paths.
     PATHS: ClassVar[tuple[str, ...]] = ("checkpoints_path", "dataset_path", "load_model")
@@ -146,7 +152,7 @@ class FinetuneConfig:
     BOOKKEEPING: ClassVar[frozenset] = frozenset(
         {
             *("device", "threads", "runs_dir", "resume", "checkpoints_path"),
-            *("wandb_mode", "project", "group", "name"),
+            *("wandb_mode", "project", "group", "name", "seeds", "seeds_as"),
         }
     )
     # A resume may change these.
@@ -174,6 +180,7 @@ class FinetuneConfig:
                 raise ValueError(
                     f"{field} {getattr(self, field)!r} is not one of {', '.join(allowed)}"
                 )
+        self._check_eval_together()
         try:
             tasks.task(self.env)
         except ValueError as error:
@@ -182,8 +189,33 @@ class FinetuneConfig:
             value = getattr(self, field)
             if isinstance(value, str) and value != AUTO:
                 raise ValueError(f"{field} must be {AUTO} or {kind}, not {value!r}")
+        if self.seeds is not None:
+            seed_list(self.seeds)
         if self.compile is True:
-            compiled.check()
+            compiled.check(self.device)
+
+    def _check_eval_together(self) -> None:
+        if self.eval_together and self.compat:
+            raise ValueError(
+                "eval_together runs episodes side by side, and compat one after the other as "
+                "upstream does; set one of them to false"
+            )
+        if self.eval_together and self.env_backend != "gymnasium":
+            raise ValueError(
+                f"eval_together needs env_backend gymnasium, whose episodes can begin from one "
+                f"random stream, not {self.env_backend}; set it to false"
+            )
+
+    def not_stacked(self) -> str:
+        """Why the seeds of this config cannot be stacked, or ""; a block of fields may say so."""
+        if self.compat:
+            return "compat is for single runs"
+        if getattr(self, "actor_dropout", 0.0):
+            return "actor_dropout draws its masks inside the network"
+        blocks = [
+            value for value in vars(self).values() if hasattr(value, "not_stacked")
+        ]
+        return next(filter(None, (block.not_stacked() for block in blocks)), "")
 
     def check_mixing_ratio(self, or_else: str = "") -> None:
         """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""
@@ -194,6 +226,44 @@ class FinetuneConfig:
                 f"batch_size {self.batch_size} cannot be split by mixing_ratio {ratio}: "
                 f"both halves must be whole rows{or_else}"
             )
+
+
+def seed_list(text: str) -> list[int]:
+    """The seeds that `seeds` names: `0-7` is 0 to 7, `0,3,5` are three, `0-3,8` are five.
+
+    Raises:
+        ConfigError: it is no such list, names a seed twice, or more than `MOST_SEEDS`.
+    """
+    found: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part, re.ASCII)
+        if match is None:
+            raise ConfigError(
+                f"seeds must be like 0-7 or 0,3,5, not {shown(text)}; --seed takes one"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(
+                f"seeds {part} ends before it begins; write {last}-{first}"
+            )
+        if len(found) + last - first >= MOST_SEEDS:
+            raise ConfigError(f"seeds {shown(text)} are more than {MOST_SEEDS}")
+        found += range(first, last + 1)
+    twice = [seed for seed in found if found.count(seed) > 1]
+    if twice:
+        raise ConfigError(f"seeds {shown(text)} names seed {twice[0]} twice")
+    ranges.check(
+        {"seed": FinetuneConfig.RANGES["seed"]}, {"seed": max(found)}, "seeds: "
+    )
+    return found
+
+
+def _check_one_of(values: dict, origin: str) -> None:
+    """Raises ConfigError where one place gives `seed` and `seeds`."""
+    if values.get("seeds") is not None and "seed" in values:
+        raise ConfigError(
+            f"{origin}: seed and seeds are both given; leave one of them out"
+        )
 
 
 def arguments_of(
@@ -256,8 +326,12 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
         origin = str(file)
         values.update(with_field_names(config_class, read_yaml(file), origin))
     values = without_foreign_blocks(config_class, values, origin)
-    if "preset" in flags:
-        values.pop("preset", None)
+    _check_one_of(values, origin)
+    _check_one_of(flags, "the command line")
+    # A flag wins over the file, which may say the same thing in the other way.
+    for flag, replaced in (("seed", "seeds"), ("seeds", "seed"), ("preset", "preset")):
+        if flag in flags:
+            values.pop(replaced, None)
     values = _with_preset(config_class, values, origin)
     try:
         _check(config_class, values, origin)

@@ -11,12 +11,13 @@ A time-out is not an end: `terminated` says that the episode is over, `truncated
 stopped looking. Only `terminated` may cut the bootstrap.
 """
 
+import copy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from corl import antmaze, physics, tasks
+from corl import antmaze, locomotion, physics, tasks
 
 
 class ClipAction(gym.ActionWrapper):
@@ -30,7 +31,8 @@ class ClipAction(gym.ActionWrapper):
     def action(self, action: np.ndarray) -> np.ndarray:
         """The action (A,) inside the box."""
         space: Any = self.action_space
-        return np.clip(action, space.low, space.high)
+        # The same as np.clip, which takes three times as long for so few numbers.
+        return np.minimum(np.maximum(action, space.low), space.high)
 
 
 def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
@@ -68,7 +70,11 @@ def make_robot(robot: str) -> gym.Env:
     logger_level = gym.logger.min_level
     gym.logger.min_level = gym.logger.ERROR
     try:
-        env = gym.make(tasks.ROBOTS[robot].env_id)
+        spec = copy.copy(gym.spec(tasks.ROBOTS[robot].env_id))
+        kind = locomotion.QUICK[spec.id]
+        spec.entry_point = f"{kind.__module__}:{kind.__name__}"
+        # The checker looks at the types of a first step; tests do that here.
+        env = gym.make(spec, disable_env_checker=True)
     finally:
         gym.logger.min_level = logger_level
     base: Any = env.unwrapped

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
@@ -29,6 +30,7 @@ from corl import (
     tasks,
 )
 from corl.acting import (  # noqa: F401
+    TOGETHER,
     Actor,
     CheckedEnv,
     Evaluator,
@@ -41,6 +43,7 @@ from corl.acting import (  # noqa: F401
     wrap_env,
 )
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
+from corl.captured import Captured
 from corl.config import ConfigError, expand, presets_of
 from corl.data import sources
 from corl.progress import progress_bar
@@ -68,12 +71,26 @@ from corl.training_data import (  # noqa: F401
     reward_rule,
 )
 
-# A config with another preset -> the part that would be kept then, and an online update with it.
-Other = Callable[[Any], Tuple[Any, Callable[[], Any]]]
+# (part that `Session.make` made, its config) -> metrics of one online update with it.
+Other = Callable[[Any, Any], Any]
 # A run of more seconds names the presets that make it shorter.
 LONG = 3 * 3600
 # What every algorithm logs beside its losses.
 COLUMNS = ("train_return", "train_score", "train_length", "success_rate", "regret")
+
+
+class Pretraining(NamedTuple):
+    """What learns before the offline phase, on the dataset.
+
+    Attributes:
+        name: shown while it runs.
+        updates: how many it makes.
+        update: makes one; returns its losses, numbers or 0-d tensors.
+    """
+
+    name: str
+    updates: int
+    update: Callable[[], Dict[str, Any]]
 
 
 class Sizes(NamedTuple):
@@ -103,6 +120,7 @@ class Session:
         with Session(config, __file__, COLUMNS) as session:
             trainer = session.keep("trainer", make_trainer(...), loads=CHECKPOINT_PARTS)
             session.start(offline=..., online=...)
+            session.pretrain(...)
             for _ in session.offline(trainer.actor):
                 session.log(...)
             session.switch(...)
@@ -138,6 +156,8 @@ class Session:
         check_memory(config, self.task, self.device)
         self._env = envs.make(self.task, config.env_backend)
         self._eval_env = envs.make(self.task, config.env_backend)
+        count = min(config.n_episodes, TOGETHER) if config.eval_together else 1
+        self._more_eval_envs = [envs.make(self.task) for _ in range(count - 1)]
         pace.settle(config, self.device)
         machine.configure_threads(config.threads)
         if config.compile:
@@ -149,7 +169,10 @@ class Session:
         self._clock: Optional[float] = None  # when the running updates began
         self._phase = ""
         self._watch = pace.RateWatch({}, config.threads)
+        # Makes the part that presets differ in, and updates with it.
+        self._make: Optional[Callable[[Any], Any]] = None
         self._other: Optional[Other] = None
+        self._pretraining: Optional[Pretraining] = None
         self._presets: Dict[str, float] = {}  # estimated seconds with other presets
 
     def __enter__(self) -> "Session":
@@ -186,9 +209,11 @@ class Session:
         self.run.check_dataset()
         self._return_range = data.return_range
         mean, std = data.normalization.mean, data.normalization.std
-        env, eval_env = (
+        roles = ["training", *["evaluation"] * (1 + len(self._more_eval_envs))]
+        raws = self._env, self._eval_env, *self._more_eval_envs
+        env, eval_env, *more = (
             wrap_env(CheckedEnv(raw, role, config), mean, std)
-            for raw, role in ((self._env, "training"), (self._eval_env, "evaluation"))
+            for raw, role in zip(raws, roles, strict=True)
         )
         self.offline_buffer = new_buffer(config, task, device)
         self.offline_buffer.load_d4rl_dataset(data.arrays)
@@ -207,7 +232,7 @@ class Session:
         self._collector = OnlineCollector(
             env, self.online_buffer, task, device, self._reward_rule(data.reward_args)
         )
-        self._evaluator = Evaluator(eval_env, config, device, self._collector)
+        self._evaluator = Evaluator(eval_env, config, device, self._collector, more)
         self.keep("online_buffer", self.online_buffer)
         self.keep("collector", self._collector)
         self.keep("evaluator", self._evaluator)
@@ -219,6 +244,10 @@ class Session:
         return lambda reward: rule.online(reward, env, **args)
 
     # -- parts ----------------------------------------------------------------------------
+
+    def build(self, make_trainer: Callable[..., Any]) -> Any:
+        """The trainer of this run: `make_trainer(config, *sizes, device)`."""
+        return make_trainer(self.config, *self.sizes, self.device)
 
     def keep(self, name: str, part: Any, loads: Collection[str] = ()) -> Any:
         """Put a part into every checkpoint; returns it.
@@ -244,12 +273,22 @@ class Session:
         self._parts[name] = part
         return part
 
+    def make(self, name: str, make: Callable[[Any], Any]) -> Any:
+        """Put the part `make(config)` into every checkpoint, see `keep`; returns it.
+
+        The estimate of a long run makes it of other configs, too: the run's own with a preset.
+        """
+        self._make = make
+        return self.keep(name, make(self.config))
+
     def facts(self, config: Any = None) -> Dict[str, Any]:
         """What a plugin around the two buffers wants to know, as arguments.
 
         A config that is not the run's own is for an estimate and stays eager.
         """
         own = config is None or config is self.config
+        compile = own and self.config.compile
+        captures = compile and compiled.on_gpu(self.device)
         return {
             "offline": self.offline_buffer,
             "online": self.online_buffer,
@@ -260,8 +299,13 @@ class Session:
             "cache_dir": sources.cache_folder(),
             "device": self.device,
             "seed": self.config.seed,
-            "compile": compiled.function if own and self.config.compile else None,
+            "compile": partial(compiled.function, device=self.device)
+            if compile
+            else None,
+            "capture": Captured if captures else None,
             "bar": progress_bar,
+            # `start` begins what a part does first.
+            "begin": False,
         }
 
     def show(
@@ -292,6 +336,7 @@ class Session:
         estimate: bool = True,
         period: int = 1,
         other: Optional[Other] = None,
+        pretraining: Optional[Pretraining] = None,
     ) -> None:
         """Say how long the run will take, do what parts do first, go on from a checkpoint.
 
@@ -301,11 +346,13 @@ class Session:
             estimate: False leaves the trial out.
             period: updates after which their work repeats, such as those between two updates of
                 a delayed actor. The trial is made of whole periods.
-            other: tells what a run with another preset would do, see `Other`. A long run names
-                the presets that make it shorter.
+            other: an online update with a part that `make` made of another preset's config. A
+                long run names the presets that make it shorter.
+            pretraining: what `pretrain` will be given; here it counts for the time alone.
         """
         if estimate:
             self._period, self._other = period, other
+            self._pretraining = pretraining
             self._announce(self._estimate(offline, online))
         for part in self._parts.values():
             if hasattr(part, "begin"):
@@ -332,24 +379,39 @@ class Session:
         snapshot = Snapshot(self._parts.values(), (*untouched, self._evaluator))
         with self._lent_rows():
             seconds = self._seconds_of_parts(list(self._parts.values()))
+            before = self._seconds_of_pretraining()
             each = {k: self._seconds_per_call(updates[k]) for k in left if left[k]}
             seconds.update({phase: left[phase] * each[phase] for phase in each})
+            seconds = {**before, **seconds}
             if sum(seconds.values()) > LONG:
-                self._estimate_presets(seconds.get("offline", 0.0), left["online"])
+                same = sum(before.values()) + seconds.get("offline", 0.0)
+                self._estimate_presets(same, left["online"])
         snapshot.restore()
         self._watch = pace.RateWatch(each, self.config.threads)
         return seconds
 
     def _estimate_presets(self, offline: float, updates: int) -> None:
         """Preset -> seconds of the run with it: `offline` ones, which are the same, and others."""
-        if self._other is None or self.run.step:
+        make, update = self._make, self._other
+        if make is None or update is None or self.run.step:
             return
         for name, config in presets_of(self.config).items():
-            part, update = self._other(config)
+            part = make(config)
             seconds = [offline, *self._seconds_of_parts([part]).values()]
             if updates:
-                seconds.append(updates * self._seconds_per_call(update))
+                each = self._seconds_per_call(partial(update, part, config))
+                seconds.append(updates * each)
             self._presets[name] = sum(seconds)
+
+    def _seconds_of_pretraining(self) -> Dict[str, float]:
+        """Its name -> its seconds, where some of it is left."""
+        if self._pretraining is None or self.run.step:
+            return {}
+        left = self._pretraining.updates - self.run.pretrained
+        if left <= 0:
+            return {}
+        each = self._seconds_per_call(self._pretraining.update)
+        return {self._pretraining.name: left * each}
 
     def _seconds_of_parts(self, parts: Sequence[Any]) -> Dict[str, float]:
         """What parts do before the first step, and before the first online one."""
@@ -415,6 +477,37 @@ class Session:
     def should_stop(self) -> bool:
         """Has somebody asked the run to stop?"""
         return self.run.stop_requested
+
+    def pretrain(self, pretraining: Pretraining) -> None:
+        """Make the updates that are left before the offline phase, none after its first step.
+
+        What they change must be in the parts' `state_dict`. It is saved every `eval_freq`
+        updates and where somebody asks to stop, and a resumed run goes on from there.
+
+        Raises:
+            FloatingPointError: a loss or a weight is not finite.
+        """
+        name, last, update = pretraining
+        run, config, losses = self.run, self.config, {}
+        if run.step or run.pretrained >= last:
+            return
+        with progress_bar(desc=name, initial=run.pretrained, total=last) as bar:
+            while run.pretrained < last and not run.stop_requested:
+                run.current = name, run.pretrained + 1
+                losses = update()
+                run.pretrained += 1
+                done = run.pretrained == last
+                if done or run.pretrained % config.log_freq == 0:
+                    losses = run.read(losses)
+                    shown = {k: f"{v:.4f}" for k, v in losses.items()}
+                    bar.set_postfix(shown, refresh=False)
+                bar.update()
+                if done or run.pretrained % config.eval_freq == 0:
+                    self.save()
+        if run.pretrained == last:
+            found = ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
+            run.print(f"{name}: {last} updates, {found}")
+        run.current = None
 
     def offline(self, actor: Actor) -> Iterator[int]:
         """The offline steps that are left, one update each; `actor` is evaluated."""

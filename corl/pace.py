@@ -97,18 +97,18 @@ def _choose_compile(config: Any, device: str) -> tuple[bool, str]:
     """Whether to compile, and why not."""
     if config.compat:
         return False, "compat is not compiled"
-    if device != "cpu":
-        return False, f"on {device} updates are not compiled by themselves"
-    return worth_compiling(updates_of(config))
+    return worth_compiling(updates_of(config), device)
 
 
-def worth_compiling(updates: int) -> tuple[bool, str]:
-    """Whether so many updates are worth compiling here, and if not, why."""
+def worth_compiling(updates: int, device: str = "cpu") -> tuple[bool, str]:
+    """Whether so many updates are worth compiling here, and why not or how."""
     if updates < BREAK_EVEN:
         return False, f"compiling pays from {BREAK_EVEN} updates"
-    if problem := compiled.obstacle():
-        return False, f"compiling needs {problem}"
-    return True, ""
+    problem = compiled.obstacle()
+    if compiled.on_gpu(device):
+        kernels = f"kernels are not fused, which needs {problem}" if problem else ""
+        return True, kernels or "CUDA graphs of fused kernels"
+    return (False, f"compiling needs {problem}") if problem else (True, "")
 
 
 def updates_of(config: Any) -> int:
@@ -165,17 +165,18 @@ def time_products(
     return {count: statistics.median(times) for count, times in found.items()}
 
 
-def available_cores(root: Path = Path("/")) -> int:
+def available_cores(root: Path = Path("/"), openmp: bool = True) -> int:
     """Cores that this process may use: its affinity, its container's quota, OMP_NUM_THREADS.
 
     Args:
         root: of the file system, where /proc and /sys are.
+        openmp: False: OMP_NUM_THREADS, which bounds one process, does not count.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    asked = os.environ.get("OMP_NUM_THREADS", "") if openmp else ""
     bounds = [float(asked)] if asked.isdigit() else []
     return max(1, math.floor(min(cores, *bounds, _quota(root))))
 

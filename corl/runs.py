@@ -12,10 +12,7 @@ read with `torch.load(weights_only=True)`; of CORL's pickled `Scalar` modules on
 writes a run's weights as CORL's `checkpoint_N.pt`.
 """
 
-import csv
 import dataclasses
-import hashlib
-import io
 import json
 import math
 import os
@@ -24,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,20 +30,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from corl import checkpoints, curves, files, finite, fits, locks, machine, rewards
+from corl import (
+    checkpoints,
+    curves,
+    files,
+    finite,
+    fits,
+    locks,
+    machine,
+    rewards,
+    summary,
+)
 from corl.config import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
+from corl.run_tables import TABLES, Tables
 
-COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
 # Names of parts in checkpoints of before version 0.2.
 OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
 CARRIED = (
     *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
-    "return_rule",
+    *("return_rule", "pretrained"),
 )
-# Files that grow row by row. A checkpoint knows what was in them.
-TABLES = ("metrics.csv", "evaluations.csv")
 WRITTEN = ("config.yaml", "checkpoint.pt", "summary.json", "curves.png", *TABLES)
 # Bytes of `name`; file systems take 255 for a folder, and task, seed and time need some.
 LONGEST_NAME = 150
@@ -89,8 +94,7 @@ class Run:
 
     def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
         self.config, self.algorithm = config, algorithm
-        self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
-        self._known = set(self.columns)
+        self.tables = Tables(columns)
         self.total = config.offline_iterations + config.online_iterations
         self.panels: Sequence[Mapping[str, Any]] = []
         self.means: dict[str, str] = {}
@@ -99,6 +103,7 @@ class Run:
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
         self.device = "cpu"  # where the run runs
+        self.prefix = ""  # of printed lines, where several runs share a screen
         self.stop_requested = False
         self.checkpoint: dict[str, Any] | None = None  # what to resume from
         self.step = 0  # iterations done
@@ -108,6 +113,7 @@ class Run:
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = 0.0
         self.updates = 0
+        self.pretrained = 0  # updates done before the first step, of `Session.pretrain`
         self.return_rule = rewards.return_rule(config)  # of the dataset's return range
         # Returns of the last evaluation of this process, and the updates before it.
         self.evaluated: tuple[np.ndarray, int] = (np.empty(0), 0)
@@ -116,7 +122,6 @@ class Run:
         self.wandb: Any = None
         self._signal: int | None = None  # the one that asked to stop
         self._made: list[Path] = []  # the new folder, and those above it that are new
-        self._rows = 0  # written by this process
         self._lock = ExitStack()
         try:
             self._open()
@@ -134,9 +139,9 @@ class Run:
         else:
             self.folder = self._new_folder()
             self._hold()
-            self._write("config.yaml", dump_config(with_absolute_paths(self.config)))
-            self._write("metrics.csv", ",".join(self.columns) + "\n")
-            self._write("evaluations.csv", "step,phase,episode,return,score\n")
+            with _as_config_errors():
+                self._write_config(self.config)
+                self.tables.create(self.folder)
 
     def _hold(self) -> None:
         """Keep other processes out of the folder until `_close`."""
@@ -154,7 +159,7 @@ class Run:
     def _close(self, failed: bool) -> None:
         """Give the folder back. A new one in which nothing was done goes away."""
         self._lock.close()
-        nothing = not self.step and not self._rows
+        nothing = not self.step and not self.tables.rows
         if failed and self._made and nothing and not self._has_checkpoint:
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in self._made[1:]:
@@ -193,12 +198,9 @@ class Run:
                 raise ConfigError(f"runs_dir {config.runs_dir} is not a folder")
         return folder
 
-    def _write(self, name: str, text: str) -> None:
-        path = self.folder / name
-        try:
-            files.write_text(path, text)
-        except OSError as error:
-            raise ConfigError(str(error)) from None
+    def _write_config(self, config: Any) -> None:
+        text = dump_config(with_absolute_paths(config))
+        files.write_text(self.folder / "config.yaml", text)
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -224,15 +226,10 @@ class Run:
                 setattr(self, name, state["run"][name])
         for name in WRITTEN:
             files.remove_remains(self.folder / name)
-        for name in TABLES:
-            text = self._rows_of(name, state.get("tables", {}).get(name))
-            # Always written anew: where the file is a link, what it leads to stays as it is.
-            self._write(name, text)
-            if name == "metrics.csv":
-                self.columns = next(csv.reader(io.StringIO(text)))
-        # Without `resume`, so that the file still describes a run of its own.
-        config = dataclasses.replace(self.config, resume=None)
-        self._write("config.yaml", dump_config(with_absolute_paths(config)))
+        with _as_config_errors():
+            self.tables.restore(self.folder, state.get("tables", {}), self.step)
+            # Without `resume`, so that the file still describes a run of its own.
+            self._write_config(dataclasses.replace(self.config, resume=None))
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint says of the settings: as config.yaml has them."""
@@ -249,24 +246,6 @@ class Run:
                     f"{self.folder / 'config.yaml'}: {name} is {new!r}, but the checkpoint was "
                     f"trained with {old!r}; put that back or start a new run"
                 )
-
-    def _rows_of(self, name: str, known: dict[str, Any] | None) -> str:
-        """A table as it was at the checkpoint; rows written after it will be written again."""
-        path = self.folder / name
-        try:
-            content = path.read_bytes()
-            if known is None:  # of before version 0.2
-                return _rows_up_to(content, self.step)
-            content = content[: known["bytes"]]
-            if hashlib.sha256(content).hexdigest() != known["sha256"]:
-                raise ValueError("its checksum differs")
-            return content.decode()
-        except (OSError, ValueError, csv.Error) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(
-                f"{path} is not as the run left it at step {self.step} ({why}): put the file "
-                f"back, or start a new run from its weights with --load_model {self.folder}"
-            ) from None
 
     # -- stopping -------------------------------------------------------------------------
 
@@ -328,7 +307,10 @@ class Run:
     # -- progress -------------------------------------------------------------------------
 
     def print(self, text: str) -> None:
-        """A line that does not tear the progress bar."""
+        """A line that does not tear the progress bar, behind `prefix`."""
+        if self.prefix:
+            lines = filter(str.strip, text.splitlines())
+            text = "\n".join(f"{self.prefix}{line}" for line in lines)
         with files.writing("standard output"):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -376,17 +358,9 @@ class Run:
         Raises:
             FloatingPointError: as of `read`.
         """
-        unknown = set(metrics) - self._known - set(self.columns)
-        if unknown:
-            raise KeyError(f"metrics {sorted(unknown)} are not columns of metrics.csv")
+        self.tables.check_columns(metrics)
         values = self.read(metrics)
-        row = {"step": step, "phase": phase, **values}
-        self._rows += 1
-        line = io.StringIO()
-        # The table of a run of an older version has no column for a newer metric.
-        options: Any = {"extrasaction": "ignore", "lineterminator": "\n"}
-        csv.DictWriter(line, self.columns, **options).writerow(row)
-        files.append(self.folder / "metrics.csv", line.getvalue())
+        self.tables.add_metrics(step, phase, values)
         if self.bar is not None:
             shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
             for name in self.means.values():
@@ -415,11 +389,7 @@ class Run:
                     f"the {name} of evaluation episode {bad[0]} is {values[bad[0]]:g}: "
                     f"{finite.likely_cause(self.config)}"
                 )
-        lines = io.StringIO()
-        writer = csv.writer(lines, lineterminator="\n")
-        for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
-            writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
-        files.append(self.folder / "evaluations.csv", lines.getvalue())
+        self.tables.add_evaluation(step, phase, returns, scores)
         self._warn_of_standstill(step, phase, returns)
         mean = float(np.mean(scores))
         self.scores.append([step, phase, mean])
@@ -467,7 +437,8 @@ class Run:
 
     # -- checkpoint and end ---------------------------------------------------------------
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
+        """Seconds since the run began, pauses between processes left out."""
         return self.wall_seconds + time.perf_counter() - self.started
 
     def save(self, parts: dict[str, Any]) -> None:
@@ -485,11 +456,11 @@ class Run:
             "rng": checkpoints.rng_state(),
             "config": self._settings(),
             "dataset_sha256": self.dataset.get("sha256"),
-            "tables": {name: self._brought_to_disk(name) for name in TABLES},
+            "tables": self.tables.state(),
             "run": {
                 **{name: getattr(self, name) for name in CARRIED},
                 "scores": [list(s) for s in self.scores],
-                "wall_seconds": self._clock(),
+                "wall_seconds": self.clock(),
             },
             "parts": {
                 name: checkpoints.pack(part.state_dict()) for name, part in parts.items()
@@ -497,13 +468,6 @@ class Run:
         }
         checkpoints.save_checkpoint(self.folder / "checkpoint.pt", state)
         self.saved_step = self.step
-
-    def _brought_to_disk(self, name: str) -> dict[str, Any]:
-        """Sync a table, whose rows will not come again; its size and checksum."""
-        path = self.folder / name
-        files.sync(path)
-        content = path.read_bytes()
-        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def check_dataset(self) -> None:
         """Before a resumed run spends time: `dataset` must be what the run began with.
@@ -575,87 +539,26 @@ class Run:
             raise SystemExit(128 + self._signal)
 
     def finish(self) -> dict[str, Any]:
-        """Write curves.png and summary.json and print the result; returns the summary.
-
-        `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last
-        four online evaluations. `score_last`, `score_best`: last and best
-        online evaluation; in a run without any, the last three are of the offline phase. All
-        are means over episodes, D4RL-normalized. Versions and commit are those at the start
-        of this process.
-        """
-        summary = self._summary()
-        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        """Write curves.png and summary.json, print the result; returns `summary.summary_of`."""
+        found = summary.summary_of(self)
+        text = json.dumps(found, indent=2, allow_nan=False) + "\n"
         files.write_text(self.folder / "summary.json", text)
         curves.plot_curves(
             self.folder, self.config, self.dataset.get("label", ""), self.panels
         )
         if self.bar is not None:
             self.bar.close()
-        self.print(self._result(summary))
-        return summary
-
-    def _summary(self) -> dict[str, Any]:
-        offline, online, seen = self._phases()
-        data = self.dataset
-        return {
-            "algorithm": self.algorithm,
-            "env": self.config.env,
-            "seed": self.config.seed,
-            "score_offline": offline[-1] if offline else None,
-            "score_final": float(np.mean(seen[-4:])) if seen else None,
-            "score_last": seen[-1] if seen else None,
-            "score_best": max(seen) if seen else None,
-            **self._means(),
-            "updates": self.updates,
-            "updates_per_second": self.updates / max(self.update_seconds, 1e-9),
-            "wall_seconds": self._clock(),
-            "dataset": {
-                "source": data.get("source"),
-                "label": data.get("label"),
-                "path": machine.tidy_path(data["path"]) if data.get("path") else None,
-                "sha256": data.get("sha256"),
-                "rows": data.get("rows"),
-                # None: the run scaled nothing by returns.
-                "return_range": data.get("return_range"),
-            },
-            **self.code,
-            "machine": machine.describe(),
-        }
-
-    def _phases(self) -> tuple[list[float], list[float], list[float]]:
-        """Scores of the offline and the online phase, and those that count as final."""
-        offline = [s for _, phase, s in self.scores if phase == "offline"]
-        online = [s for _, phase, s in self.scores if phase == "online"]
-        return offline, online, online or offline
-
-    def _means(self) -> dict[str, float | None]:
-        """Means of the metrics in `means`, over the rows of metrics.csv that have them."""
-        columns = curves.read_csv(self.folder / "metrics.csv")
-        found = {}
-        for entry, name in self.means.items():
-            values = [float(text) for text in columns.get(name, ()) if text]
-            # Older versions wrote nan where there is a blank now.
-            values = [value for value in values if math.isfinite(value)]
-            found[entry] = sum(values) / len(values) if values else None
+        self.print(summary.result_of(self, found))
         return found
 
-    def _result(self, summary: dict[str, Any]) -> str:
-        """What a finished run says."""
-        _, online, seen = self._phases()
 
-        def show(score: float | None) -> str:
-            return "none" if score is None else f"{score:.1f}"
-
-        kind = "online" if online else "final"  # a run may be offline only
-        return (
-            f"\noffline score {show(summary['score_offline'])} -> {kind} score "
-            f"{show(summary['score_final'])} (D4RL-normalized, mean of the last "
-            f"{min(4, len(seen))} evaluations; last {show(summary['score_last'])}, best "
-            f"{show(summary['score_best'])})\n"
-            f"dataset: {self.dataset.get('label', 'unknown')}\n"
-            f"run folder: {machine.tidy_path(self.folder)}\n"
-            f"curves: {machine.tidy_path(self.folder / 'curves.png')}"
-        )
+@contextmanager
+def _as_config_errors() -> Iterator[None]:
+    """Files that cannot be written at the start of a run are a fault of its settings."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_name(name: str) -> None:
@@ -681,17 +584,3 @@ def _changes(
             yield from _changes(before, after, f"{prefix}{name}.")
         elif before != after:
             yield f"{prefix}{name}", before, after
-
-
-def _rows_up_to(content: bytes, step: int) -> str:
-    """The header of a table and its whole rows up to a step.
-
-    Raises:
-        ValueError, csv.Error: it is no table of a run.
-    """
-    rows = list(csv.reader(io.StringIO(content.decode())))
-    if not rows or rows[0][:2] != ["step", "phase"]:
-        raise ValueError("its first line does not begin with step,phase")
-    whole = [row for row in rows[1:] if len(row) == len(rows[0])]
-    kept = [rows[0], *(row for row in whole if int(row[0]) <= step)]
-    return "".join(",".join(row) + "\n" for row in kept)

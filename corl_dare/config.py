@@ -105,6 +105,8 @@ class DareConfig:
     skip_inverted: bool = False
     # Behavior model (paper: diffusion, 600k updates of 4096 rows)
     behavior: str = "diffusion"  # diffusion, gaussian, mixture
+    # Its seed; none: the seed of the run. With a number all seeds share one model
+    behavior_seed: Optional[int] = None
     behavior_updates: int = 600000  # gradient steps on the dataset, before anything else
     behavior_batch_size: int = 4096  # rows per step
     behavior_lr: float = 1e-4  # Adam learning rate
@@ -122,6 +124,15 @@ class DareConfig:
     # returns: Q as if the dataset's returns spanned 1000; literal: Q as it is
     q_scale: str = "returns"
 
+    # What a field that names something may be.
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "score": SCORES,
+        "rule": RULES,
+        "weights": WEIGHTS,
+        "alignment": ALIGNMENTS,
+        "behavior": tuple(KINDS),
+        "q_scale": ("returns", "literal"),
+    }
     # Where a number may lie. Every field that is a number has an entry.
     RANGES: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("references", "sampler_steps", "support_actions"), "[1, 1e4]"),
@@ -131,6 +142,7 @@ class DareConfig:
         **dict.fromkeys(("behavior_lr", "energy_lr"), "(0, inf)"),
         **dict.fromkeys(("alignment_sigma", "energy_beta"), "(0, inf)"),
         "behavior_width": "(0, 100]",
+        "behavior_seed": "[0, 4294967295]",
         "guidance_scale": "[0, inf)",
     }
 
@@ -139,16 +151,16 @@ class DareConfig:
         ranges.check(self.RANGES, vars(self), "dare.")
         self._check_combinations()
 
+    def not_stacked(self) -> str:
+        """Why the hooks of several seeds cannot work as one, or ""."""
+        if self.enabled and (self.guided or self.score == "reference"):
+            return "dare.score reference and guidance sample actions for each seed"
+        if self.enabled and self.rule == "random":
+            return "dare.rule random draws for each seed"
+        return ""
+
     def _check_choices(self) -> None:
-        choices = {
-            "score": SCORES,
-            "rule": RULES,
-            "weights": WEIGHTS,
-            "alignment": ALIGNMENTS,
-            "behavior": tuple(KINDS),
-            "q_scale": ("returns", "literal"),
-        }
-        for field, allowed in choices.items():
+        for field, allowed in self.CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"dare.{field} must be one of {', '.join(allowed)}, "

@@ -22,7 +22,8 @@ with a hook sees the baseline's rows.
 
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
-from corl_dare.rows import SlotCache, draw, draw_rows, storage
+from corl_dare.rows import SlotCache, draw, draw_rows, storage, upload
 from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
@@ -229,6 +230,9 @@ class DareHook:
             `policy_log_prob` is the log of the mass beyond it. Then the behavior's is, too.
         seed: of the hook's own generators.
         compile: turns the exchange and the density scores into compiled graphs; default: eager.
+        capture: on a GPU, turns the behavior model's sampler and the energy step into one launch
+            each; called with a function of tensors, and with `optimizers` and `generators` that
+            it uses. Default: they are launched kernel by kernel.
         bar: makes progress bars, called as `tqdm` is.
         data: what `begin` fits the behavior model on; None: it is fitted.
 
@@ -253,6 +257,7 @@ class DareHook:
         device: str = "cpu",
         seed: int = 0,
         compile: Callable[..., Callable[..., Any]] | None = None,
+        capture: Callable[..., Callable[..., Any]] | None = None,
         bar: Callable[..., Any] = tqdm,
         data: BehaviorData | None = None,
     ):
@@ -292,14 +297,39 @@ class DareHook:
         self.support_caches: list[SlotCache] | None = None
         if config.guided:
             self._make_energy()
+        self._guided_samples, self._energy_update = (
+            self.guided_samples,
+            self.energy_update,
+        )
+        if capture is not None:
+            self._capture(capture)
 
     def _make_energy(self) -> None:
         """What guidance needs: the energy network and the actions that it is trained on."""
         self.support_caches = self._make_caches(None)
         dims = self.behavior.state_dim, self.behavior.action_dim
         self.energy = EnergyNetwork(*dims, seed=self.seed).to(self.device)
-        rate = self.config.energy_lr
-        self.energy_optimizer = torch.optim.Adam(self.energy.parameters(), lr=rate)
+        self.energy_optimizer = torch.optim.Adam(
+            self.energy.parameters(), lr=self.config.energy_lr, capturable=self._on_gpu
+        )
+
+    @property
+    def _on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def _capture(self, capture: Callable[..., Callable[..., Any]]) -> None:
+        """The sampler and the energy step, each as one launch."""
+        # A cache asks for another number of samples each time.
+        if self.reference_caches is None:
+            self._guided_samples = capture(
+                self.guided_samples, generators=[self.generator]
+            )
+        if self.energy_optimizer is not None:
+            self._energy_update = capture(
+                self.energy_update,
+                optimizers=[self.energy_optimizer],
+                generators=[self.generator],
+            )
 
     def _make_caches(self, max_age: int | None) -> list[SlotCache]:
         for buffer in (self.offline, self.online):
@@ -318,26 +348,40 @@ class DareHook:
         n_offline = int(batch_size * self.mixing_ratio)
         offline_rows, offline = draw(self.offline, n_offline)
         online_rows, online = draw(self.online, batch_size - n_offline)
-        batch = [torch.cat(rows) for rows in zip(offline, online, strict=True)]
-        with torch.no_grad():
-            rows = [offline_rows, online_rows]
-            states, actions = batch[0], batch[1]
-            scores, log = self.score(states, actions, rows)
-            result = self._exchange(
-                scores[:n_offline],
-                scores[n_offline:],
-                cap=self.config.cap,
-                rule=self.config.rule,
-                weights=self.config.weights,
-                skip_inverted=self.config.skip_inverted,
-                generator=self.generator if self.config.rule == "random" else None,
-            )
-            batch = reorder(batch, result.order)
-        kept = n_offline if self.config.weights == "hard" else None
-        release = Release(result.weight, kept)
-        self.refused = self.refused + result.stats["refused"]
-        log = {**result.stats, **log, "refused": self.refused}
-        return Drawn(batch, release, log, states, rows)
+        rows = [offline_rows, online_rows]
+        batch, weight, log, states = self.arrange(offline, online, rows)
+        self.refused = self.refused + log["refused"]
+        log = {**log, "refused": self.refused}
+        return Drawn(batch, self._release(weight, n_offline), log, states, rows)
+
+    def _release(self, weight: torch.Tensor, n_offline: int) -> Release:
+        return Release(weight, n_offline if self.config.weights == "hard" else None)
+
+    @torch.no_grad()
+    def arrange(
+        self, offline: list[torch.Tensor], online: list[torch.Tensor], rows: Rows
+    ) -> tuple[list[torch.Tensor], torch.Tensor, Log, torch.Tensor]:
+        """Score and exchange two halves of a batch; takes nothing else but what is cached.
+
+        Returns:
+            The batch with its offline-like rows first, the weights of its rows (B,), metrics, and
+            the states as they were drawn.
+        """
+        batch = [torch.cat(halves) for halves in zip(offline, online, strict=True)]
+        n_offline = len(offline[0])
+        states, actions = batch[0], batch[1]
+        scores, log = self.score(states, actions, rows)
+        result = self._exchange(
+            scores[:n_offline],
+            scores[n_offline:],
+            cap=self.config.cap,
+            rule=self.config.rule,
+            weights=self.config.weights,
+            skip_inverted=self.config.skip_inverted,
+            generator=self.generator if self.config.rule == "random" else None,
+        )
+        batch = reorder(batch, result.order)
+        return batch, result.weight, {**result.stats, **log}, states
 
     def score(
         self, states: torch.Tensor, actions: torch.Tensor, rows: Rows
@@ -368,12 +412,13 @@ class DareHook:
     def references(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Reference actions (B, K, A), fresh or from the cache, not clipped."""
 
-        def make(states: torch.Tensor) -> torch.Tensor:
-            return self.sample_behavior(states, self.config.references, guided=True)
-
         if self.reference_caches is None:
-            return make(states)
-        return self._cached(self.reference_caches, states, rows, make)
+            return self._guided_samples(states)
+        return self._cached(self.reference_caches, states, rows, self._guided_samples)
+
+    def guided_samples(self, states: torch.Tensor) -> torch.Tensor:
+        """Fresh reference actions (B, K, A)."""
+        return self.sample_behavior(states, self.config.references, guided=True)
 
     def support(self, states: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Support actions (B, K, A): unguided behavior samples, drawn once per transition."""
@@ -401,7 +446,7 @@ class DareHook:
             def make_missing(
                 missing: np.ndarray, part: torch.Tensor = part
             ) -> torch.Tensor:
-                return make(part[torch.from_numpy(missing).to(part.device)])
+                return make(part[upload(missing, part.device)])
 
             if len(slots):
                 parts.append(cache.get(slots, self.samples, make_missing))
@@ -438,13 +483,18 @@ class DareHook:
         from_offline = picked[picked < n_offline]
         from_online = picked[picked >= n_offline] - n_offline
         rows = [rows[0][from_offline], rows[1][from_online]]
-        return self.energy_step(states[torch.from_numpy(picked).to(self.device)], rows)
+        return self.energy_step(states[upload(picked, self.device)], rows)
 
     def energy_step(self, states: torch.Tensor, rows: Rows) -> Log:
         """One contrastive step (CEP, arXiv 2304.12824) on states (B, S) as in the buffers."""
+        loss = self._energy_update(states, self.support(states, rows))
+        self.energy_steps += 1
+        return {"energy_loss": loss}
+
+    def energy_update(self, states: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+        """The loss, 0-d, of the energy step with support actions (B, K, A)."""
         assert self.q_function is not None and self.energy is not None
         assert self.energy_optimizer is not None
-        support = self.support(states, rows)  # (B, K, A)
         b, k, a = support.shape
         with torch.no_grad():
             repeated = states.unsqueeze(1).expand(b, k, states.shape[1])
@@ -463,8 +513,7 @@ class DareHook:
         self.energy_optimizer.zero_grad()
         loss.backward()
         self.energy_optimizer.step()
-        self.energy_steps += 1
-        return {"energy_loss": loss.detach()}
+        return loss.detach()
 
     def pretrain(
         self,
@@ -530,7 +579,7 @@ class DareHook:
             self.data.actions,
             dataset_hash=self.data.dataset_hash,
             cache_dir=self.data.cache_dir,
-            seed=self.seed,
+            seed=self._behavior_seed,
             device=self.device,
             bar=self.bar,
             should_stop=should_stop,
@@ -567,6 +616,11 @@ class DareHook:
             seconds["energy"] = left * warm + new * max(cold - warm, 0.0)
         return seconds
 
+    @property
+    def _behavior_seed(self) -> int:
+        own = self.config.behavior_seed
+        return self.seed if own is None else own
+
     def _behavior_file(self, data: BehaviorData) -> Path:
         return cached_file(
             self.behavior,
@@ -574,7 +628,7 @@ class DareHook:
             updates=self.config.behavior_updates,
             batch_size=self.config.behavior_batch_size,
             lr=self.config.behavior_lr,
-            seed=self.seed,
+            seed=self._behavior_seed,
             dataset_hash=data.dataset_hash,
             cache_dir=data.cache_dir,
         )[0]
@@ -642,6 +696,91 @@ class DareHook:
         if self.energy is not None and self.energy_optimizer is not None:
             self.energy.load_state_dict(state["energy"])
             self.energy_optimizer.load_state_dict(state["energy_optimizer"])
+            # The checkpoint may be of another device.
+            self.energy_optimizer.param_groups[0]["capturable"] = self._on_gpu
+
+
+class _Holder(torch.nn.Module):
+    """A network that `functional_call` can put other tensors into, whatever is called of it."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        return function(*args)
+
+
+class StackedHook(DareHook):
+    """The hooks of N seeds, whose batches (N, B, ...) are exchanged in one go.
+
+    Every seed keeps a hook of its own for its state; the first one's exchange runs under
+    `torch.vmap`, so scores need a density and the rule no generator.
+
+    Args:
+        members: one hook per seed, alike but for the seed.
+        offline, online: buffers of all seeds: `draw(n)` gives (N, n), `gather` (N, n, ...).
+        over_seeds: turns a function of one seed's policy and of tensors into one of all seeds.
+        capture: on a GPU, turns that into one launch, see `DareHook`.
+
+    Raises:
+        ValueError: what is configured draws random numbers for each seed.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[DareHook],
+        offline: Any,
+        online: Any,
+        over_seeds: Callable[..., Callable[..., Any]],
+        capture: Callable[..., Callable[..., Any]] | None = None,
+    ):
+        first = members[0]
+        if why := first.config.not_stacked():
+            raise ValueError(f"the hooks of several seeds cannot be stacked: {why}")
+        # What a hook has besides is the first member's.
+        vars(self).update(vars(first))
+        self.members, self.offline, self.online = list(members), offline, online
+        self.refused = torch.stack([hook.refused for hook in members])
+        self._over_seeds, self._capture_all = over_seeds, capture
+        self._arranged: Callable[..., Any] | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def _bind(self) -> Callable[..., Any]:
+        """`arrange` of all seeds. Made late, when the behavior models are fitted."""
+        # The mass beyond a bound is computed seed by seed, and torch would say so.
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        first, holder = self.members[0], _Holder(self.members[0].behavior)
+        holders = [_Holder(hook.behavior) for hook in self.members]
+        for name, tensor in holder.state_dict().items():
+            others = [other.state_dict()[name] for other in holders]
+            self._tensors[name] = torch.stack([tensor, *others[1:]])
+
+        def of_one(tensors: dict[str, torch.Tensor], offline: Any, online: Any) -> Any:
+            args = first.arrange, (offline, online, [None, None])
+            return torch.func.functional_call(holder, tensors, args)
+
+        of_all = self._over_seeds(of_one)
+        return of_all if self._capture_all is None else self._capture_all(of_all)
+
+    def sample(self, batch_size: int) -> Drawn:
+        """The batches of all seeds; see `DareHook.sample`."""
+        if self._arranged is None:
+            self._arranged = self._bind()
+        self.samples += 1
+        n_offline = int(batch_size * self.mixing_ratio)
+        offline_rows, offline = draw(self.offline, n_offline)
+        online_rows, online = draw(self.online, batch_size - n_offline)
+        batch, weight, log, states = self._arranged(self._tensors, offline, online)
+        self.refused = self.refused + log["refused"]
+        log = {**log, "refused": self.refused}
+        release = self._release(weight, n_offline)
+        return Drawn(batch, release, log, states, [offline_rows, online_rows])
+
+    def spread(self) -> None:
+        """Give every member its counts."""
+        for hook, refused in zip(self.members, self.refused, strict=True):
+            hook.samples, hook.refused = self.samples, refused.clone()
 
 
 def prepare(
@@ -655,6 +794,8 @@ def prepare(
     actions: torch.Tensor | None = None,
     q_scale: float | Callable[[], float] = 1.0,
     begin: bool = True,
+    seeds: Sequence[dict[str, Any]] = (),
+    over_seeds: Callable[..., Callable[..., Any]] | None = None,
     **options: Any,
 ) -> DareHook:
     """A hook ready to sample: behavior model fitted or loaded, Q scaled.
@@ -668,12 +809,19 @@ def prepare(
             the rows of the offline buffer, un-normalized.
         q_scale: factor on Q, or a function that tells it and is asked only where it matters.
         begin: False leaves the fit to a later `hook.begin()`.
+        seeds, over_seeds: for several seeds in one process: the arguments that each has of its
+            own, such as buffers and seed, and a function, see `StackedHook`.
         options: the other arguments of `DareHook`.
 
     Raises:
         ValueError: a missing part, or data that cannot be fitted; see `cache.fit_cached`.
         CacheError: the model has to be trained, and the cache cannot be written.
     """
+    if over_seeds is not None:
+        capture = options.pop("capture", None)
+        options |= {"cache_dir": cache_dir, "q_scale": q_scale, "begin": begin}
+        hooks = [prepare(config, **{**options, **own}) for own in seeds]
+        return StackedHook(hooks, offline, online, over_seeds, capture)
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
     if (states is None) != (actions is None):
@@ -685,7 +833,7 @@ def prepare(
         config.behavior,
         states.shape[1],
         actions.shape[1],
-        seed=seed,
+        seed=seed if config.behavior_seed is None else config.behavior_seed,
         **config.behavior_options,
     )
     if callable(q_scale):

@@ -22,10 +22,18 @@ def storage(buffer: Any) -> list[torch.Tensor]:
     return [getattr(buffer, field) for field in FIELDS if hasattr(buffer, field)]
 
 
+def upload(rows: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Row numbers (B,) on the device. The host does not wait for the work that is queued there."""
+    index = torch.from_numpy(rows)
+    if torch.device(device).type != "cuda":
+        return index.to(device)
+    return index.pin_memory().to(device, non_blocking=True)
+
+
 def draw_rows(buffer: Any, rows: np.ndarray) -> list[torch.Tensor]:
     """The given rows (B,) of a buffer with CORL's private storage."""
     fields = storage(buffer)
-    index = torch.from_numpy(rows).to(fields[0].device)
+    index = upload(rows, fields[0].device)
     return [field[index] for field in fields]
 
 
@@ -80,11 +88,11 @@ class SlotCache:
             if self.values is None:
                 shape = (len(self.made), *fresh.shape[1:])
                 self.values = torch.zeros(shape, dtype=fresh.dtype, device=fresh.device)
-            slots = torch.from_numpy(rows[missing]).to(fresh.device)
+            slots = upload(rows[missing], fresh.device)
             self.values[slots] = fresh
             self.made[rows[missing]] = now
         assert self.values is not None
-        return self.values[torch.from_numpy(rows).to(self.values.device)]
+        return self.values[upload(rows, self.values.device)]
 
     def state_dict(self) -> dict[str, Any]:
         """The valid slots, their values and when they were made; on the CPU."""

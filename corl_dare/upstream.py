@@ -61,6 +61,8 @@ def dare_for_corl(
         options: other arguments of `DareHook`.
     """
     device, dare = str(config.device), config.dare
+    # AWAC's script has its own name for it.
+    env = getattr(config, "env", None) or config.env_name
     trainer.dare = dare
     trainer.dare_generator = torch.Generator(device).manual_seed(config.seed)
     if not dare.enabled:
@@ -82,7 +84,7 @@ def dare_for_corl(
         cache_dir=Path(cache).expanduser(),
         states=torch.as_tensor(dataset["observations"] * state_std + state_mean).float(),
         actions=torch.as_tensor(dataset["actions"]).float(),
-        q_scale=lambda: energy_q_scale(config.env, high - low, reward_scale),
+        q_scale=lambda: energy_q_scale(env, high - low, reward_scale),
         unnormalize=lambda states: states * std + mean,
         max_action=getattr(trainer, "max_action", 1.0),
         device=device,

@@ -56,6 +56,7 @@ METHOD_FIELDS = {
 FILLED_BY_SWEEP = {
     "env": "tasks: [...]",
     "seed": "seeds: [...]",
+    "seeds": "seeds: [...]",
     "name": "the method's name",
     "runs_dir": "--runs_dir",
     "resume": "the same command again",
@@ -437,7 +438,12 @@ def _settings(
         (f"{method.origin}.grid", _nested(overrides, f"{method.origin}.grid")),
         (
             str(sweep.path),
-            {"env": task, "seed": seed, "name": _file_name(_label(method, overrides))},
+            {
+                "env": task,
+                "seed": seed,
+                "seeds": None,
+                "name": _file_name(_label(method, overrides)),
+            },
         ),
     ]
     return _make(method.algorithm, layers, f"{method.origin} on {task}")

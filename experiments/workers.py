@@ -11,17 +11,14 @@ import math
 import os
 import runpy
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-from corl import checkpoints, files, machine
+from corl import checkpoints, files, machine, seeds
 from experiments.cells import Cell, CellFile, lock, read_state, write_state
 from experiments.programs import ROOT
 from experiments.ray_head import Head, set_environment
@@ -30,8 +27,6 @@ from experiments.values import read_json
 REQUIREMENTS = "requirements-sweep.txt"
 # Exit status of a cell that saved and stopped before its end; a shell's for SIGTERM.
 STOPPED = 143
-# Seconds that a cell has to save after its worker is gone.
-GRACE = 30.0
 # Environment variables of the sweep that its cells get on every machine.
 PASSED_ON = (
     *("CORL_DARE_CACHE", "D4RL_DATASET_DIR", "CORL_DARE_TRACEBACK"),
@@ -124,19 +119,6 @@ def _conclude(folder: Path, about: dict[str, Any]) -> None:
         files.write_text(run / "summary.json", text)
     score = summary["score_offline" if about["is_model"] else "score_final"]
     write_state(folder, state="done", score=score)
-
-
-def _end_with_worker() -> None:
-    """End this process when the worker that started it is gone: its end closes our stdin."""
-
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)  # the run saves and stops
-        time.sleep(GRACE)
-        os._exit(STOPPED)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---------------------------------------------------------------- started by a worker
@@ -320,5 +302,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _end_with_worker()
+    # The end of the worker that started this process closes its standard input.
+    seeds.end_with_parent(STOPPED)
     main(sys.argv[1:])

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import awac, cal_ql, cql, td3_bc
-from benchmarks import parity
+from benchmarks import parity, parity_rebrac
 from corl import files, machine
 from experiments.values import dump_json
 from scripts import make_patches
@@ -64,9 +64,12 @@ PARTS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "cal_ql": (partial(parity.cql_cases, cal_ql), "finetune/cal_ql.py"),
     "td3_bc": (partial(parity.actor_critic_cases, td3_bc), "offline/td3_bc.py"),
     "awac": (partial(parity.actor_critic_cases, awac), "finetune/awac.py"),
+    "spot": (parity.spot_cases, "finetune/spot.py"),
     # CORL's file with our patch.
     "dare_iql": (parity.dare_iql_cases, "finetune/iql.py"),
+    "dare_spot": (parity.dare_spot_cases, "finetune/spot.py"),
     "dare_cal_ql": (parity.dare_cal_ql_cases, "finetune/cal_ql.py"),
+    "dare_awac": (parity.dare_awac_cases, "finetune/awac.py"),
 }
 
 
@@ -82,9 +85,9 @@ def cases_of(part: str, corl: Path | None) -> dict[str, Any]:
     return run(upstream, setup=SETUP)
 
 
-def rebrac_cases_of(upstream: parity.JaxFile | None) -> dict[str, Any]:
+def rebrac_cases_of(upstream: parity_rebrac.JaxFile | None) -> dict[str, Any]:
     """Case -> numbers, of CORL's ReBRAC, or of ours."""
-    found = parity.rebrac_cases(upstream, SETUP, torch.float64)
+    found = parity_rebrac.cases(upstream, SETUP, torch.float64)
     return {case: numbers["parameters"] for case, numbers in found.items()}
 
 
@@ -118,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_patches.check_target(patch, args.corl)
     if args.jax_python is not None:
         file = args.corl / "algorithms/offline/rebrac.py"
-        jax = parity.JaxFile(args.jax_python, file)
+        jax = parity_rebrac.JaxFile(args.jax_python, file)
         rebrac = {
             "corl": make_patches.COMMIT,
             "command": f"{COMMAND} --jax_python PYTHON",

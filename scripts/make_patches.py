@@ -188,7 +188,8 @@ def dare_target_q(trainer, observations, actions):
         "algorithms/finetune/cal_ql.py",
         "97790ec99466a118fcba19fb8dc1044e76707f0a5e38a2c096afc659a8c892ae",
         {
-            19: "import dataclasses\n\n"
+            19: "import dataclasses\n"
+            "from typing import ClassVar\n\n"
             "from corl_dare.config import DareConfig\n"
             "from corl_dare.upstream import ExchangedBuffer, dare_for_corl\n",
             24: "\n" + class_of("DareCalQLConfig", "cal_ql"),
@@ -206,6 +207,11 @@ if self.dare_release is not None:
     cql_qf1_diff, cql_qf2_diff = (
         (self.dare_release.weight * gap.clamp(*bounds)).mean() for gap in gaps
     )
+    if self.cql_lagrange and self.dare.lagrange_gap == "weighted":
+        # The whole target is subtracted below.
+        released = 1.0 - self.dare_release.weight.mean()
+        cql_qf1_diff = cql_qf1_diff + released * self.cql_target_action_gap
+        cql_qf2_diff = cql_qf2_diff + released * self.cql_target_action_gap
 """,
                 2,
             ),
@@ -224,8 +230,174 @@ if dare_hook is not None:
     )
 
 
+def awac_patch() -> Patch:
+    methods = """
+def dare_q(self, critics, states, actions):
+    return torch.min(*(critic(states, actions) for critic in critics)).squeeze(-1)
+
+def dare_target_q(self, states, actions):
+    return self.dare_q((self._target_critic_1, self._target_critic_2), states, actions)
+
+def _released_losses(self, states, noise):
+    # SAC's policy loss, Eq. 16. The gradient of Q passes the clip as if there were none.
+    policy = self._actor._get_policy(states)
+    actions = policy.mean + noise * policy.stddev
+    bounds = self._actor._min_action, self._actor._max_action
+    executed = actions.detach().clamp(*bounds) + (actions - actions.detach())
+    log_prob = policy.log_prob(actions).sum(-1)
+    q = self.dare_q((self._critic_1, self._critic_2), states, executed)
+    return self.dare.entropy_alpha * log_prob - q
+
+def _dare_actor_loss(self, states, actions):
+    critics, release = (self._critic_1, self._critic_2), self.dare_release
+    # Both losses read the same sample of the policy.
+    noise = torch.randn_like(actions)
+    with torch.no_grad():
+        policy = self._actor._get_policy(states)
+        sample = policy.mean + noise * policy.stddev
+        sample = sample.clamp(self._actor._min_action, self._actor._max_action)
+        v = self.dare_q(critics, states, sample)
+        adv = self.dare_q(critics, states, actions) - v
+        weights = (adv / self._awac_lambda).exp().clamp(max=self._exp_adv_max)
+    losses = -self._actor.log_prob(states, actions).squeeze(-1) * weights
+    kept = release.kept
+    released = self._released_losses(states[kept:], noise[kept:])
+    return release.mix(losses, released).mean(-1)
+"""
+    setup = """
+dare_online_buffer = ReplayBuffer(
+    state_dim, action_dim, config.buffer_size, config.device
+)
+dare_hook = dare_for_corl(
+    config,
+    awac,
+    replay_buffer,
+    dare_online_buffer,
+    dataset=dataset,
+    return_range=return_reward_range(dataset, max_steps),
+    state_mean=state_mean,
+    state_std=state_std,
+    policy_log_prob=clipped_log_prob(actor._get_policy, actor._max_action),
+    clipped_policy=True,
+    q_function=awac.dare_target_q,
+)
+"""
+    return Patch(
+        "algorithms/finetune/awac.py",
+        "9f3671f0a2933c98b1bbecb11b9d213a2aa4bce93822a8e0d085427b2a591b6e",
+        {
+            16: "import dataclasses\n"
+            "from typing import ClassVar\n\n"
+            "from corl_dare.config import DareConfig\n"
+            "from corl_dare.hook import clipped_log_prob\n"
+            "from corl_dare.upstream import ExchangedBuffer, dare_for_corl\n",
+            20: "\n\n" + class_of("DareAWACConfig", "awac"),
+            49: code(
+                "dare: DareAWACConfig = dataclasses.field(default_factory=DareAWACConfig)",
+                1,
+            ),
+            248: code("self.dare, self.dare_release = None, None", 2),
+            249: code(methods, 1) + "\n",
+            254: code(
+                """
+if self.dare_release is not None:
+    return self._dare_actor_loss(states, actions)
+""",
+                2,
+            ),
+            523: code(setup, 1),
+            546: code(
+                """
+if dare_hook is not None:
+    dare_hook.pretrain()
+    replay_buffer = ExchangedBuffer(dare_hook, awac)
+""",
+                3,
+            ),
+        },
+    )
+
+
+SPOT_SETUP = """
+dare_online_buffer = ReplayBuffer(
+    state_dim, action_dim, config.buffer_size, config.device
+)
+dare_std = config.dare.density_std(config.expl_noise) * max_action
+dare_hook = dare_for_corl(
+    config,
+    trainer,
+    replay_buffer,
+    dare_online_buffer,
+    dataset=dataset,
+    return_range=return_reward_range(dataset, max_steps),
+    state_mean=state_mean,
+    state_std=state_std,
+    policy_log_prob=noisy_log_prob(trainer.actor, dare_std, max_action),
+    clipped_policy=True,
+    q_function=lambda s, a: dare_target_q(trainer, s, a),
+)
+"""
+
+
+def spot_patch() -> Patch:
+    function = """
+def dare_target_q(trainer, observations, actions):
+    return torch.minimum(
+        trainer.critic_1_target(observations, actions),
+        trainer.critic_2_target(observations, actions),
+    ).squeeze(-1)
+"""
+    return Patch(
+        "algorithms/finetune/spot.py",
+        "5a26ab30855e4da0af37fcb9d6bb52e5724f0c83146ffb4a68ed64454928c6d6",
+        {
+            19: "import dataclasses\n\n"
+            "from corl_dare.config import NoisyDareConfig\n"
+            "from corl_dare.hook import noisy_log_prob\n"
+            "from corl_dare.upstream import ExchangedBuffer, dare_for_corl\n",
+            69: code(
+                "dare: NoisyDareConfig = dataclasses.field(default_factory=NoisyDareConfig)",
+                1,
+            ),
+            71: code(
+                """
+if self.dare.enabled and self.lambd_cool:
+    raise ValueError(
+        "lambd_cool true and dare would both release the support constraint; set "
+        "lambd_cool to false, or dare.enabled to false"
+    )
+""",
+                2,
+            ),
+            458: code(function, 0) + "\n\n",
+            518: code("self.dare, self.dare_release = None, None", 2),
+            625: code(
+                """
+if self.dare_release is not None:
+    neg_log_beta = self.dare_release.weight * neg_log_beta
+""",
+                3,
+            ),
+            791: "\n" + code(SPOT_SETUP, 1),
+            828: code(
+                """
+if dare_hook is not None:
+    dare_hook.pretrain()
+    replay_buffer = ExchangedBuffer(dare_hook, trainer)
+""",
+                3,
+            ),
+        },
+    )
+
+
 def patches() -> dict[str, Patch]:
-    return {"iql": iql_patch(), "cal_ql": cal_ql_patch()}
+    return {
+        "iql": iql_patch(),
+        "cal_ql": cal_ql_patch(),
+        "awac": awac_patch(),
+        "spot": spot_patch(),
+    }
 
 
 def render(patch: Patch) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 ACTING, BUFFERS = "corl/acting.py", "corl/buffers.py"
 REWARDS, DATA = "corl/rewards.py", "corl/training_data.py"
 FINETUNE, ROLLBACK = "corl/finetune.py", "corl/rollback.py"
-RUNS = "corl/runs.py corl/checkpoints.py"
+RUNS = "corl/runs.py corl/run_tables.py corl/summary.py corl/checkpoints.py"
 CONFIG = "corl/config.py"
 IQL, CQL, CALQL = (f"algorithms/{name}.py" for name in ("iql", "cql", "cal_ql"))
 DIQL, DCAL = "algorithms/dare_iql.py", "algorithms/dare_cal_ql.py"
@@ -493,8 +493,8 @@ LOOP = Group(
         Mutant(RUNS, "seen[-4:]", "seen[-3:]"),
         Mutant(
             RUNS,
-            "return offline, online, online or offline",
-            "return offline, online, offline",
+            "Phases(offline, online, online or offline)",
+            "Phases(offline, online, offline)",
         ),
         Mutant(
             CQL,
@@ -638,9 +638,7 @@ SAVING = Group(
         Mutant(RUNS, '        checkpoints.set_rng_state(state["rng"])\n', ""),
         Mutant(RUNS, '    np.random.set_state(unpack(state["numpy"]))\n', ""),
         Mutant(RUNS, '    torch.set_rng_state(state["torch"])\n', ""),
-        Mutant(
-            RUNS, "kept = [r for r in whole if int(r[0]) <= self.step]", "kept = whole"
-        ),
+        Mutant(RUNS, "for row in whole if int(row[0]) <= step)", "for row in whole)"),
         Mutant(
             RUNS,
             '"wall_seconds", "update_seconds", "updates",',

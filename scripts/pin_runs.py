@@ -102,6 +102,23 @@ CASES = {
         "dare_rebrac",
         f"{GUIDED} --critic_bc_online keep --hidden_dim 64",
     ),
+    "spot": ("spot", "--vae_iterations 30 --vae_hidden_dim 64"),
+    "spot two buffers, dropout": (
+        "spot",
+        "--vae_iterations 27 --vae_hidden_dim 64 --mixing_ratio 0.5 --utd 2 "
+        "--online_warmup 10 --lambd_cool_steps 40 --lambd_end 0.3 --actor_dropout 0.1 "
+        "--actor_init_w 0.001 --critic_init_w 0.003 --num_samples 2 --normalize true",
+    ),
+    "dare_spot": ("dare_spot", f"{RATIO} --vae_iterations 30 --vae_hidden_dim 64"),
+    "dare_spot guided": (
+        "dare_spot",
+        f"{GUIDED} --vae_iterations 30 --vae_hidden_dim 64 --dare.reference_max_age 3",
+    ),
+    "cql two buffers": ("cql", f"{CQL} --mixing_ratio 0.25 --cql_lagrange true"),
+    "dare_cql": ("dare_cql", f"{CQL} {RATIO} --cql_lagrange true"),
+    "dare_cql guided": ("dare_cql", f"{CQL} {GUIDED} --dare.reference_max_age 3"),
+    "dare_awac": ("dare_awac", f"{RATIO} --awac_lambda 0.3333"),
+    "dare_awac guided": ("dare_awac", f"{GUIDED} --hidden_dim 64"),
     "dare_td3_bc": ("dare_td3_bc", RATIO),
     "dare_td3_bc guided": ("dare_td3_bc", f"{GUIDED} --dare.reference_max_age 3"),
 }

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["CORL_DARE_D4RL_URL"] = ""
 # Compiled graphs outlive the folder of a test.
@@ -39,6 +40,7 @@ NEEDED = {
             "d4rl": "d4rl",
         }.items()
     },
+    "cuda": (torch.cuda.is_available, "there is no CUDA device"),
     "corl": (lambda: "CORL_DIR" in os.environ, "CORL_DIR is not a checkout of CORL"),
 }
 
@@ -60,7 +62,7 @@ def no_timed_choice(monkeypatch):
         raise AssertionError("state threads and compile in this test")
 
     monkeypatch.setattr(pace, "time_products", timed)
-    monkeypatch.setattr(pace, "available_cores", lambda: 2)
+    monkeypatch.setattr(pace, "available_cores", lambda **options: 2)
 
 
 @pytest.hookimpl(tryfirst=True)

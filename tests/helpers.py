@@ -9,16 +9,21 @@ from corl_dare.config import DareConfig
 from corl_dare.hook import DareHook, Release
 
 S, A = 3, 2
-# Raw states are twice the states in the buffers, plus a half.
-UNNORMALIZE = Normalization(
-    np.full(S, 0.5, np.float32), np.full(S, 2.0, np.float32)
-).undo
 
 
-def make_buffer(rows, capacity=64, shift=0.0, seed=0):
+def unnormalize_on(device):
+    """Raw states are twice the states in the buffers, plus a half."""
+    halves, twos = (np.full(S, x, np.float32) for x in (0.5, 2.0))
+    return Normalization(halves, twos, device).undo
+
+
+UNNORMALIZE = unnormalize_on("cpu")
+
+
+def make_buffer(rows, capacity=64, shift=0.0, seed=0, device="cpu"):
     """Row i carries i in its reward, so that a batch says where its rows came from."""
     rng = np.random.default_rng(seed)
-    buffer = ReplayBuffer(S, A, capacity)
+    buffer = ReplayBuffer(S, A, capacity, device)
     buffer.load_d4rl_dataset(
         {
             "observations": rng.normal(size=(rows, S)).astype(np.float32),
@@ -31,7 +36,15 @@ def make_buffer(rows, capacity=64, shift=0.0, seed=0):
     return buffer
 
 
-def make_hook(kind="mixture", offline=None, online=None, compile=None, **fields):
+def make_hook(
+    kind="mixture",
+    offline=None,
+    online=None,
+    compile=None,
+    capture=None,
+    device="cpu",
+    **fields,
+):
     guided = fields.get("guidance_scale", 0.0) > 0
     config = DareConfig(
         behavior=kind,
@@ -44,6 +57,7 @@ def make_hook(kind="mixture", offline=None, online=None, compile=None, **fields)
     )
     options = config.behavior_options
     model = make_behavior_model(kind, S, A, seed=0, **options).requires_grad_(False)
+    model = model.to(device)
     return DareHook(
         offline or make_buffer(40),
         online or make_buffer(30, shift=0.8, seed=1),
@@ -51,9 +65,11 @@ def make_hook(kind="mixture", offline=None, online=None, compile=None, **fields)
         model,
         policy_log_prob=lambda s, a: -((a - 0.8) ** 2).sum(1),
         q_function=(lambda s, a: a.sum(1)) if guided else None,
-        unnormalize=UNNORMALIZE,
+        unnormalize=unnormalize_on(device),
         seed=7,
         compile=compile,
+        capture=capture,
+        device=device,
     )
 
 

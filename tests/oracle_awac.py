@@ -1,7 +1,10 @@
 """AWAC's update written a second time, from the formulas, in float64 and without modules.
 
 Nair et al. 2020 (arXiv 2006.09359) eq. 13 in CORL's order: both critics, the policy with the
-advantage under the new critics, both target critics. Parameters are plain dicts.
+advantage under the new critics, both target critics. Parameters are plain dicts. DARE's
+released rows have SAC's policy loss (arXiv 2511.03828 eq. 16) on the sample of pi(s) under the
+advantage. Its derivative by the policy is spelled out: that of Q by its action is taken at the
+clipped action and passed on to mean and std as if nothing had been clipped.
 """
 
 import math
@@ -36,8 +39,24 @@ class OracleAWAC:
     def least(self, critics, s, a):
         return torch.minimum(*(self.q(critics[k], s, a) for k in CRITICS))
 
-    def train(self, batch, noise):
-        """noise: standard normal of the policy at s' and at s, each (B, A)."""
+    def q_slope(self, s, a):
+        """Derivative (B, A) of min(Q1, Q2) by the action."""
+        a = a.detach().clone().requires_grad_(True)
+        return torch.autograd.grad(self.least(self.now, s, a).sum(), a)[0]
+
+    def released(self, params, s, noise, entropy_alpha):
+        """Rows (B,) whose value is alpha log pi - Q, with the gradient that is spelled out."""
+        mean, std = self.mean_std(params, s)
+        noise = noise.double()
+        executed = (mean + std * noise).detach().clamp(-self.max_action, self.max_action)
+        # The density of mean + std noise at itself does not depend on the mean.
+        log_prob = -(0.5 * noise**2 + std.log() + 0.5 * math.log(2 * math.pi)).sum(1)
+        q, slope = self.least(self.now, s, executed), self.q_slope(s, executed)
+        linear = (slope * (mean + std * noise)).sum(1)
+        return entropy_alpha * log_prob - q.detach() - (linear - linear.detach())
+
+    def train(self, batch, noise, weight=None, entropy_alpha=0.2):
+        """noise: standard normal of the policy at s' and at s, each (B, A); weight (B,)."""
         c = self.config
         s, a, r, s2, d = (x.double() for x in batch)
         r, d = r[:, 0], d[:, 0]
@@ -58,7 +77,13 @@ class OracleAWAC:
             mean, std = self.mean_std(params, s)
             z = (a - mean) / std
             nll = (0.5 * z**2 + std.log() + 0.5 * math.log(2 * math.pi)).sum(1)
-            return (factor * nll).mean()
+            rows = factor * nll
+            if weight is not None:
+                w = weight.double()
+                rows = w * rows + (1 - w) * self.released(
+                    params, s, noise[1], entropy_alpha
+                )
+            return rows.mean()
 
         actor_loss = descend(self.actor, self.opt["actor"], policy_loss)
         for k in CRITICS:

@@ -1,9 +1,10 @@
-"""CQL, Cal-QL and DARE-Cal-QL written a second time, from the formulas, in float64.
+"""CQL, Cal-QL and their DARE twins written a second time, from the formulas, in float64.
 
 CQL: Kumar et al. 2020 (arXiv 2006.04779); Cal-QL: Nakamoto et al. 2023 (arXiv 2303.05479); the
 order of updates and draws is CORL's. DARE's part (eq. 14) is a weight per row on the clipped
-conservative gap, averaged over the whole batch. Parameters are plain dicts; Adam is spelled out;
-every loss of a step is made from the parameters of before the step.
+conservative gap, averaged over the whole batch; with `lagrange_gap` weighted it is on the target
+of the gap, too. Parameters are plain dicts; Adam is spelled out; every loss of a step is made from
+the parameters of before the step.
 """
 
 import math
@@ -15,7 +16,7 @@ from oracle_iql import Adam, double, mlp
 
 @dataclass
 class Settings:
-    """The trainers' arguments; the last four are not upstream's constructor arguments."""
+    """The trainers' arguments; the last five are not upstream's constructor arguments."""
 
     target_entropy: float
     discount: float = 0.99
@@ -39,6 +40,7 @@ class Settings:
     max_action: float = 1.0
     no_tanh: bool = False
     calibrated: bool = False
+    lagrange_gap: str = "literal"
     resampled_bc: bool = (
         True  # upstream's warm-up does not look at the dataset's actions
     )
@@ -157,15 +159,16 @@ class OracleCQL:
         actor_gradient = self.policy_gradient(s, a, drawn, alpha, logs)
         y = self.td_target(s2, r, d, drawn, alpha, logs)
         leaves = [leaves_of(params) for params in self.q]
+        target = self.gap_target(weight)
         gaps = [
             self.gap(i, leaves[i], s, a, s2, mc_returns, drawn, weight, logs)
             for i in range(2)
         ]
-        penalty, prime_gradient = self.penalty([g.detach() for g in gaps], logs)
+        penalty, prime_gradient = self.penalty([g.detach() for g in gaps], target, logs)
         critic_gradients = []
         for i in range(2):
             td = ((q_value(leaves[i], s, a) - y) ** 2).mean()
-            conservative = penalty * (gaps[i] - self.gap_target())
+            conservative = penalty * (gaps[i] - target)
             critic_gradients.append(gradients(td + conservative, leaves[i]))
             logs[f"qf{i + 1}_loss"] = td.item()
             logs[f"cql_min_qf{i + 1}_loss"] = conservative.item()
@@ -229,9 +232,14 @@ class OracleCQL:
         logs["average_target_q"] = value.mean().item()
         return r + (1 - d) * settings.discount * value
 
-    def gap_target(self):
+    def gap_target(self, weight):
         """Without the Lagrange multiplier the gap itself is the loss."""
-        return self.settings.cql_target_action_gap if self.settings.cql_lagrange else 0.0
+        if not self.settings.cql_lagrange:
+            return 0.0
+        target = self.settings.cql_target_action_gap
+        if weight is not None and self.settings.lagrange_gap == "weighted":
+            target = (weight.double() * target).mean()
+        return target
 
     def gap(self, i, params, s, a, s2, mc_returns, drawn, weight, logs):
         """Mean conservative gap of one critic; its terms go into the log."""
@@ -269,7 +277,7 @@ class OracleCQL:
         logs[f"cql_qf{i + 1}_diff"] = rows.mean().item()
         return rows.mean()
 
-    def penalty(self, gaps, logs):
+    def penalty(self, gaps, target, logs):
         """Weight of the gaps in the critic losses, and the gradient of log α'."""
         settings = self.settings
         logs["alpha_prime"] = logs["alpha_prime_loss"] = 0.0
@@ -277,7 +285,7 @@ class OracleCQL:
             return settings.cql_alpha, None
         multiplier = self.scalars["log_alpha_prime"].exp()
         prime = multiplier.clamp(0.0, 1e6)
-        excess = sum(gap - settings.cql_target_action_gap for gap in gaps)
+        excess = sum(gap - target for gap in gaps)
         slope = multiplier * (multiplier <= 1e6)
         logs["alpha_prime"] = prime.item()
         logs["alpha_prime_loss"] = -0.5 * (prime * settings.cql_alpha * excess).item()

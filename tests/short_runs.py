@@ -6,12 +6,16 @@ import toy
 
 from algorithms import (
     awac,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl import finetune, runs
@@ -56,6 +60,15 @@ TD3_FIELDS = {
     "alpha": 2.5,
     "expl_noise": 0.1,
 }
+SPOT_FIELDS = {
+    **{k: v for k, v in TD3_FIELDS.items() if k != "alpha"},
+    "normalize_reward": False,
+    "online_discount": 0.8,
+    "vae_iterations": 300,
+    "vae_hidden_dim": 32,
+    "lambd": 0.3,
+    "actor_dropout": 0.05,
+}
 AWAC_FIELDS = {
     **{k: v for k, v in FIELDS.items() if not k.endswith("_lr") and k != "beta"},
     "seed": 0,
@@ -95,6 +108,9 @@ DEFAULTS = {
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     awac: AWAC_FIELDS,
+    dare_awac: AWAC_FIELDS,
+    spot: SPOT_FIELDS,
+    dare_spot: SPOT_FIELDS,
     rebrac: REBRAC_FIELDS,
     dare_rebrac: REBRAC_FIELDS,
 }
@@ -142,8 +158,19 @@ def cal_ql_block(**fields):
     return dare_cal_ql.DareCalQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 
-def td3_bc_block(**fields):
-    """The block `dare:` of a short run of DARE-TD3+BC or DARE-ReBRAC."""
+def cql_block(**fields):
+    """The block `dare:` of a short run of DARE-CQL."""
+    return dare_cql.DareCQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def awac_block(**fields):
+    """The block `dare:` of a short run of DARE-AWAC."""
+    known = {**SMALL, "entropy_alpha": 0.01, **DARE["policy_ratio"]}
+    return dare_awac.DareAWACConfig(**{**known, **fields})
+
+
+def noisy_block(**fields):
+    """The block `dare:` of a short run of DARE-TD3+BC, DARE-ReBRAC or DARE-SPOT."""
     return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 

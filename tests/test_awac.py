@@ -3,21 +3,30 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal
+from helpers import assert_equal, hard_release
 from oracle_awac import CRITICS, OracleAWAC
 from test_iql import TASK, A, B, S, random_batch
 from test_losses import assert_gradient, randn
 
-from algorithms import awac
+from algorithms import awac, dare_awac
 from corl import checkpoints
+from corl_dare.hook import Release
 
 TARGETS = {"target_critic_1", "target_critic_2"}
 
 
-def make(seed=0, max_action=1.0, **fields):
-    config = awac.TrainConfig(env=TASK, buffer_size=1000, **fields)
+def make(seed=0, max_action=1.0, module=awac, **fields):
+    config = module.TrainConfig(env=TASK, buffer_size=1000, **fields)
     torch.manual_seed(seed)
-    return awac.make_trainer(config, S, A, max_action, "cpu"), config
+    return module.make_trainer(config, S, A, max_action, "cpu"), config
+
+
+def draw(batch):
+    """The noise of the next update; the global stream stays where it is."""
+    stream = torch.get_rng_state()
+    noise = [torch.randn_like(batch[1]) for _ in range(2)]
+    torch.set_rng_state(stream)
+    return noise
 
 
 def networks(trainer):
@@ -49,9 +58,7 @@ def test_twenty_updates_equal_the_float64_oracle(case, max_action):
     rng = np.random.default_rng(1)
     for _ in range(20):
         batch = random_batch(rng)
-        stream = torch.get_rng_state()
-        noise = [torch.randn_like(batch[1]) for _ in range(2)]
-        torch.set_rng_state(stream)
+        noise = draw(batch)
         logs = trainer.train(batch)
         losses = oracle.train(batch, noise)
         ours = [logs[k].item() for k in ("critic_loss", "actor_loss")]
@@ -176,3 +183,150 @@ def test_deterministic_torch_is_switched_as_the_field_says(flag, monkeypatch):
         awac.train(awac.TrainConfig(env=TASK, deterministic_torch=flag))
     assert found == [flag]
     assert ("CUBLAS_WORKSPACE_CONFIG" in awac.os.environ) is flag
+
+
+# ---------------------------------------------------------------- DARE-AWAC
+
+
+def make_dare(max_action=1.0, entropy_alpha=0.2, **fields):
+    block = dare_awac.DareAWACConfig(entropy_alpha=entropy_alpha)
+    return make(max_action=max_action, module=dare_awac, dare=block, **fields)
+
+
+def beyond(trainer, mean=3.0):
+    """The policy's mean lies beyond the upper bound in every state."""
+    with torch.no_grad():
+        trainer.actor._mlp[-1].bias.fill_(mean)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "max_action, outside", [(1.0, False), (1.0, True), (0.5, False)]
+)
+@pytest.mark.parametrize("soft, kept", [(False, None), (False, B // 2), (True, None)])
+def test_dare_updates_equal_the_float64_oracle(soft, kept, max_action, outside):
+    trainer, config = make_dare(max_action, entropy_alpha=0.3, awac_lambda=0.3333)
+    if outside:
+        beyond(trainer, 1.5)
+    oracle = OracleAWAC(trainer, config, max_action)
+    # With seed 2 a ReLU of a critic has an input of 0 up to rounding, and its unit goes astray.
+    rng = np.random.default_rng(3)
+    weight = hard_release(B, B // 2).weight
+    for _ in range(20):
+        batch = random_batch(rng)
+        if soft:
+            weight = torch.tensor(rng.random(B), dtype=torch.float32)
+        noise = draw(batch)
+        logs = trainer.train(batch, Release(weight, kept))
+        losses = oracle.train(batch, noise, weight, entropy_alpha=0.3)
+        ours = [logs[k].item() for k in ("critic_loss", "actor_loss")]
+        np.testing.assert_allclose(ours, losses, rtol=2e-4, atol=1e-5)
+    assert_same_weights(trainer, oracle)
+
+
+def test_weight_one_everywhere_is_awac_bit_for_bit():
+    plain, released = make()[0], make_dare()[0]
+    rng = np.random.default_rng(2)
+    for seed in range(6):
+        batch = random_batch(rng)
+        for trainer, more in ((plain, ()), (released, (Release(torch.ones(B)),))):
+            torch.manual_seed(seed)
+            trainer.train(batch, *more)
+    assert_equal(plain.state_dict(), released.state_dict())
+
+
+@pytest.mark.parametrize("kept", [None, 0])
+def test_weight_zero_everywhere_is_the_released_loss_alone(kept):
+    """The actor's step is Adam's on that loss; the critics are AWAC's."""
+    batch = random_batch(np.random.default_rng(0))
+    trainer, config = make_dare()
+    noise = draw(batch)
+    trainer.train(batch, Release(torch.zeros(B), kept))
+    alone, _ = make_dare()
+    # The policy follows the critics of after their step.
+    alone.critic_1.load_state_dict(trainer.critic_1.state_dict())
+    alone.critic_2.load_state_dict(trainer.critic_2.state_dict())
+    optimizer = torch.optim.Adam(alone.actor.parameters(), lr=config.learning_rate)
+    alone.released_losses(batch[0], noise[1]).mean().backward()
+    optimizer.step()
+    for name, value in alone.actor.state_dict().items():
+        torch.testing.assert_close(trainer.actor.state_dict()[name], value)
+    plain, _ = make()
+    torch.manual_seed(5)
+    plain.train(batch)
+    trainer, _ = make_dare()
+    torch.manual_seed(5)
+    trainer.train(batch, Release(torch.zeros(B), kept))
+    assert_equal(plain.critic_1.state_dict(), trainer.critic_1.state_dict())
+
+
+class Hill(torch.nn.Module):
+    """Q = -(a - top)^2, summed over actions."""
+
+    def __init__(self, top):
+        super().__init__()
+        self.top = top
+
+    def forward(self, states, actions):
+        return -((actions - self.top) ** 2).sum(1)
+
+
+def test_a_policy_whose_mean_lies_beyond_the_bounds_comes_back():
+    """Q sees the bound, and its slope there moves the mean; a plain clip would not."""
+    trainer = beyond(make_dare(entropy_alpha=0.0)[0])
+    trainer.critic_1, trainer.critic_2 = Hill(0.5), Hill(0.5)
+    states, noise = torch.zeros(4, S), torch.zeros(4, A)
+    losses = trainer.released_losses(states, noise)
+    torch.testing.assert_close(losses, torch.full((4,), A * 0.25))  # at the bound, 1
+    losses.mean().backward()
+    slope = trainer.actor._mlp[-1].bias.grad
+    torch.testing.assert_close(slope, torch.ones(A))  # 2 (1 - 0.5), downhill
+    optimizer = torch.optim.Adam(trainer.actor.parameters(), lr=3e-3)
+    for _ in range(600):
+        optimizer.zero_grad()
+        trainer.released_losses(
+            torch.randn(64, S), 0.0 * torch.randn(64, A)
+        ).mean().backward()
+        optimizer.step()
+    means = trainer.actor.policy(torch.randn(64, S)).mean
+    assert (means - 0.5).abs().max() < 0.3
+
+
+def test_the_entropy_term_of_released_rows_is_that_of_the_sample_before_the_clip():
+    trainer, _ = make_dare(max_action=0.5, entropy_alpha=0.7)
+    states, noise = torch.randn(6, S), 3.0 * torch.randn(6, A)
+    policy = trainer.actor.policy(states)
+    sample = policy.mean + noise * policy.stddev
+    assert (sample.abs() > 0.5).any()
+    q = torch.minimum(
+        *(
+            critic(states, sample.clamp(-0.5, 0.5))
+            for critic in (trainer.critic_1, trainer.critic_2)
+        )
+    )
+    expected = 0.7 * policy.log_prob(sample).sum(1) - q
+    torch.testing.assert_close(trainer.released_losses(states, noise), expected)
+
+
+def test_the_density_is_that_of_the_clipped_samples():
+    """At a bound: the mass of the normal beyond it; inside: its density."""
+    trainer, _ = make_dare(max_action=2.0)
+    log_prob = dare_awac.hook_arguments(trainer)["policy_log_prob"]
+    states = torch.randn(5, S)
+    normal = trainer.actor.policy(states)
+    inside = normal.mean + 0.3
+    torch.testing.assert_close(log_prob(states, inside), normal.log_prob(inside).sum(1))
+    bound = torch.full_like(inside, 2.0)
+    beyond_it = (1 - normal.cdf(bound)).log().sum(1)
+    found = log_prob(states, bound)
+    torch.testing.assert_close(found, beyond_it, atol=1e-3, rtol=1e-3)
+
+
+def test_dare_needs_two_buffers_and_a_sensible_entropy_weight():
+    assert dare_awac.TrainConfig(env=TASK).mixing_ratio == 0.5
+    off = dare_awac.DareAWACConfig(enabled=False)
+    assert dare_awac.TrainConfig(env=TASK, dare=off).mixing_ratio is None
+    with pytest.raises(ValueError, match="batch_size 255 cannot be split"):
+        dare_awac.TrainConfig(env=TASK, batch_size=255)
+    with pytest.raises(ValueError, match=r"dare.entropy_alpha must lie in \[0, inf\)"):
+        dare_awac.DareAWACConfig(entropy_alpha=-1.0)

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from benchmarks import decision_agreement, memory, update_speed
+from benchmarks import (
+    decision_agreement,
+    environment_speed,
+    memory,
+    update_speed,
+    whole_run,
+)
 from corl import tasks
 
 
@@ -47,3 +53,74 @@ def test_speed_ratios_are_to_the_first_variant():
     lines = update_speed.table({"base": [1.0, 2.0, 9.0], "twice": [4.0, 4.0, 5.0]})
     assert lines.splitlines()[1].split()[-1] == "1.00"
     assert lines.splitlines()[2].split()[-1] == "2.00"
+
+
+def test_every_algorithm_with_a_twin_has_rows_in_the_speed_table():
+    """And what is measured of it names both files."""
+    twins = sorted(p.stem for p in update_speed.ROOT.glob("algorithms/dare_*.py"))
+    for name in (twin.removeprefix("dare_") for twin in twins):
+        variants = update_speed.variants_of(name)
+        title = update_speed.SUBJECTS[name].title
+        assert variants[title] == (None, False)
+        assert variants[f"{title}, compiled"] == (None, True)
+        assert any(shown.startswith(f"DARE-{title}, ") for shown in variants)
+
+
+def whole(wall, rate, compile=True, threads=1):
+    return {
+        "wall_seconds": wall,
+        "updates": 1000,
+        "updates_per_second": rate,
+        "compile": compile,
+        "threads": threads,
+    }
+
+
+def test_compiling_has_paid_when_its_seconds_are_saved():
+    """1000 updates: 5 s and 20 s beside them compiled, 10 s and 8 s beside them eager."""
+    compiled, eager = whole(25.0, 200.0), whole(18.0, 100.0, compile=False)
+    found = whole_run.break_even(compiled, eager)
+    assert found["compile_seconds"] == pytest.approx(12.0)
+    # Each update saves 5 ms.
+    assert found["updates"] == 2400
+    slower = whole_run.break_even(whole(25.0, 90.0), eager)
+    assert slower["updates"] is None
+
+
+def test_the_table_of_whole_runs_says_what_was_not_measured():
+    results = {
+        whole_run.UPSTREAM: "without --corl",
+        "IQL, empty cache": [whole(25.0, 200.0)],
+        "IQL, warm cache": [whole(15.0, 200.0)],
+        "IQL, eager": [whole(18.0, 100.0, compile=False)],
+        whole_run.JAX: "failed: no module",
+    }
+    text = whole_run.table(results)
+    assert "| upstream CORL, IQL | not measured (without --corl) |" in text
+    assert "JAX-CORL, IQL, offline part | failed: no module |" in text
+    assert "- IQL, empty cache: compiling costs 12 s and pays after 2400 updates" in text
+    assert "- IQL, warm cache: compiling costs 2 s and pays after 400 updates" in text
+    assert "- DARE-IQL, preset cpu, warm cache: not measured" in text
+
+
+def test_a_whole_run_is_compared_with_upstream_round_by_round():
+    base = [{"wall_seconds": 30.0}, {"wall_seconds": 60.0}, {"wall_seconds": 60.0}]
+    runs = [whole(15.0, 200.0), whole(20.0, 200.0), whole(60.0, 200.0)]
+    text = whole_run.table({whole_run.UPSTREAM: base, "IQL, empty cache": runs})
+    row = next(line for line in text.splitlines() if line.startswith("| IQL, empty"))
+    assert row.split(" | ")[1:3] == ["20 (15–60)", "2.00"]
+
+
+def test_acting_is_compared_with_gymnasium_round_by_round():
+    names = environment_speed
+    times = {
+        names.GYMNASIUMS: [100.0, 300.0],
+        names.STEP: [50.0, 100.0],
+        names.CALL: [10.0, 30.0],
+        names.ALONE: [90.0, 90.0],
+        names.SIDE_BY_SIDE: [60.0, 60.0],
+    }
+    lines = names.table(times).splitlines()
+    ratios = {line[:34].strip(): line.split()[-1] for line in lines[1:-1]}
+    assert ratios[names.STEP] == "2.50" and ratios[names.SIDE_BY_SIDE] == "1.50"
+    assert lines[-1].startswith("policy call and environment step: 95.0 µs")

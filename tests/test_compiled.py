@@ -11,12 +11,16 @@ from torch._dynamo.utils import counters
 
 from algorithms import (
     awac,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl import compiled
@@ -67,18 +71,26 @@ def train(trainer, module, skip, count, arguments=()):
     return logs
 
 
-# With an update of the policy, and without.
-GRAPHS = dict.fromkeys(("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac"), 2)
+DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot")
+GRAPHS = dict.fromkeys(DELAYED, 2)  # with an update of the policy, and without
 # Where a gradient is as small as Adam's epsilon, rounding is a part of the step (3e-4): seven of
 # the policy's 65536 weights in one layer are such.
-TOLERANCE = {"td3_bc": 6e-5, "dare_td3_bc": 6e-5}
+TOLERANCE = dict.fromkeys(DELAYED, 6e-5)
 CASES = {
     "iql": (iql, {}, ()),
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
+    "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
+    "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
     "rebrac": (rebrac, {"hidden_dim": 64}, ()),
     "dare_rebrac": (dare_rebrac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
+    "dare_awac": (dare_awac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
+    "dare_cql": (
+        dare_cql,
+        {"cql_n_actions": 3, "cql_lagrange": True},
+        (hard_release(B, B // 2),),
+    ),
     "dare_iql": (dare_iql, {"actor_lr": 1e-3}, (hard_release(B, B // 2),)),
     "dare_cal_ql": (
         dare_cal_ql,

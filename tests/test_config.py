@@ -16,12 +16,16 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl.config import (
@@ -38,11 +42,12 @@ ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
 FAMILIES = {
     "iql": [iql, dare_iql],
-    "cql": [cql],
+    "cql": [cql, dare_cql],
     "cal_ql": [cal_ql, dare_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
-    "awac": [awac],
+    "awac": [awac, dare_awac],
     "rebrac": [rebrac, dare_rebrac],
+    "spot": [spot, dare_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -365,10 +370,18 @@ REBRAC_ARGUMENTS = {
     "critic_bc_coef": 0.2,
     "normalize_q": False,
 }
+SPOT_ARGUMENTS = {
+    **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
+    "beta": 0.7,
+    "lambd": 0.3,
+    "num_samples": 2,
+    "iwae": True,
+}
 ARGUMENTS = {
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
+    **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
-    awac: {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2},
+    **dict.fromkeys(FAMILIES["awac"], {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2}),
     **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
 }
 
@@ -386,10 +399,11 @@ def test_the_algorithm_gets_the_fields_that_its_constructor_names(module):
 CQL_RATES = {"qf_lr": 0.1, "policy_lr": 0.3}, [0.1, 0.1, 0.3, 0.3, 0.1]
 IQL_RATES = {"qf_lr": 0.1, "vf_lr": 0.2, "actor_lr": 0.3}, [0.1, 0.2, 0.3]
 TD3_RATES = {"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]
+NOISY = ("td3_bc", "rebrac", "spot")
 RATES = {
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
-    **dict.fromkeys(FAMILIES["td3_bc"] + FAMILIES["rebrac"], TD3_RATES),
-    awac: ({"learning_rate": 0.2}, [0.2, 0.2, 0.2]),
+    **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
+    **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
 }
 
 

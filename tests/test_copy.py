@@ -136,6 +136,13 @@ adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
 trainer = ReBRAC(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
                  adam(critics[1]))
 """,
+    "spot": """
+actor, critics = Actor(4, 2, 1.0, dropout=0.1), [Critic(4, 2) for _ in range(2)]
+vae, adam = VAE(4, 2, None, 1.0, 16), lambda network: torch.optim.Adam(network.parameters())
+trainer = SPOT(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+               adam(critics[1]), vae, adam(vae), policy_freq=1)
+trainer.vae_train([torch.randn(8, 4), torch.rand(8, 2)])
+""",
     "awac": """
 actor, critics = Actor(4, 2, 32), [Critic(4, 2, 32) for _ in range(2)]
 adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
@@ -178,7 +185,9 @@ def pasted(file, names=()):
     return "\n\n\n".join(parts) + "\n"
 
 
-@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac"])
+@pytest.mark.parametrize(
+    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"]
+)
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
     steps = pasted("corl/compiled.py", ("descend", "_traced_adam", "soft_update"))
     make = MAKE.get(name, MAKE["cql"])

@@ -8,20 +8,23 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl import compiled, finetune
 
-IQL, FAMILY = [iql, dare_iql], [cql, cal_ql, dare_cal_ql]
-OTHERS = [td3_bc, dare_td3_bc, awac, rebrac, dare_rebrac]
+IQL, FAMILY = [iql, dare_iql], [cql, dare_cql, cal_ql, dare_cal_ql]
+OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
 ALL = [*IQL, *FAMILY, *OTHERS]
-MIXED = [iql, dare_iql, cal_ql, dare_cal_ql, *OTHERS]
 ARGUMENTS = {
     "ReplayBuffer": "state_dim action_dim buffer_size device",
     "wrap_env": "env state_mean state_std reward_scale",
@@ -46,8 +49,9 @@ NAMES = {
     **dict.fromkeys(IQL, IQL_CLASSES),
     **dict.fromkeys(FAMILY, CQL_CLASSES),
     **dict.fromkeys([td3_bc, dare_td3_bc], "Actor Critic TD3_BC"),
-    awac: "Actor Critic AdvantageWeightedActorCritic",
+    **dict.fromkeys([awac, dare_awac], "Actor Critic AdvantageWeightedActorCritic"),
     **dict.fromkeys([rebrac, dare_rebrac], "Actor Critic ReBRAC"),
+    **dict.fromkeys([spot, dare_spot], "VAE Actor Critic SPOT"),
 }
 
 
@@ -69,11 +73,11 @@ def test_the_common_parts_are_in_every_algorithm_file(module, name):
 def test_the_algorithms_own_parts_are_in_their_file(module):
     for name in ["TrainConfig", "TensorBatch", "train", *NAMES[module].split()]:
         assert hasattr(module, name), name
-    assert hasattr(module, "ContinuousCQL") is (module is cql)
+    assert hasattr(module, "ContinuousCQL") is (module in (cql, dare_cql))
     assert hasattr(module, "CalQL") is (module in (cal_ql, dare_cal_ql))
 
 
-@pytest.mark.parametrize("module", MIXED)
+@pytest.mark.parametrize("module", ALL)
 def test_batches_of_two_buffers_are_mixed_by_the_same_class(module):
     assert module.MixedBuffer is finetune.MixedBuffer
 

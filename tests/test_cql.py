@@ -1,4 +1,4 @@
-"""CQL, Cal-QL and DARE-Cal-QL: updates against a float64 oracle, returns to go, checkpoints.
+"""CQL, Cal-QL and their DARE twins: updates against a float64 oracle, returns to go, checkpoints.
 
 With CORL_DIR set to CORL's folder the oracle is held against upstream's own files, too.
 """
@@ -19,19 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_cql import OracleCQL, Settings, returns_to_go
 
-from algorithms import cal_ql, cql, dare_cal_ql
+from algorithms import cal_ql, cql, dare_cal_ql, dare_cql
 from benchmarks import parity
 from corl import checkpoints, tasks
 from corl.data import sources
 from corl_dare.hook import Release
 
 S, A, B, WIDTH = 5, 2, 12, 24
-OWN_SETTINGS = {"max_action", "no_tanh", "calibrated", "resampled_bc"}
+OWN_SETTINGS = {"max_action", "no_tanh", "calibrated", "resampled_bc", "lagrange_gap"}
 TASK = "hopper-medium-v2"
 PARTS = ("critic_1", "critic_2", "target_critic_1", "target_critic_2", "actor")
 SCALARS = ("log_alpha", "log_alpha_prime")
-ALL = [cql, cal_ql, dare_cal_ql]
+ALL = [cql, dare_cql, cal_ql, dare_cal_ql]
 MC = [cal_ql, dare_cal_ql]
+TWINS = {dare_cql: cql, dare_cal_ql: cal_ql}  # -> their baselines
+every_twin = pytest.mark.parametrize("module", TWINS)
 
 
 def upstream(name):
@@ -72,6 +74,9 @@ def make_pair(module, n_hidden_layers=2, **flags):
         if f.name not in OWN_SETTINGS
     }
     kind = getattr(module, "CalQL", None) or module.ContinuousCQL
+    if module in TWINS:
+        block = module.TrainConfig.__dataclass_fields__["dare"].default_factory
+        arguments["dare"] = block(lagrange_gap=settings.lagrange_gap)
     if "compat" in inspect.signature(kind).parameters:
         arguments["compat"] = settings.resampled_bc
     trainer = kind(
@@ -195,20 +200,80 @@ def test_the_oracle_is_upstream(name, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("module", ALL)
 def test_twenty_updates_equal_the_float64_oracle(module, case):
-    weights = hard_or_soft_weights if module is dare_cal_ql else None
+    weights = hard_or_soft_weights if module in TWINS else None
     run_all(module, CASES[case], weights)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kept", [1, B // 2, B])
-def test_gaps_of_kept_rows_alone_equal_the_float64_oracle(case, kept):
-    """What would be multiplied by 0 is not computed; calibrated, then not."""
-    trainer, oracle = make_pair(dare_cal_ql, calibrated=True, **CASES[case])
+@every_twin
+def test_gaps_of_kept_rows_alone_equal_the_float64_oracle(module, case, kept):
+    """What would be multiplied by 0 is not computed; Cal-QL's calibrated, then not."""
+    trainer, oracle = make_pair(module, calibrated=module in MC, **CASES[case])
     run_pair(trainer, oracle, 10, seed=1, kept=kept)
-    trainer.switch_calibration()
-    oracle.settings.calibrated = False
+    if module in MC:
+        trainer.switch_calibration()
+        oracle.settings.calibrated = False
     run_pair(trainer, oracle, 10, seed=2, kept=kept)
     assert_same(trainer, oracle)
+
+
+@pytest.mark.parametrize("kept", [None, B // 2])
+@pytest.mark.parametrize("lagrange_gap", ["literal", "weighted"])
+@pytest.mark.parametrize("target", [0.8, -1.0])
+@every_twin
+def test_both_gaps_of_the_multiplier_equal_the_float64_oracle(
+    module, target, lagrange_gap, kept
+):
+    flags = {"cql_target_action_gap": target, "lagrange_gap": lagrange_gap}
+    trainer, oracle = make_pair(module, cql_lagrange=True, qf_lr=1e-3, **flags)
+    run_pair(trainer, oracle, 20, hard_or_soft_weights, kept=kept)
+    # Adam's steps of 1e-3 add up more rounding.
+    assert_same(trainer, oracle, 6e-5)
+
+
+def gap_where_the_multiplier_rests(trainer, weight):
+    """The gap g, the same in all rows, at which the gradient of log alpha' is 0."""
+    slopes = []
+    for gap in (0.0, 1.0):
+        diffs = [weight.mean() * gap] * 2
+        _, loss = trainer._penalties(diffs, {}, Release(weight))
+        (slope,) = torch.autograd.grad(loss, [trainer.log_alpha_prime()])
+        slopes.append(slope.item())
+    return slopes[0] / (slopes[0] - slopes[1])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("target", [0.8, -1.0])
+@every_twin
+def test_a_uniform_weight_moves_the_literal_fixed_point_and_not_the_weighted_one(
+    module, target, share
+):
+    """target / w, whatever its sign: a negative target is asked for more by released rows."""
+    flags = {"cql_lagrange": True, "cql_target_action_gap": target}
+    weight = torch.full((B,), share)
+    for lagrange_gap, expected in (("literal", target / share), ("weighted", target)):
+        trainer, _ = make_pair(module, lagrange_gap=lagrange_gap, **flags)
+        found = gap_where_the_multiplier_rests(trainer, weight)
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@every_twin
+def test_where_all_rows_are_released_only_the_weighted_multiplier_rests(module):
+    for lagrange_gap in ("literal", "weighted"):
+        flags = {"cql_lagrange": True, "lagrange_gap": lagrange_gap}
+        trainer, _ = make_pair(module, **flags)
+        train_on_noise(trainer, torch.zeros(B))
+        rests = trainer.log_alpha_prime().item() == 1.0
+        assert rests is (lagrange_gap == "weighted")
+
+
+def test_the_defaults_are_the_papers_form_and_the_one_that_releases():
+    assert dare_cal_ql.DareCalQLConfig().lagrange_gap == "literal"
+    assert dare_cql.DareCQLConfig().lagrange_gap == "weighted"
+    for block in (dare_cal_ql.DareCalQLConfig, dare_cql.DareCQLConfig):
+        with pytest.raises(ValueError, match="dare.lagrange_gap must be one of literal"):
+            block(lagrange_gap="soft")
 
 
 @pytest.mark.parametrize("module", ALL)
@@ -224,6 +289,7 @@ FLAGS = {
     "backup_entropy": st.booleans(),
     "cql_importance_sample": st.booleans(),
     "cql_lagrange": st.booleans(),
+    "lagrange_gap": st.sampled_from(["literal", "weighted"]),
     "cql_max_target_backup": st.booleans(),
     "resampled_bc": st.booleans(),
     "calibrated": st.booleans(),
@@ -244,8 +310,8 @@ FLAGS = {
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.fixed_dictionaries(FLAGS), st.sampled_from(ALL))
 def test_any_combination_of_flags_equals_the_oracle(flags, module):
-    flags["calibrated"] &= module is not cql
-    weights = hard_or_soft_weights if module is dare_cal_ql else None
+    flags["calibrated"] &= module in MC
+    weights = hard_or_soft_weights if module in TWINS else None
     trainer, oracle = make_pair(module, **flags)
     run_pair(trainer, oracle, 3, weights)
     assert_same(trainer, oracle)
@@ -274,9 +340,15 @@ def assert_bits_equal(one, two):
 
 @pytest.mark.parametrize("case", ["defaults", "antmaze", "clipped gaps"])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_weight_one_everywhere_is_cal_ql_bit_for_bit(case, calibrated):
-    flags = {**CASES[case], "calibrated": calibrated}
-    plain, none, ones = (make_pair(m, **flags)[0] for m in (cal_ql, *[dare_cal_ql] * 2))
+@pytest.mark.parametrize("lagrange_gap", ["literal", "weighted"])
+@every_twin
+def test_weight_one_everywhere_is_the_baseline_bit_for_bit(
+    module, lagrange_gap, case, calibrated
+):
+    flags = {**CASES[case], "calibrated": calibrated and module in MC}
+    plain, _ = make_pair(TWINS[module], **flags)
+    flags["lagrange_gap"] = lagrange_gap
+    none, ones = (make_pair(module, **flags)[0] for _ in range(2))
     expected = train_on_noise(plain)
     logs = train_on_noise(none), train_on_noise(ones, torch.ones(B))
     for trainer, got in zip((none, ones), logs, strict=True):
@@ -287,24 +359,39 @@ def test_weight_one_everywhere_is_cal_ql_bit_for_bit(case, calibrated):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_weight_zero_everywhere_leaves_the_td_step(calibrated):
-    released, _ = make_pair(dare_cal_ql, calibrated=calibrated)
-    _, oracle = make_pair(dare_cal_ql, calibrated=calibrated, cql_alpha=0.0)
+@every_twin
+def test_weight_zero_everywhere_leaves_the_td_step(module, calibrated):
+    calibrated &= module in MC
+    released, _ = make_pair(module, calibrated=calibrated)
+    _, oracle = make_pair(module, calibrated=calibrated, cql_alpha=0.0)
     rng = np.random.default_rng(4)
     generator = torch.Generator().manual_seed(4)
     torch.manual_seed(4)
     for _ in range(20):
-        batch, drawn = random_batch(rng, True), oracle.draws(generator, B, A)
+        batch = random_batch(rng, module in MC)
+        drawn = oracle.draws(generator, B, A)
         logs = released.train(batch, Release(torch.zeros(B)))
         oracle.train(batch, drawn)
         assert logs["cql_qf1_diff"] == logs["cql_min_qf2_loss"] == 0.0
     assert_same(released, oracle)
 
 
-def test_the_mean_is_over_the_whole_batch():
+@pytest.mark.parametrize("case", ["defaults", "antmaze", "clipped gaps"])
+def test_weight_zero_everywhere_is_cql_with_alpha_zero_bit_for_bit(case):
+    """With a learned multiplier, too, in the form that dare_cql has by default."""
+    flags = {**CASES[case], "lagrange_gap": dare_cql.DareCQLConfig().lagrange_gap}
+    released, _ = make_pair(dare_cql, **flags)
+    plain, _ = make_pair(cql, **flags, cql_alpha=0.0)
+    train_on_noise(released, torch.zeros(B))
+    train_on_noise(plain)
+    assert_bits_equal(released, plain)
+
+
+@every_twin
+def test_the_mean_is_over_the_whole_batch(module):
     """Half a weight is half of cql_alpha: both are the same bits, as 1/2 is exact."""
-    halved, _ = make_pair(dare_cal_ql, cql_alpha=4.0, cql_clip_diff_max=2.5)
-    plain, _ = make_pair(dare_cal_ql, cql_alpha=2.0, cql_clip_diff_max=2.5)
+    halved, _ = make_pair(module, cql_alpha=4.0, cql_clip_diff_max=2.5)
+    plain, _ = make_pair(module, cql_alpha=2.0, cql_clip_diff_max=2.5)
     train_on_noise(halved, torch.full((B,), 0.5))
     train_on_noise(plain)
     assert_bits_equal(halved, plain)
@@ -357,7 +444,7 @@ def test_an_update_changes_every_trainable_and_no_frozen_weight(module, case):
 
 @pytest.mark.parametrize("module", ALL)
 def test_starting_online_sets_the_weight_and_ends_calibration(module):
-    trainer, _ = make_pair(module, calibrated=module is not cql)
+    trainer, _ = make_pair(module, calibrated=module in MC)
     for _ in range(2):  # once more changes nothing
         trainer.start_online(1.5)
         assert trainer.cql_alpha == 1.5
@@ -367,11 +454,10 @@ def test_starting_online_sets_the_weight_and_ends_calibration(module):
 @pytest.mark.parametrize("module", ALL)
 def test_what_the_switch_changed_comes_back_with_the_whole_state_alone(module):
     """A checkpoint of a run holds the phase; weights from elsewhere start a new run."""
-    trainer, _ = make_pair(module, calibrated=module is not cql)
+    trainer, _ = make_pair(module, calibrated=module in MC)
     trainer.start_online(1.5)
     resumed, started = (
-        make_pair(module, calibrated=module is not cql, cql_alpha=5.0)[0]
-        for _ in range(2)
+        make_pair(module, calibrated=module in MC, cql_alpha=5.0)[0] for _ in range(2)
     )
     resumed.load_state_dict(trainer.state_dict())
     started.load_weights(trainer.state_dict())
@@ -767,9 +853,17 @@ def test_bad_settings_name_the_field(module, values, message):
         module.TrainConfig(**{"env": TASK, **values})
 
 
-@pytest.mark.parametrize("module", MC)
+@pytest.mark.parametrize("module", ALL)
 def test_a_batch_that_cannot_be_split_is_refused(module):
     with pytest.raises(ValueError, match=r"mixing_ratio must lie in \(0, 1\), not 1.0"):
         module.TrainConfig(env=TASK, mixing_ratio=1.0)
+    ratio = {"mixing_ratio": 0.5} if module is cql else {}
     with pytest.raises(ValueError, match="batch_size 255 cannot be split"):
-        module.TrainConfig(env=TASK, batch_size=255)
+        module.TrainConfig(env=TASK, batch_size=255, **ratio)
+
+
+def test_cql_has_one_buffer_unless_it_is_asked_or_dare_needs_two():
+    assert cql.TrainConfig(env=TASK).mixing_ratio is None
+    assert dare_cql.TrainConfig(env=TASK).mixing_ratio == 0.5
+    off = dare_cql.DareCQLConfig(enabled=False)
+    assert dare_cql.TrainConfig(env=TASK, dare=off).mixing_ratio is None

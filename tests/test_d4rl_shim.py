@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms import awac, td3_bc
+from algorithms import awac, spot, td3_bc
 from corl import checkpoints, d4rl_shim, envs, tasks
 from corl.config import parse_config
 from corl.data import sources
@@ -467,6 +467,16 @@ TD3_BC += "noise_clip: 0.5\nnormalize: true\npolicy_freq: 2\npolicy_noise: 0.2\n
 TD3_BC += "tau: 0.005\ngroup: td3-bc-multiseed-v0\n"
 AWAC = "awac_lambda: 0.1\ndeterministic_torch: false\ngamma: 0.99\nhidden_dim: 256\n"
 AWAC += "learning_rate: 0.0003\ntau: 0.005\ntest_seed: 69\ngroup: awac-multiseed-v0\n"
+SPOT = "actor_init_w: 0.001\nactor_lr: 0.0001\nbeta: 0.5\ncritic_init_w: 0.003\n"
+SPOT += (
+    "critic_lr: 0.0003\neval_seed: 0\nexpl_noise: 0.1\niwae: false\nlambd_cool: true\n"
+)
+SPOT += "noise_clip: 0.5\nnormalize: false\nnum_samples: 1\npolicy_freq: 2\n"
+SPOT += "policy_noise: 0.2\ntau: 0.005\nvae_hidden_dim: 750\nvae_iterations: 100000\n"
+SPOT += "vae_latent_dim: null\nvae_lr: 0.001\ngroup: spot-multiseed-v0\nname: SPOT\n"
+# On Adroit, on antmaze.
+SPOT_OWN = ("lambd: 1.0\nlambd_end: 0.5\nonline_discount: 0.99\n",)
+SPOT_OWN += ("lambd: 0.25\nlambd_end: 0.2\nonline_discount: 0.995\n",)
 
 
 @pytest.mark.parametrize("env", [*MAZES, *HANDS, "hopper-medium-v2"])
@@ -495,6 +505,18 @@ def test_corls_finetune_yaml_files_of_awac_are_read_unchanged(tmp_path, env):
     assert config.eval_freq == (50_000 if env in MAZES else 5_000)
     assert config.n_episodes == (100 if env in MAZES else 10)
     assert config.normalize_reward is (env in MAZES) and config.normalize
+
+
+@pytest.mark.parametrize("env", MAZES + HANDS)
+def test_corls_finetune_yaml_files_of_spot_are_read_unchanged(tmp_path, env):
+    lines = RUN.replace("10000000", "2000000") + (MAZE if env in MAZES else HAND)
+    path = tmp_path / "corl.yaml"
+    path.write_text(f"env: {env}\n" + lines + SPOT + SPOT_OWN[env in MAZES])
+    config = parse_config(spot.TrainConfig, ["--config", str(path)])
+    assert (config.env, config.qf_lr, config.actor_lr) == (env, 3e-4, 1e-4)
+    assert (config.vae_latent_dim, config.iwae, config.normalize) == (None, False, False)
+    assert config.normalize_reward is (env in MAZES) and config.lambd_cool
+    assert config.online_discount == (0.995 if env in MAZES else 0.99)
 
 
 @pytest.mark.parametrize(
@@ -569,6 +591,8 @@ WHOLE = {
     **{f"finetune/{algorithm}": PHASES + EVERY for algorithm in YAML},
     "finetune/awac": PHASES.replace("env", "env_name")
     + " --eval_frequency 26 --n_test_episodes 1 --gamma 0.9 --test_seed 5",
+    "finetune/spot": PHASES + EVERY + " --vae_iterations 6 --critic_lr 1e-3"
+    " --lambd_cool true --online_discount 0.9",
     "offline/td3_bc": f"--env {TASK} --max_timesteps 52{EVERY}",
 }
 

@@ -19,6 +19,7 @@ LONGER = {
     "corl_dare/exchange.py exchange": "one exchange from scores to rows, in the paper's order",
     "scripts/make_patches.py iql_patch": "a table: line number -> text to insert",
     "scripts/make_patches.py cal_ql_patch": "a table: line number -> text to insert",
+    "scripts/make_patches.py awac_patch": "a table: line number -> text to insert",
 }
 # A comment that the formatter has put in parentheses with the value it belonged to:
 #     x = (

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.exchange_accuracy import report
+from benchmarks.exchange_accuracy import aging, report
 from benchmarks.exchange_accuracy.measure import (
     auc,
     calibration_error,
@@ -617,3 +617,30 @@ def test_seeds_of_other_settings_are_not_averaged(tmp_path):
     check_same(tmp_path, {"seed": 2, "half": 128}, ["medium"])
     with pytest.raises(ValueError, match="levels .'medium'., not .'medium', 'expert'."):
         check_same(tmp_path, {"seed": 0, "half": 128}, ["medium", "expert"])
+
+
+# ---------------------------------------------------------------- ages of a deterministic policy
+
+
+def test_the_command_of_the_ages_writes_every_cell_and_its_page(tmp_path):
+    flags = "--rows 4000 --offline_updates 20 --online_updates 40 --age 10"
+    flags += f" --density_updates 50 --data {tmp_path / 'data'} --out {tmp_path / 'out'}"
+    command = [sys.executable, "-m", "benchmarks.exchange_accuracy.aging"]
+    subprocess.run([*command, *flags.split()], cwd=ROOT, check=True, capture_output=True)
+    record = json.loads((tmp_path / "out" / "aging_0.json").read_text())
+    cells = {(row["score"], row["age"]): row for row in record["rows"]}
+    assert len(cells) == (1 + len(aging.WIDTHS)) * 4
+    for (score, _), row in cells.items():
+        assert 0 <= row["auc"] <= 1
+        assert row["below"] is None if score == "likelihood" else 0 <= row["below"] <= 1
+    # The narrower the density, the more old rows lie outside it.
+    oldest = [cells[f"policy ratio, {w}", 30]["below"] for w in aging.WIDTHS]
+    assert oldest == sorted(oldest, reverse=True) and oldest[0] > oldest[-1]
+    written = (tmp_path / "out" / "aging.md").read_text()
+    assert written == aging.page([record])
+
+
+def test_the_published_page_of_the_ages_is_that_of_the_stored_numbers():
+    folder = ROOT / "results" / "exchange_accuracy"
+    records = [json.loads(p.read_text()) for p in sorted(folder.glob("aging_*.json"))]
+    assert records and (folder / "aging.md").read_text() == aging.page(records)

@@ -18,6 +18,7 @@ from corl_dare.hook import (
     clipped_log_prob,
     energy_q_scale,
     fit_behavior,
+    prepare,
 )
 from corl_dare.rows import SlotCache, draw
 from corl_dare.upstream import ExchangedBuffer
@@ -410,3 +411,30 @@ def test_the_buffer_in_the_place_of_corls_tells_its_trainer_the_release():
     size = hook.online._size
     buffer.add_transition(np.zeros(S), np.zeros(A), 0.0, np.zeros(S), False)
     assert hook.online._size == size + 1
+
+
+def test_seeds_may_share_one_behavior_model(tmp_path, capsys):
+    def weights(seed, shared):
+        config = DareConfig(
+            behavior="mixture",
+            score="policy_ratio",
+            guidance_scale=0.0,
+            behavior_updates=3,
+            behavior_batch_size=8,
+            behavior_seed=shared,
+        )
+        hook = prepare(
+            config,
+            make_buffer(40),
+            make_buffer(30, seed=1),
+            dataset_hash="x",
+            cache_dir=tmp_path,
+            policy_log_prob=lambda s, a: a.sum(-1),
+            seed=seed,
+        )
+        return hook.behavior.state_dict()["net.0.weight"]
+
+    assert torch.equal(weights(1, 5), weights(2, 5))
+    assert torch.equal(weights(5, None), weights(1, 5))
+    assert not torch.equal(weights(1, None), weights(2, None))
+    assert capsys.readouterr().out.count("trained") == 3

@@ -17,12 +17,16 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl_dare.hook import Release
@@ -95,27 +99,39 @@ def updates():
 
     def conservative(module, **fields):
         trainer = make_trainer(module, cql_n_actions=2, **fields)
-        extra = [torch.randn(B, 1)] * (module is not cql)
-        release = [Release(torch.rand(B))] * (module is dare_cal_ql)
+        extra = [torch.randn(B, 1)] * (module in (cal_ql, dare_cal_ql))
+        release = [Release(torch.rand(B))] * (module in (dare_cql, dare_cal_ql))
         return lambda: trainer.train(batch() + extra, *release)
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
 
-    def actor_critic(module):
-        trainer = make_trainer(module)
+    def actor_critic(module, **fields):
+        trainer = make_trainer(module, **fields)
         # The policy of TD3+BC learns in the second update, that of ReBRAC in the first.
         next_actions = getattr(module.TrainConfig, "NEXT_ACTIONS", False)
         trainer.total_it = 0 if next_actions else 1
         more = [torch.rand(B, A)] * next_actions
-        release = [Release(torch.rand(B))] * (module in (dare_td3_bc, dare_rebrac))
+        twins = (dare_td3_bc, dare_awac, dare_rebrac, dare_spot)
+        release = [Release(torch.rand(B))] * (module in twins)
         return lambda: trainer.train(batch() + more, *release)
 
+    def vae():
+        trainer = make_trainer(spot)
+        return lambda: trainer.vae_train(batch())
+
+    dropout = {"actor_dropout": 0.1}
     return {
+        "spot": actor_critic(spot, **dropout),
+        "spot iwae": actor_critic(spot, iwae=True, num_samples=2),
+        "spot vae": vae(),
+        "dare_spot": actor_critic(dare_spot, **dropout),
         "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
         "awac": actor_critic(awac),
         "rebrac": actor_critic(rebrac),
         "dare_rebrac": actor_critic(dare_rebrac),
+        "dare_awac": actor_critic(dare_awac),
+        "dare_cql": conservative(dare_cql, **maze),
         "cql": conservative(cql),
         "cal_ql": conservative(cal_ql, **maze),
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
@@ -128,7 +144,8 @@ def updates():
 
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
-NAMES += ["td3_bc", "dare_td3_bc", "awac", "rebrac", "dare_rebrac"]
+NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
+NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,25 +7,31 @@ import pytest
 import torch
 from short_runs import (
     assert_same_weights,
+    awac_block,
     cal_ql_block,
+    cql_block,
     dare_block,
     final_weights,
     folder_of,
+    noisy_block,
     run,
     stop_after,
-    td3_bc_block,
 )
 
 from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl import curves
@@ -59,25 +65,34 @@ def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
         assert summary["exchanges_mean"] == pytest.approx(np.mean(exchanged))
 
 
-@pytest.mark.parametrize("module", [cql, cal_ql, dare_cal_ql])
+BLOCKS = {
+    dare_cal_ql: cal_ql_block,
+    dare_cql: cql_block,
+    dare_td3_bc: noisy_block,
+    dare_awac: awac_block,
+}
+
+
+@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql])
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
-    dare = {"dare": cal_ql_block(cap=8), "log_freq": 5}
-    fields = dare if module is dare_cal_ql else {}
+    fields = {}
+    if module in BLOCKS:
+        fields = {"dare": BLOCKS[module](cap=8), "log_freq": 5}
     summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65, summary
     assert summary["score_final"] > 85, summary
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     online = [i for i, phase in enumerate(metrics["phase"]) if phase == "online"]
     assert len(online) >= 6
-    if module is dare_cal_ql:
+    if module in BLOCKS:
         exchanged = [float(metrics["exchanged"][i]) for i in online]
         assert 0 < max(exchanged) <= 8
 
 
 @pytest.mark.parametrize("mixing_ratio", [None, 0.5])
-@pytest.mark.parametrize("module", [td3_bc, awac, rebrac])
-def test_td3_bc_awac_and_rebrac_learn_offline_and_online(
+@pytest.mark.parametrize("module", [td3_bc, awac, rebrac, spot])
+def test_the_actor_critics_learn_offline_and_online(
     module, mixing_ratio, tmp_path, monkeypatch
 ):
     summary = run(module, tmp_path, monkeypatch, mixing_ratio=mixing_ratio)
@@ -87,12 +102,58 @@ def test_td3_bc_awac_and_rebrac_learn_offline_and_online(
     assert metrics["phase"].count("online") >= 6 and summary["updates"] == 1000
 
 
-@pytest.mark.parametrize("module", [dare_td3_bc, dare_rebrac])
-def test_the_twins_of_td3_learn_and_exchange(module, tmp_path, monkeypatch):
-    dare = td3_bc_block(cap=8)
-    summary = run(module, tmp_path, monkeypatch, dare=dare, log_freq=10)
+@pytest.mark.parametrize(
+    "module, cap", [(dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)]
+)
+def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):
+    block = BLOCKS.get(module, noisy_block)
+    fields = {"dare": block(cap=cap), "log_freq": 10}
+    if module is dare_awac:
+        # Of the caps 0, 2 and 8 the larger one learned slower here, and with 8 the score fell
+        # (docs/awac.md); so this is a small cap and a longer online phase.
+        fields["online_iterations"] = 1200
+    summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
-    assert 0 < summary["exchanges_mean"] <= 8
+    assert 0 < summary["exchanges_mean"] <= cap
+
+
+@pytest.mark.parametrize("lambd", [0.0, 1e3])
+def test_the_support_constraint_decides_between_the_optimum_and_the_data(
+    lambd, tmp_path, monkeypatch
+):
+    """Without it the policy is TD3's; with nothing else it stays near the data's, far from 100."""
+    summary = run(spot, tmp_path, monkeypatch, lambd=lambd, lambd_cool=False)
+    if lambd:
+        assert 10 < summary["score_final"] < 65, summary
+    else:
+        assert summary["score_final"] > 85, summary
+
+
+@pytest.mark.parametrize("weight", [None, 1.0, 0.0])
+def test_a_weight_that_is_the_same_for_all_rows_is_spot_without_cooling(
+    weight, tmp_path, monkeypatch
+):
+    """DARE off, every weight 1, every weight 0: SPOT, and SPOT with lambda 0, bit for bit."""
+    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
+    short.update(mixing_ratio=0.5, n_episodes=1, vae_iterations=20)
+    sample = hook.DareHook.sample
+
+    def constant(self, batch_size):
+        drawn = sample(self, batch_size)
+        every = torch.full_like(drawn.release.weight, weight)
+        return drawn._replace(release=hook.Release(every))
+
+    with monkeypatch.context() as patch:
+        if weight == 0.0:
+            after = spot.TrainConfig.lambd_after
+            patch.setattr(
+                spot.TrainConfig, "lambd_after", lambda self, t: 0.0 * after(self, t)
+            )
+        run(spot, tmp_path / "a", monkeypatch, lambd_cool=weight is None, **short)
+    block = noisy_block(behavior_updates=5, enabled=weight is not None, cap=0)
+    monkeypatch.setattr(hook.DareHook, "sample", constant)
+    run(dare_spot, tmp_path / "b", monkeypatch, dare=block, **short)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("bc_online", ["drop", "anneal"])
@@ -136,7 +197,7 @@ def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
         weight = torch.full_like(drawn.release.weight, RELEASED[bc_online])
         return drawn._replace(release=hook.Release(weight))
 
-    block = td3_bc_block(behavior_updates=5, enabled=bc_online is not None, cap=0)
+    block = noisy_block(behavior_updates=5, enabled=bc_online is not None, cap=0)
     keep = "keep" if base is td3_bc else "auto"
     run(base, tmp_path / "a", monkeypatch, bc_online=bc_online or keep, **short)
     monkeypatch.setattr(hook.DareHook, "sample", constant)
@@ -146,10 +207,16 @@ def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
 
 
 @pytest.mark.parametrize("dare", [{"enabled": False}, {"cap": 0}])
-def test_off_means_equal_for_cal_ql(dare, tmp_path, monkeypatch):
-    """Off, or exchanging nothing with every weight 1: Cal-QL's numbers, bit for bit."""
+@pytest.mark.parametrize(
+    "baseline, module", [(cal_ql, dare_cal_ql), (cql, dare_cql), (awac, dare_awac)]
+)
+def test_off_means_equal_where_every_row_counts(
+    baseline, module, dare, tmp_path, monkeypatch
+):
+    """Off, or exchanging nothing with every weight 1: the baseline's numbers, bit for bit."""
     short = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
-    run(cal_ql, tmp_path / "a", monkeypatch, **short, n_episodes=1)
+    short["mixing_ratio"] = 0.5
+    run(baseline, tmp_path / "a", monkeypatch, **short, n_episodes=1)
     if "cap" in dare:
         sample = hook.DareHook.sample
 
@@ -160,12 +227,12 @@ def test_off_means_equal_for_cal_ql(dare, tmp_path, monkeypatch):
             return drawn._replace(release=ones)
 
         monkeypatch.setattr(hook.DareHook, "sample", all_ones)
-    block = cal_ql_block(behavior_updates=10, **dare)
-    run(dare_cal_ql, tmp_path / "b", monkeypatch, dare=block, **short, n_episodes=1)
+    block = BLOCKS[module](behavior_updates=10, **dare)
+    run(module, tmp_path / "b", monkeypatch, dare=block, **short, n_episodes=1)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("module", [cql, cal_ql, dare_cal_ql])
+@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, dare_awac])
 @pytest.mark.parametrize("stop_at", [20, 60])
 def test_stopped_and_resumed_equals_an_unbroken_run(
     module, stop_at, tmp_path, monkeypatch
@@ -173,8 +240,8 @@ def test_stopped_and_resumed_equals_an_unbroken_run(
     """Stopped offline, or online after the calibration's end; to the last bit."""
     fields = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
     fields.update(n_episodes=1, log_freq=10)
-    if module is dare_cal_ql:
-        fields["dare"] = cal_ql_block(behavior_updates=10)
+    if module in BLOCKS:
+        fields["dare"] = BLOCKS[module](behavior_updates=10)
     run(module, tmp_path / "a", monkeypatch, **fields)
     with monkeypatch.context() as patch:
         stop_after(stop_at, patch)

@@ -152,7 +152,8 @@ MISSING = "a C++ compiler"
             (4, False),
         ),
         ({"compat": True}, "cpu", "", (1, False)),
-        ({}, "cuda", "", (1, False)),
+        ({}, "cuda", "", (1, True)),
+        ({"offline_iterations": 1}, "cuda", "", (1, False)),
         # What is given stays.
         ({"threads": 3}, "cpu", "", (3, True)),
         ({"compile": False}, "cpu", "", (4, False)),
@@ -179,6 +180,12 @@ def test_what_is_chosen(fields, device, obstacle, expected, machine_with, capsys
     words = flags.rstrip(" (").split()
     again = parse_config(iql.TrainConfig, words)
     assert (again.threads, again.compile) == expected
+
+
+def test_a_gpu_needs_no_compiler(machine_with):
+    machine_with(IDLE, "a C++ compiler")
+    chosen, why = pace.worth_compiling(LONG, "cuda")
+    assert chosen and why == "kernels are not fused, which needs a C++ compiler"
 
 
 def test_nothing_is_timed_where_there_is_no_choice(machine_with, monkeypatch):

@@ -3,18 +3,22 @@
 import dataclasses
 
 import pytest
-from short_runs import CQL_FIELDS, FIELDS, SMALL, run
+from short_runs import CQL_FIELDS, DEFAULTS, SMALL, run
 
 from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl import finetune
@@ -28,10 +32,9 @@ from corl.config import (
 )
 from corl_dare.config import PRESETS, DareConfig
 
-# A long start of these names the presets, too.
-DARE = [dare_iql, dare_cal_ql]
-WITH_PRESETS = [*DARE, dare_td3_bc, dare_rebrac]
-BASELINES = [iql, cql, cal_ql, td3_bc, awac, rebrac]
+WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]
+WITH_PRESETS += [dare_spot]
+BASELINES = [iql, cql, cal_ql, td3_bc, awac, rebrac, spot]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 # ReBRAC acts without noise, so a ratio of densities needs a width.
 ACTS_WITHOUT_NOISE = (dare_rebrac,)
@@ -123,7 +126,7 @@ def test_a_preset_changes_nothing_in_a_baseline(module, tmp_path, capsys):
     assert presets_help(module.TrainConfig) == ""
 
 
-@pytest.mark.parametrize("module", DARE)
+@pytest.mark.parametrize("module", WITH_PRESETS)
 def test_the_help_lists_what_each_preset_changes(module, capsys):
     with pytest.raises(SystemExit):
         parse_config(module.TrainConfig, ["--help"])
@@ -183,7 +186,7 @@ def started(tmp_path, monkeypatch, capsys):
             "energy_batch_states": 16,
             "support_actions": 4,
         }
-        values = {**(FIELDS if module is dare_iql else CQL_FIELDS), **SHORT, **fields}
+        values = {**DEFAULTS.get(module, CQL_FIELDS), **SHORT, **fields}
         values.setdefault("dare", block(**dare))
         run(module, tmp_path, monkeypatch, **values)
         return capsys.readouterr().out
@@ -191,7 +194,7 @@ def started(tmp_path, monkeypatch, capsys):
     return start
 
 
-@pytest.mark.parametrize("module", DARE)
+@pytest.mark.parametrize("module", WITH_PRESETS)
 def test_a_long_run_names_the_shorter_presets_with_their_times(module, started):
     (line,) = [x for x in started(module).splitlines() if "--preset" in x]
     assert "--preset near: about " in line and "--preset cpu: about " in line

@@ -435,7 +435,7 @@ def test_the_density_is_that_of_the_clipped_noise(noise, policy_std, expected):
     block = NoisyDareConfig(policy_std=policy_std)
     fields = {"expl_noise": noise, "dare": block, "double": False}
     trainer, config = make(module=dare_rebrac, max_action=2.0, **fields)
-    log_prob = dare_rebrac.hook_arguments(trainer, config)["policy_log_prob"]
+    log_prob = dare_rebrac.hook_arguments(trainer)["policy_log_prob"]
     states = torch.randn(5, S)
     mean = trainer.actor(states)
     normal = torch.distributions.Normal(mean, expected)

@@ -12,13 +12,15 @@ from helpers import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from short_runs import (
+    awac_block,
     cal_ql_block,
     checkpoint_of,
+    cql_block,
     dare_block,
     folder_of,
+    noisy_block,
     run,
     stop_after,
-    td3_bc_block,
 )
 from torch._dynamo.utils import counters
 
@@ -26,12 +28,16 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl import compiled, finetune
@@ -230,10 +236,20 @@ RUNS = {
     ),
     "cql": (cql, {"cql_lagrange": True}),
     "td3_bc": (td3_bc, {"bc_online": "anneal", "policy_freq": 3}),
-    "dare_td3_bc": (dare_td3_bc, {"dare": td3_bc_block(behavior_updates=5)}),
+    "dare_td3_bc": (dare_td3_bc, {"dare": noisy_block(behavior_updates=5)}),
     "awac": (awac, {"mixing_ratio": 0.5, "utd": 2}),
+    "dare_awac": (dare_awac, {"dare": awac_block(behavior_updates=5)}),
+    "dare_cql": (
+        dare_cql,
+        {"dare": cql_block(behavior_updates=5), "cql_lagrange": True},
+    ),
+    "spot": (spot, {"vae_iterations": 30, "policy_freq": 3}),
+    "dare_spot": (
+        dare_spot,
+        {"vae_iterations": 7, "dare": noisy_block(behavior_updates=5)},
+    ),
     "rebrac": (rebrac, {"mixing_ratio": 0.5, "bc_anneal_steps": 30, "policy_freq": 3}),
-    "dare_rebrac": (dare_rebrac, {"dare": td3_bc_block(behavior_updates=5)}),
+    "dare_rebrac": (dare_rebrac, {"dare": noisy_block(behavior_updates=5)}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }
@@ -268,8 +284,16 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "name",
     [
-        *("iql, two buffers", "dare_iql, guided", "dare_cal_ql", "td3_bc", "awac"),
-        *("rebrac", "dare_rebrac"),
+        "iql, two buffers",
+        "dare_iql, guided",
+        "dare_cal_ql",
+        "dare_cql",
+        "td3_bc",
+        "awac",
+        "dare_awac",
+        "rebrac",
+        "dare_rebrac",
+        "spot",
     ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])

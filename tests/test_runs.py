@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small_config import Config, parse
 
-from corl import checkpoints, curves, machine, runs
+from corl import checkpoints, curves, machine, run_tables, runs
 from corl.config import ConfigError, main
 from corl_dare.config import LOGS, PANELS
 
@@ -436,7 +436,7 @@ def test_metrics_are_written_exactly_and_columns_stay(here):
     assert float(one["exact"]) == exact.item()
     assert float(two["count"]) == 7 and two["loss"] == "" and two["exact"] == ""
     assert float(three["loss"]) == 2.0
-    assert list(one) == [*runs.COMMON_COLUMNS, "loss", "exact", "count"]
+    assert list(one) == [*run_tables.COMMON_COLUMNS, "loss", "exact", "count"]
 
 
 def test_tensors_are_read_in_one_transfer(here, monkeypatch):

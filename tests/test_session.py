@@ -3,25 +3,31 @@
 import pytest
 from helpers import assert_equal
 from short_runs import (
+    awac_block,
     cal_ql_block,
     checkpoint_of,
+    cql_block,
     dare_block,
     folder_of,
+    noisy_block,
     run,
     stop_after,
-    td3_bc_block,
 )
 
 from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl import curves, finetune
@@ -41,6 +47,14 @@ IQL_ONLINE = {
     "expl_noise": 0.9,
     "noise_clip": 0.1,
 }
+SPOT_ONLINE = {
+    "mixing_ratio": 0.25,
+    "expl_noise": 0.9,
+    "lambd_cool": True,
+    "lambd_end": 0.5,
+    "lambd_cool_steps": 5,
+    "online_discount": 0.7,
+}
 # Fields of the online phase and other values for them.
 ONLINE = {
     "iql": (iql, IQL_ONLINE),
@@ -48,7 +62,15 @@ ONLINE = {
         dare_iql,
         {**IQL_ONLINE, "dare": dare_block("policy_ratio", behavior_updates=3)},
     ),
-    "cql": (cql, {"cql_alpha_online": 7.0}),
+    "cql": (cql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
+    "dare_cql": (
+        dare_cql,
+        {
+            "cql_alpha_online": 7.0,
+            "mixing_ratio": 0.25,
+            "dare": cql_block(behavior_updates=3),
+        },
+    ),
     "td3_bc": (
         td3_bc,
         {
@@ -67,10 +89,19 @@ ONLINE = {
             "bc_online": "keep",
             "bc_end": 0.2,
             "bc_anneal_steps": 5,
-            "dare": td3_bc_block(behavior_updates=3),
+            "dare": noisy_block(behavior_updates=3),
         },
     ),
+    "spot": (spot, SPOT_ONLINE),
+    "dare_spot": (
+        dare_spot,
+        {**SPOT_ONLINE, "lambd_cool": False, "dare": noisy_block(behavior_updates=3)},
+    ),
     "awac": (awac, {"mixing_ratio": 0.25}),
+    "dare_awac": (
+        dare_awac,
+        {"mixing_ratio": 0.25, "dare": awac_block(behavior_updates=3)},
+    ),
     "rebrac": (
         rebrac,
         {
@@ -91,7 +122,7 @@ ONLINE = {
             "critic_bc_online": "keep",
             "bc_end": 0.2,
             "bc_anneal_steps": 5,
-            "dare": td3_bc_block(behavior_updates=3),
+            "dare": noisy_block(behavior_updates=3),
         },
     ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),

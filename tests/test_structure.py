@@ -16,12 +16,16 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    dare_awac,
     dare_cal_ql,
+    dare_cql,
     dare_iql,
     dare_rebrac,
+    dare_spot,
     dare_td3_bc,
     iql,
     rebrac,
+    spot,
     td3_bc,
 )
 from corl.config import parse_config
@@ -52,20 +56,24 @@ ALONE = {"torch", "numpy", "safetensors", "tqdm"}
 REMOVED = {
     "iql.py": ['    name: str = "IQL"  # first part of the run folder\'s name'],
     "cal_ql.py": ['    name: str = "Cal-QL"  # first part of the run folder\'s name'],
+    "cql.py": ['    name: str = "CQL"  # first part of the run folder\'s name'],
+    "awac.py": ['    name: str = "AWAC"  # first part of the run folder\'s name'],
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
     "rebrac.py": ['    name: str = "ReBRAC"  # first part of the run folder\'s name'],
+    "spot.py": ['    name: str = "SPOT"  # first part of the run folder\'s name'],
 }
 # The most lines that a DARE file may insert; 175 where nothing stands here.
-INSERTED = {"td3_bc.py": 60, "rebrac.py": 60}
+INSERTED = {"td3_bc.py": 60, "rebrac.py": 60, "spot.py": 60, "awac.py": 100}
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 READERS = {  # folder of configs -> the files that read them
     "iql": (iql, dare_iql),
-    "cql": (cql,),
+    "cql": (cql, dare_cql),
     "cal_ql": (cal_ql, dare_cal_ql),
     "td3_bc": (td3_bc, dare_td3_bc),
-    "awac": (awac,),
+    "awac": (awac, dare_awac),
     "rebrac": (rebrac, dare_rebrac),
+    "spot": (spot, dare_spot),
 }
 TABLE_1 = [
     *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),
@@ -167,12 +175,15 @@ print("exchanged")
     assert done.stdout.splitlines()[-1:] == ["exchanged"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac"])
+@pytest.mark.parametrize(
+    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"]
+)
 def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):
     small = "--env hopper-random-v2 --dataset_rows 1500 --offline_iterations 3 "
     small += "--online_iterations 3 --eval_freq 3 --n_episodes 1 --batch_size 8 "
     small += "--dataset_source self-collected --device cpu --buffer_size 2000 "
     small += "--threads 1 --compile false"
+    small += " --vae_iterations 2" * (name == "spot")
     program = f"""
 import os, sys
 os.environ["CORL_DARE_CACHE"] = {str(tmp_path / "cache")!r}
@@ -265,7 +276,7 @@ def test_the_quick_start_that_a_long_run_names_is_there(module):
     assert (ROOT / module.TrainConfig.QUICK_START) in CONFIGS
 
 
-@pytest.mark.parametrize("algorithm", ["iql", "cal_ql"])
+@pytest.mark.parametrize("algorithm", ["iql", "cal_ql", "cql", "td3_bc", "awac"])
 def test_the_papers_guidance_scales_stand_in_the_configs(algorithm):
     """Table 7."""
     scale = {
@@ -312,7 +323,7 @@ def test_corls_values_of_td3_bc_and_awac_stand_in_the_configs():
         maze = config.env.startswith("antmaze")
         assert config.normalize and config.normalize_reward is maze
         assert (config.offline_iterations, config.online_iterations) == (10**6, 200_000)
-        if module is awac:
+        if path.parent.name == "awac":
             assert config.awac_lambda == (0.1 if maze else 0.3333)
         else:
             assert (config.alpha, config.policy_freq) == (2.5, 2)
@@ -350,6 +361,34 @@ def test_corls_values_of_rebrac_stand_in_the_configs():
         assert (config.offline_iterations, config.online_iterations) == (10**6, 200_000)
         twin = read_config(dare_rebrac, f"rebrac/{name}")
         assert (twin.bc_online, twin.dare.policy_std) == ("keep", 0.1)
+
+
+def test_the_authors_values_of_spot_stand_in_the_configs():
+    """thuml/SPOT on locomotion, offline; CORL's finetune files on antmaze."""
+    robots = {"halfcheetah": "0.05 0.05 1.0", "hopper": "0.1 0.1 0.2"}
+    robots["walker2d"] = "0.2 0.2 0.5"
+    mazes = zip(ANTMAZES, (0.25, 0.25, 0.05, 0.025), strict=False)
+    weights = {f"antmaze-{kind}-v2": weight for kind, weight in mazes}
+    for robot, text in robots.items():
+        for kind, weight in zip(KINDS[1:4], text.split(), strict=True):
+            weights[f"{robot}-{kind}-v2"] = float(weight)
+    for path in CONFIGS:
+        if path.parent.name != "spot" or path.stem == "quick_start":
+            continue
+        config = parse_config(spot.TrainConfig, ["--config", str(path)])
+        maze = config.env.startswith("antmaze")
+        assert config.lambd == weights[config.env], config.env
+        assert config.actor_dropout == (0.0 if maze else 0.1)
+        assert config.actor_lr == (1e-4 if maze else 3e-4)
+        assert config.normalize is not maze and config.normalize_reward is maze
+        assert config.online_discount == (0.995 if maze else 0.99)
+        assert (config.actor_init_w, config.critic_init_w) == (
+            (1e-3, 3e-3) if maze else (None, None)
+        )
+        assert (config.lambd_cool, config.lambd_end) == (True, 0.2)
+        assert (config.vae_iterations, config.vae_hidden_dim) == (100_000, 750)
+        twin = parse_config(dare_spot.TrainConfig, ["--config", str(path)])
+        assert (twin.lambd_cool, twin.mixing_ratio) == (False, 0.5)
 
 
 def test_makefile_targets_have_help_and_are_phony():

@@ -14,7 +14,8 @@ ALL = list(wiring.ALGORITHMS)
 IQL = [name for name in ALL if name.endswith("iql")]
 REBRAC = [name for name in ALL if name.endswith("rebrac")]
 TD3 = [name for name in ALL if name.endswith("td3_bc")]
-NOISY = [*TD3, *REBRAC]  # noise is added to the action
+SPOT = [name for name in ALL if name.endswith("spot")]
+NOISY = [*TD3, *REBRAC, *SPOT]  # noise is added to the action
 COMPAT = {"compat": True, "env": GOAL}
 WARMUP = (8, 9)  # steps
 
@@ -180,7 +181,7 @@ def test_the_networks_train_in_training_mode_before_and_after_evaluations(
     assert record.events.index(updates[-1]) > first
 
 
-@pytest.mark.parametrize("name", IQL)
+@pytest.mark.parametrize("name", [*IQL, *SPOT])
 @pytest.mark.parametrize("noise, bound", [(0.03, 0.5), (5.0, 0.1)])
 def test_the_deterministic_policy_explores_with_bounded_noise(
     name, noise, bound, recorded
@@ -203,7 +204,7 @@ def test_the_deterministic_policy_explores_with_bounded_noise(
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.3])
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", [*TD3, *REBRAC])
 def test_td3_explores_with_normal_noise_that_has_no_bound_but_the_actions(
     name, noise, recorded
 ):
@@ -239,11 +240,23 @@ def test_the_behavior_cloning_term_changes_with_the_environment_steps(
     np.testing.assert_allclose(logged, weights, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", SPOT)
+def test_the_support_constraint_is_cooled_with_the_environment_steps(name, recorded):
+    """Not with the updates; DARE's weights take its place. The discount changes at the switch."""
+    updates = recorded(name).of("update")
+    t = np.repeat(np.arange(3, 17), 2)
+    cooled = 0.7 * np.maximum(0.4, 1 - t / 10) if name == "spot" else np.full(28, 0.7)
+    expected = [*np.full(7, 0.7), *cooled]
+    np.testing.assert_allclose([u.lambd for u in updates], expected)
+    np.testing.assert_allclose([u.logs["lambd"] for u in updates], expected, rtol=1e-6)
+    assert [u.discount for u in updates] == [0.9] * 7 + [0.8] * 28
+
+
 @pytest.mark.parametrize("name", NOISY)
 def test_the_policy_of_td3_learns_in_every_second_update(name, recorded):
     """That of ReBRAC in the first, too."""
     learned = ["actor_loss" in u.logs for u in recorded(name).of("update")]
-    assert learned == [i % 2 == int(name in TD3) for i in range(35)]
+    assert learned == [i % 2 == int(name not in REBRAC) for i in range(35)]
 
 
 @pytest.mark.parametrize("name", REBRAC)
@@ -297,7 +310,7 @@ def test_every_evaluation_starts_from_the_evaluation_seed(name, fields, recorded
     record = recorded(name, **fields)
     config = record.config
     # AWAC's and ReBRAC's upstream have a field of their own for that.
-    own = name in ("awac", *REBRAC)
+    own = "awac" in name or name in REBRAC
     seed = config.seed if fields and not own else config.eval_seed
     resets = record.of("reset", role="eval")
     rounds = (config.offline_iterations + config.online_iterations) // config.eval_freq
@@ -518,7 +531,7 @@ def test_the_conservative_weight_and_the_calibration_change_at_the_switch(
     for u in updates:  # what was set is what the loss used
         expected = u.cql_alpha * u.logs["cql_qf1_diff"]
         assert u.logs["cql_min_qf1_loss"] == pytest.approx(expected, rel=1e-5)
-    if name != "cql":
+    if name.endswith("cal_ql"):
         assert {u.calibrated for u in offline} == {True}
         assert {u.calibrated for u in online} == {False}
 
@@ -530,7 +543,8 @@ def test_the_conservative_weight_and_the_calibration_change_at_the_switch(
 def test_checkpoints_are_written_after_every_evaluation_and_at_the_end(name, recorded):
     record = recorded(name)
     saved = [e.step for e in record.of("save", name="checkpoint.pt")]
-    assert saved == [4, 8, 12, 16, 20, 23]
+    vae = [0] * (name in SPOT)  # after its phase
+    assert saved == [*vae, 4, 8, 12, 16, 20, 23]
     assert record.parts()["step"] == 23
     assert {p.name for p in record.folder.iterdir()} >= {
         *("config.yaml", "metrics.csv", "evaluations.csv", "summary.json"),
@@ -629,6 +643,10 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "critic_bc_online": "keep",
         "bc_end": 0.1,
         "bc_anneal_steps": 7,
+        "lambd_cool": False,
+        "lambd_end": 0.9,
+        "lambd_cool_steps": 3,
+        "online_discount": 0.5,
         "dare": {"cap": 1},
     }
     unread = config.ONLINE - {"load_model"}

@@ -197,7 +197,7 @@ def test_the_policy_ratio_compares_densities_of_what_is_executed(
     means = []
     for update in online_updates(record):
         event = references_of(record, update)
-        clips = name != "dare_cal_ql"
+        clips = name not in wiring.CQL
         assert event.bounds == ((wiring.MAX_ACTION,) if clips else ())
         rows = drawn(record, event.states)
         torch.testing.assert_close(event.actions, rows[1])

@@ -37,14 +37,21 @@ ALGORITHMS = {
     "td3_bc": "algorithms.td3_bc",
     "awac": "algorithms.awac",
     "rebrac": "algorithms.rebrac",
+    "spot": "algorithms.spot",
+    "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
     "dare_iql": "algorithms.dare_iql",
     "dare_cal_ql": "algorithms.dare_cal_ql",
+    "dare_cql": "algorithms.dare_cql",
+    "dare_awac": "algorithms.dare_awac",
 }
-DARE = ("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_rebrac")
+DARE = (
+    *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
+    *("dare_rebrac", "dare_spot"),
+)
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -92,6 +99,14 @@ COMMON = {
     "bc_online": "anneal",
     "bc_end": 0.3,
     "bc_anneal_steps": 10,
+    # SPOT
+    "vae_iterations": 4,
+    "vae_hidden_dim": 16,
+    "lambd": 0.7,
+    "lambd_cool": True,
+    "lambd_end": 0.4,
+    "lambd_cool_steps": 10,
+    "online_discount": 0.8,
     # AWAC
     "hidden_dim": 32,
     "learning_rate": 2e-3,
@@ -107,6 +122,9 @@ OWN = {
     "rebrac": REBRAC,
     "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
     "dare_rebrac": {**REBRAC, "bc_online": "keep"},
+    "dare_awac": {"seed": 8},
+    "spot": {"seed": 1, "normalize": True},
+    "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {
     "cap": 2,
@@ -399,6 +417,8 @@ def watch_trainer(trainer: Any, record: Record) -> None:
             rate=trainer.actor_optimizer.param_groups[0]["lr"],
             cql_alpha=getattr(trainer, "cql_alpha", None),
             bc_weight=getattr(trainer, "bc_weight", None),
+            lambd=getattr(trainer, "lambd", None),
+            discount=trainer.discount,
             calibrated=getattr(trainer, "_calibration_enabled", None),
             actor_training=actor.training,
             stream=stream_of(trainer),
@@ -500,7 +520,8 @@ def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
         if hasattr(actor, "log_std_offset"):
             value = actor.log_prob(states, actions)
         else:
-            normal = actor(states)
+            # AWAC's actor answers with samples.
+            normal = actor.policy(states) if hasattr(actor, "policy") else actor(states)
             if isinstance(normal, torch.Tensor):  # TD3: the noise of the exploration
                 std = record.config.expl_noise * MAX_ACTION
                 normal = torch.distributions.Normal(normal, std)

@@ -24,4 +24,5 @@ rows. Every size is a flag and part of the result. Scores and rules that the hoo
     store      the files of numbers, one per seed
     report     the tables of a folder of such files
     figures    its figures
+    aging      deterministic policies and their own older rows, a command of its own
 """

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from algorithms import cql, dare_iql, iql
-from corl import checkpoints, finetune, fits, locks, runs
+from corl import checkpoints, finetune, fits, locks, run_tables, runs
 
 pytestmark = pytest.mark.fault("bad inputs")
 IQL = harness.algorithm(iql)
@@ -583,7 +583,7 @@ def test_remains_of_a_killed_writer_are_removed(run):
 @pytest.mark.parametrize("cut", some([1, 5, 20], 5))
 def test_a_torn_last_line_is_no_damage(run, cut):
     """And rows after the checkpoint are written again, to the byte."""
-    for name in runs.TABLES:
+    for name in run_tables.TABLES:
         path = run / name
         rows = path.read_bytes()
         torn = rows + rows.splitlines(keepends=True)[-1][:-cut] + b"\0" * (cut > 5)

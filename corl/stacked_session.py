@@ -1,0 +1,359 @@
+"""`StackedSession`: what a `Session` is to one run, for the runs of several seeds at once.
+
+An algorithm's `train` makes its one loop with it. Batches, trainer and hook are of all seeds, and
+each seed keeps a `Session` of its own, with environment, run folder, checkpoint and random streams:
+what it writes is what a run alone would write, to rounding.
+"""
+
+import dataclasses
+import functools
+import signal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from corl import compiled, evaluation, machine, pace, runs
+from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch, upload
+from corl.captured import Captured
+from corl.checkpoints import pack, rng_state, set_rng_state, unpack
+from corl.finetune import Session
+from corl.progress import progress_bar
+from corl.stacked import Stack, of_seed
+
+FIELDS = (
+    *("_states", "_actions", "_rewards", "_next_states", "_dones"),
+    *("_mc_returns", "_next_actions"),
+)
+
+
+class Streams:
+    """The global random streams of one seed, put aside while another seed has them.
+
+    Attributes:
+        numpy: the stream that draws the rows of batches.
+    """
+
+    def __init__(self) -> None:
+        self.numpy = np.random.RandomState()
+        self._take(rng_state())
+
+    def _take(self, state: dict[str, Any]) -> None:
+        self._state = state
+        self.numpy.set_state(unpack(state["numpy"]))
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        """Inside, the global streams are this seed's."""
+        set_rng_state({**self._state, "numpy": pack(self.numpy.get_state())})
+        try:
+            yield
+        finally:
+            self._take(rng_state())
+
+    @contextmanager
+    def torch(self) -> Iterator[None]:
+        """Inside, torch's global streams are this seed's."""
+        torch.set_rng_state(self._state["torch"])
+        for number, stream in enumerate(self._state.get("cuda", ())):
+            torch.cuda.set_rng_state(stream, number)
+        try:
+            yield
+        finally:
+            self._state["torch"] = torch.get_rng_state()
+            if "cuda" in self._state:
+                self._state["cuda"] = torch.cuda.get_rng_state_all()
+
+
+class StackedBuffer:
+    """Replay buffers of N seeds, whose rows lie in one tensor per field; batches (N, B, ...).
+
+    Args:
+        buffers: their storages become views.
+        streams: that draw their rows.
+    """
+
+    def __init__(self, buffers: Sequence[ReplayBuffer], streams: Sequence[Streams]):
+        self.members, self.streams = list(buffers), list(streams)
+        self._device = buffers[0]._device
+        self._fields: TensorBatch = []
+        for name in FIELDS:
+            if not hasattr(buffers[0], name):
+                continue
+            own = [getattr(buffer, name) for buffer in buffers]
+            together = torch.stack(own)
+            for buffer, view in zip(buffers, together, strict=True):
+                setattr(buffer, name, view)
+            self._fields.append(together)
+        self._numbers = torch.arange(len(buffers), device=self._device).unsqueeze(1)
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """Row numbers (N, batch_size), each seed's from its own stream."""
+        rows = [
+            stream.numpy.randint(0, buffer._size, size=batch_size)
+            for stream, buffer in zip(self.streams, self.members, strict=True)
+        ]
+        return np.stack(rows)
+
+    def gather(self, indices: np.ndarray) -> TensorBatch:
+        """The rows of these numbers (N, B), with one upload."""
+        rows = upload(indices, self._device)
+        return [field[self._numbers, rows] for field in self._fields]
+
+    def sample(self, batch_size: int) -> TensorBatch:
+        """A batch of random rows of every seed."""
+        return self.gather(self.draw(batch_size))
+
+
+class StackedSession:
+    """The sessions of several seeds behind the interface of one.
+
+    Args:
+        configs: of the seeds.
+        file, columns: as of `Session`.
+
+    Raises: as `Session`.
+    """
+
+    def __init__(self, configs: Sequence[Any], file: str, columns: Sequence[str]):
+        self.configs, self.config = list(configs), configs[0]
+        self.sessions = [Session(config, file, columns) for config in configs]
+        first = self.sessions[0]
+        self.device, self.task = first.device, first.task
+        self._parts: list[Any] = []  # that hold a part of each seed
+        self._stack: Stack | None = None
+        self._graph = bool(self.config.compile) and compiled.on_gpu(self.device)
+        self._signal: int | None = None
+        self._told = self.sessions[0]  # tells of an error
+        self._evaluators: evaluation.Evaluators | None = None
+
+    def __enter__(self) -> "StackedSession":
+        self._open, self.streams = ExitStack(), []
+        with self._open as opened:
+            for session in self.sessions:
+                session.__enter__()
+                opened.push(functools.partial(self._close, session))
+                # It has just seeded the global streams.
+                self.streams.append(Streams())
+            self._stack_buffers()
+            self._listen(opened)
+            if self.device != "cpu":
+                count = min(len(self.sessions), pace.available_cores(openmp=False))
+                self._evaluators = evaluation.Evaluators(count)
+                opened.callback(self._evaluators.close)
+            # Only where all has gone well.
+            self._open = opened.pop_all()
+        for session in self.sessions:
+            session.run.prefix = f"[seed {session.config.seed}] "
+        for session in self.sessions[1:]:
+            # One bar tells of all.
+            session.run.bar = progress_bar(total=1, disable=True)
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.__exit__(*error)
+
+    def _close(self, session: Session, *error: Any) -> None:
+        """End a session. One of them says what a run says of an error."""
+        if (
+            isinstance(error[1], FloatingPointError | OSError)
+            and session is not self._told
+        ):
+            stopped = RuntimeError("another seed has ended all of them")
+            error = type(stopped), stopped, None
+        session.__exit__(*error)
+
+    def _stack_buffers(self) -> None:
+        offline = [session.offline_buffer for session in self.sessions]
+        online = [session.online_buffer for session in self.sessions]
+        self.offline_buffer = self.online_buffer = StackedBuffer(offline, self.streams)
+        self.mixed: Any = self.offline_buffer
+        if online[0] is not offline[0]:
+            self.online_buffer = StackedBuffer(online, self.streams)
+            ratio = self.config.mixing_ratio
+            offline_rows: Any = self.offline_buffer
+            online_rows: Any = self.online_buffer
+            self.mixed = MixedBuffer(offline_rows, online_rows, ratio)
+        self.sizes = self.sessions[0].sizes
+        self.normalization = self.sessions[0].normalization
+
+    def _listen(self, opened: ExitStack) -> None:
+        """A signal stops all seeds after the same step; a second one at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self._signal is not None:
+                raise runs.Interrupted("", number)
+            self._signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            opened.callback(signal.signal, number, signal.signal(number, ask))
+
+    # -- parts ----------------------------------------------------------------------------
+
+    def build(self, make_trainer: Callable[..., Any]) -> Any:
+        """The trainer of all seeds: see `stacked.Stack`."""
+        made = []
+        for session, stream in zip(self.sessions, self.streams, strict=True):
+            with stream.all():
+                # One graph is made of all of them, if any.
+                alone = dataclasses.replace(session.config, compile=False)
+                made.append(make_trainer(alone, *session.sizes, session.device))
+        self._made = made
+        self._stack = Stack(made, [s.torch for s in self.streams], self._graph)
+        return self._stack.trainer
+
+    def keep(self, name: str, part: Any, loads: Collection[str] = ()) -> Any:
+        """Each seed keeps its part; see `Session.keep`."""
+        assert self._stack is not None
+        whole: Any = self._stack if part is self._stack.trainer else part
+        for session, member in zip(self.sessions, whole.members, strict=True):
+            session.keep(name, member, loads)
+        if loads and self.config.load_model:
+            whole.gather()
+        self._parts.append(whole)
+        return part
+
+    def make(self, name: str, make: Callable[[Any], Any]) -> Any:
+        """See `Session.make`; there is no estimate that would make another."""
+        return self.keep(name, make(self.config))
+
+    def facts(self, config: Any = None) -> dict[str, Any]:
+        """See `Session.facts`: `seeds` are those of each, and a function of all comes along."""
+        assert self._stack is not None
+        eager = {"compile": None, "capture": None}
+        return {
+            **self.sessions[0].facts(),
+            **eager,
+            "offline": self.offline_buffer,
+            "online": self.online_buffer,
+            "seeds": [{**session.facts(), **eager} for session in self.sessions],
+            "over_seeds": self._stack.networks.over_seeds,
+            "capture": Captured if self._graph else None,
+        }
+
+    def show(self, *args: Any) -> None:
+        """See `Session.show`."""
+        for session in self.sessions:
+            session.show(*args)
+
+    def return_span(self) -> float:
+        """See `Session.return_span`: the seeds share their dataset."""
+        return self.sessions[0].return_span()
+
+    # -- start and steps ------------------------------------------------------------------
+
+    def start(self, offline: Any, online: Any, **options: Any) -> None:
+        """What parts do first; without an estimate of the time."""
+        print(f"{len(self.sessions)} seeds stacked on {self.device}")
+        for session, stream in zip(self.sessions, self.streams, strict=True):
+            with stream.all():
+                session.start(offline, online, estimate=False)
+
+    def should_stop(self) -> bool:
+        """Has somebody asked the runs to stop?"""
+        return self._signal is not None or self.sessions[0].should_stop()
+
+    def _steps(self, steps: Sequence[Iterator[int]]) -> Iterator[int]:
+        """All seeds make the same steps."""
+        while True:
+            if self.should_stop():
+                for session in self.sessions:
+                    session.run.stop_requested = True
+                    session.run._signal = self._signal
+            made = []
+            for own, stream in zip(steps, self.streams, strict=True):
+                with stream.torch():
+                    made.append(next(own, None))
+            if made[0] is None:
+                return
+            yield made[0]
+
+    def offline(self, actor: Any) -> Iterator[int]:
+        """See `Session.offline`."""
+        pairs = zip(self.sessions, self._made, strict=True)
+        return self._steps([session.offline(own.actor) for session, own in pairs])
+
+    @property
+    def goes_online(self) -> bool:
+        """See `Session.goes_online`."""
+        return self.sessions[0].goes_online
+
+    def switch(self, change: Callable[[], Any]) -> None:
+        """See `Session.switch`."""
+        self.sessions[0].switch(change)
+        for session in self.sessions[1:]:
+            session.switch(lambda: None)
+
+    def online(self, actor: Any, explore: Any = None) -> Iterator[int]:
+        """See `Session.online`."""
+        pairs = zip(self.sessions, self._made, strict=True)
+        return self._steps([s.online(own.actor, explore) for s, own in pairs])
+
+    def updates(self) -> Iterator[int]:
+        """See `Session.updates`."""
+        yield from zip(*(session.updates() for session in self.sessions), strict=True)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """End a step of every seed; metrics (N,)."""
+        step = self.sessions[0].run.step + 1
+        if step % self.config.eval_freq and step % self.config.log_freq:
+            for session in self.sessions:
+                session._stop_clock()
+            return
+        self._spread()
+        if step % self.config.eval_freq == 0:
+            self._evaluate()
+        for number, (session, stream) in enumerate(
+            zip(self.sessions, self.streams, strict=True)
+        ):
+            self._told = session
+            with stream.all():
+                session.log(of_seed(metrics, number))
+        self._told = self.sessions[0]
+
+    def _evaluate(self) -> None:
+        """Play the episodes of all seeds at the same time, where there are processes for it."""
+        if self._evaluators is None:
+            return
+        jobs = []
+        for session, own in zip(self.sessions, self._made, strict=True):
+            normal, seed = session.normalization, session._evaluator.seed
+            actor = evaluation.on_the_cpu(own.actor)
+            jobs.append(
+                evaluation.Episodes(session.config, normal.mean, normal.std, actor, seed)
+            )
+        results = self._evaluators.evaluate(jobs)
+        for session, result in zip(self.sessions, results, strict=True):
+            session._evaluator.played = result
+
+    def _spread(self) -> None:
+        for part in self._parts:
+            part.spread()
+
+    def save(self) -> None:
+        """See `Session.save`."""
+        self._spread()
+        for session, stream in zip(self.sessions, self.streams, strict=True):
+            with stream.all():
+                session.save()
+
+    def finish(self) -> dict[str, Any]:
+        """Save and end every run; returns {} (each summary is in its folder).
+
+        Raises: as `Session.finish`.
+        """
+        self.save()
+        if self.should_stop():
+            folders = [machine.tidy_path(s.run.folder) for s in self.sessions]
+            self.sessions[0].run.print(
+                f"saved at step {self.sessions[0].run.step}; each seed goes on alone, equal to "
+                "rounding, with: --resume " + " or ".join(folders)
+            )
+            if self._signal is not None:
+                raise SystemExit(128 + self._signal)
+            return {}
+        for session in self.sessions:
+            session.run.finish()
+        return {}

@@ -543,17 +543,12 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
+            span, parts = session.return_span, hook_arguments(trainer)
             scale = REWARD_SCALE if config.normalize_reward else 1.0
+            parts["q_scale"] = lambda: energy_q_scale(config.env, span(), scale)
             source = session.make(
                 "hook",
-                lambda config: prepare(
-                    config.dare,
-                    **session.facts(config),
-                    **hook_arguments(trainer),
-                    q_scale=lambda: energy_q_scale(
-                        config.env, session.return_span(), scale
-                    ),
-                ),
+                lambda config: prepare(config.dare, **session.facts(config), **parts),
             )
 
         def explore(action: np.ndarray) -> np.ndarray:

@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dare_awac": {},
     "spot": {},
     "dare_spot": {},
+    "rebrac": {},
+    "dare_rebrac": {},
     "cql": {},
     "dare_cql": {},
     "cal_ql": {"bc_steps": 0},
@@ -45,10 +47,12 @@ CASES: dict[str, dict[str, Any]] = {
 MODES = {"launch by launch": False, "CUDA graph": True}
 
 
-def batches(count: int, mc_returns: bool) -> list[list[torch.Tensor]]:
-    """Random batches of hopper's shapes, on the CPU."""
+def batches(count: int, config: Any) -> list[list[torch.Tensor]]:
+    """Random batches of hopper's shapes with the fields that a config class has, on the CPU."""
     rng = np.random.default_rng(0)
-    shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)] + [(B, 1)] * mc_returns
+    shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)]
+    shapes += [(B, 1)] * getattr(config, "MC_RETURNS", False)
+    shapes += [(B, A)] * getattr(config, "NEXT_ACTIONS", False)
     made = []
     for _ in range(count):
         batch = [torch.tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes]
@@ -111,11 +115,9 @@ def differences(
         Updates(name, where, mode, fields)
         for where, mode in (("cpu", False), (device, compile))
     )
-    mc_returns = getattr(
-        sys.modules[f"algorithms.{name}"].TrainConfig, "MC_RETURNS", False
-    )
+    config = sys.modules[f"algorithms.{name}"].TrainConfig
     found: dict[str, float] = {}
-    for number, batch in enumerate(batches(updates, mc_returns)):
+    for number, batch in enumerate(batches(updates, config)):
         ours, theirs = here.make(batch, number), there.make(batch, number)
         if ours.keys() != theirs.keys():
             raise ValueError(f"{name} logs other metrics on {device}")

@@ -5,6 +5,7 @@
 Both sides get the same weights, batches and random draws and make 20 updates on the CPU in
 float32. The cases named `patched` apply `patches/` to a copy in memory and compare whole online
 DARE updates (hook, losses, energy) with our DARE file. A difference of 0 means the same bits.
+CORL's ReBRAC is JAX and has a command of its own, benchmarks/parity_rebrac.py.
 """
 
 import dataclasses
@@ -60,6 +61,7 @@ def data(seed: int) -> dict[str, np.ndarray]:
         "next_observations": rng.normal(size=(ROWS, S)).astype(np.float32),
         "terminals": rng.random(ROWS) < 0.05,
         "mc_returns": rng.normal(size=ROWS).astype(np.float32),
+        "next_actions": rng.uniform(-1, 1, (ROWS, A)).astype(np.float32),
     }
 
 
@@ -68,6 +70,8 @@ def buffer_of(module, seed: int):
     extra = {}
     if getattr(module.TrainConfig, "MC_RETURNS", False):
         extra = {"mc_returns": True}
+    if getattr(module.TrainConfig, "NEXT_ACTIONS", False):
+        extra = {"next_actions": True}
     buffer = module.ReplayBuffer(S, A, ROWS + 10, "cpu", **extra)
     buffer.load_d4rl_dataset(data(seed))
     return buffer
@@ -651,8 +655,19 @@ def main() -> None:
         results.update(dare_spot_cases(patched_module(args.corl, "spot")))
         results.update(dare_cal_ql_cases(patched_module(args.corl, "cal_ql")))
         results.update(dare_awac_cases(patched_module(args.corl, "awac")))
+    report(results, ", float32", args.out)
+
+
+def report(results: dict[str, Any], numbers: str, out: Path | None) -> None:
+    """Print the differences of every case, and write them to a file.
+
+    Args:
+        results: case -> parameter -> difference.
+        numbers: of which type they are, for the first line.
+        out: the file.
+    """
     lines = [
-        f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows, float32 on "
+        f"CORL {make_patches.COMMIT}, {UPDATES} updates of {B} rows{numbers} on "
         f"{machine.describe()['processor']}, torch {torch.__version__}, "
         f"ours {machine.git_commit()}",
     ]
@@ -661,11 +676,11 @@ def main() -> None:
         lines += [
             f"    {value:10.3g}  {parameter}" for parameter, value in found.items()
         ]
-    report = "\n".join(lines)
-    print(report)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(report + "\n")
+    text = "\n".join(lines)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Subject(NamedTuple):
     Attributes:
         title: its name in the table.
         upstream: its file below CORL's `algorithms/`; None: CORL has none in PyTorch.
-        trainer: (upstream's module, config) -> upstream's trainer.
+        trainer: (upstream's module, config) -> upstream's trainer; None where it has none.
         settings: fields of the config that are not the defaults.
         variants: what is measured of it.
         online: (trainer, config) -> None: the change to the online phase, where it has a cost.
@@ -100,7 +100,7 @@ class Subject(NamedTuple):
 
     title: str
     upstream: str | None
-    trainer: Callable[[Any, Any], Any]
+    trainer: Callable[[Any, Any], Any] | None
     settings: dict[str, Any] = {}
     variants: Variants = VARIANTS
     online: Callable[[Any, Any], Any] = lambda trainer, config: None
@@ -120,6 +120,8 @@ SUBJECTS = {
     "awac": Subject("AWAC", "finetune/awac.py", parity.actor_critic_trainer),
     "spot": Subject("SPOT", "finetune/spot.py", parity.spot_trainer),
     "cql": Subject("CQL", "finetune/cql.py", parity.cql_trainer, CQL),
+    # CORL's file is JAX.
+    "rebrac": Subject("ReBRAC", None, None),
 }
 
 
@@ -145,6 +147,8 @@ def random_buffer(module, device: str, seed: int):
     rng = np.random.default_rng(seed)
     keeps = getattr(module.TrainConfig, "MC_RETURNS", False)
     extra = {"mc_returns": True} if keeps else {}
+    if getattr(module.TrainConfig, "NEXT_ACTIONS", False):
+        extra = {"next_actions": True}
     buffer = module.ReplayBuffer(S, A, ROWS, device, **extra)
     buffer.load_d4rl_dataset(
         {
@@ -154,6 +158,7 @@ def random_buffer(module, device: str, seed: int):
             "next_observations": rng.normal(size=(ROWS, S)),
             "terminals": np.zeros(ROWS),
             "mc_returns": rng.normal(size=ROWS),
+            "next_actions": rng.uniform(-1, 1, (ROWS, A)),
         }
     )
     return buffer
@@ -162,7 +167,8 @@ def random_buffer(module, device: str, seed: int):
 def upstream_update(algorithm: str, corl: Path, device: str):
     """A callable that makes one online update of an upstream file."""
     subject = SUBJECTS[algorithm]
-    module = parity.load(corl / "algorithms" / str(subject.upstream))
+    assert subject.upstream is not None and subject.trainer is not None
+    module = parity.load(corl / "algorithms" / subject.upstream)
     baseline = files_of(algorithm)[0]
     config = baseline.TrainConfig(env=TASK, device=device, **subject.settings)
     trainer = subject.trainer(module, config)

@@ -264,9 +264,12 @@ class OnlineCollector:
 
         `explore` maps its action (A,) to the one that is executed.
         """
-        action = actor.act(self.state, self.device)
-        if explore is not None:
-            action = explore(action)
+
+        def act(state: np.ndarray) -> np.ndarray:
+            action = actor.act(state, self.device)
+            return action if explore is None else explore(action)
+
+        action = act(self.state)
         next_state, reward, terminated, truncated, info = self.env.step(action)
         self.episode_step += 1
         self.episode_return += float(reward)
@@ -275,7 +278,10 @@ class OnlineCollector:
         real_done = bool(terminated) and self.episode_step < self.task.horizon
         stored = self.reward(reward)
         check_reward(stored, reward)
-        self.buffer.add_transition(self.state, action, stored, next_state, real_done)
+        row = (self.state, action, stored, next_state, real_done)
+        # What the policy would do now: it learns before its next step.
+        more = (act(next_state),) if self.buffer.keeps_next_actions else ()
+        self.buffer.add_transition(*row, *more)
         self.state = next_state
         if terminated or truncated:
             self._finish_episode()

@@ -1,7 +1,7 @@
 """Replay buffers under CORL's names."""
 
 import math
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Union
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ class ReplayBuffer:
         compat: upstream's faults: a dataset that fills the buffer leaves the write pointer out
             of range, and rows collected online have a return-to-go of 0.
         mc_returns: keeps the return-to-go of a row as a sixth field.
+        next_actions: keeps the action after a row as the last field.
 
     A batch holds states (B, S), actions (B, A), rewards (B, 1), next states (B, S), dones (B, 1)
-    and, where they are kept, returns-to-go (B, 1).
+    and, where they are kept, returns-to-go (B, 1) and next actions (B, A).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ReplayBuffer:
         device: str = "cpu",
         compat: bool = False,
         mc_returns: bool = False,
+        next_actions: bool = False,
     ):
         self._buffer_size = buffer_size
         self._pointer = 0
@@ -60,6 +62,13 @@ class ReplayBuffer:
         self._dones = column(1)
         if mc_returns:
             self._mc_returns = column(1)
+        if next_actions:
+            self._next_actions = column(action_dim)
+
+    @property
+    def keeps_next_actions(self) -> bool:
+        """Does a row hold the action after it?"""
+        return hasattr(self, "_next_actions")
 
     def _storage(self) -> TensorBatch:
         fields = [
@@ -69,7 +78,8 @@ class ReplayBuffer:
             self._next_states,
             self._dones,
         ]
-        return fields + ([self._mc_returns] if hasattr(self, "_mc_returns") else [])
+        more = ("_mc_returns", "_next_actions")
+        return fields + [getattr(self, name) for name in more if hasattr(self, name)]
 
     def _to_tensor(self, data: Union[np.ndarray, float]) -> torch.Tensor:
         return torch.as_tensor(data, dtype=torch.float32, device=self._device)
@@ -95,6 +105,8 @@ class ReplayBuffer:
         self._dones[:rows] = self._to_tensor(data["terminals"][..., None])
         if hasattr(self, "_mc_returns"):
             self._mc_returns[:rows] = self._to_tensor(data["mc_returns"][..., None])
+        if self.keeps_next_actions:
+            self._next_actions[:rows] = self._to_tensor(data["next_actions"])
         self._size = self._loaded = rows
         self._pointer = rows if self._compat else rows % self._buffer_size
 
@@ -119,12 +131,16 @@ class ReplayBuffer:
         reward: float,
         next_state: np.ndarray,
         done: bool,
+        next_action: Optional[np.ndarray] = None,
     ) -> None:
-        """Write one row over the oldest."""
-        # Nobody knows the return of a running episode: -inf bounds no value. Upstream says 0.
-        mc_return = 0.0 if self._compat else -math.inf
-        row: Tuple[Any, ...] = (state, action, reward, next_state, done, mc_return)
-        for field, value in zip(self._storage(), row, strict=False):
+        """Write one row over the oldest; `next_action` (A,) where such actions are kept."""
+        row: List[Any] = [state, action, reward, next_state, done]
+        if hasattr(self, "_mc_returns"):
+            # Nobody knows the return of a running episode: -inf bounds no value. Upstream says 0.
+            row.append(0.0 if self._compat else -math.inf)
+        if self.keeps_next_actions:
+            row.append(next_action)
+        for field, value in zip(self._storage(), row, strict=True):
             if field.is_cpu:
                 # The same memory and rounding, without torch's indexing.
                 field.numpy()[self._pointer] = value

@@ -46,6 +46,9 @@ CORL_FIELDS = {
     "cql_min_q_weight": "set cql_alpha",
     "policy_log_std_multiplier": "leave it out, it is 1 here",
     "deterministic_torch": "leave it out",
+    "num_epochs": "set offline_iterations to num_epochs times num_updates_on_epoch, and "
+    "online_iterations to 0 for an offline run",
+    "num_updates_on_epoch": "leave it out, and see offline_iterations",
     **dict.fromkeys(
         "alpha awac_lambda policy_noise policy_freq hidden_dim vae_lr vae_hidden_dim "
         "vae_latent_dim vae_iterations lambd num_samples iwae lambd_cool lambd_end "

@@ -23,7 +23,10 @@ from corl.finetune import Session
 from corl.progress import progress_bar
 from corl.stacked import Stack, of_seed
 
-FIELDS = ("_states", "_actions", "_rewards", "_next_states", "_dones", "_mc_returns")
+FIELDS = (
+    *("_states", "_actions", "_rewards", "_next_states", "_dones"),
+    *("_mc_returns", "_next_actions"),
+)
 
 
 class Streams:

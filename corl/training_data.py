@@ -83,7 +83,7 @@ def load_data(
     """Find a config's dataset and prepare it for training.
 
     The config's class may say `REWARDS`, what `normalize_reward` does, and `MC_RETURNS`, whether
-    rows need their return-to-go.
+    rows need their return-to-go, and `NEXT_ACTIONS`, whether they need the action after them.
 
     Args:
         rule: where the return range comes from; default: `return_rule` of the config.
@@ -99,6 +99,7 @@ def load_data(
         source=config.dataset_source,
         path=config.dataset_path,
         rows=config.dataset_rows,
+        next_actions=keeps_next_actions(config),
     )
     arrays = dataset.arrays
     if len(arrays["rewards"]) > config.buffer_size:
@@ -241,6 +242,11 @@ def keeps_mc_returns(config: Any) -> bool:
     return getattr(config, "MC_RETURNS", False)
 
 
+def keeps_next_actions(config: Any) -> bool:
+    """Does this algorithm need the action after each row?"""
+    return getattr(config, "NEXT_ACTIONS", False)
+
+
 def check_memory(config: Any, task: tasks.Task, device: str = "cpu") -> None:
     """Refuse buffers and batches that this machine cannot hold, before any work.
 
@@ -250,7 +256,8 @@ def check_memory(config: Any, task: tasks.Task, device: str = "cpu") -> None:
     have = machine.memory(device)
     if have is None:
         return
-    row = 4 * (2 * task.state_dim + task.action_dim + 2 + keeps_mc_returns(config))
+    actions = task.action_dim * (1 + keeps_next_actions(config))
+    row = 4 * (2 * task.state_dim + actions + 2 + keeps_mc_returns(config))
     buffers = 1 if getattr(config, "mixing_ratio", None) is None else 2
     for field, size in {
         "buffer_size": row * buffers,
@@ -273,4 +280,5 @@ def new_buffer(config: Any, task: tasks.Task, device: str = "cpu") -> ReplayBuff
         device,
         config.compat,
         keeps_mc_returns(config),
+        keeps_next_actions(config),
     )

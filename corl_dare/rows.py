@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 # The fields of CORL's buffers, in the order of their batches.
-FIELDS = ("_states", "_actions", "_rewards", "_next_states", "_dones", "_mc_returns")
+FIELDS = tuple(
+    "_states _actions _rewards _next_states _dones _mc_returns _next_actions".split()
+)
 
 
 def storage(buffer: Any) -> list[torch.Tensor]:

@@ -1,11 +1,13 @@
 """Golden numbers of CORL's own programs, by which tests hold ours without a CORL checkout.
 
     python scripts/golden_corl.py --corl PATH      # writes tests/golden/corl.json
+    python scripts/golden_corl.py --corl PATH --jax_python PYTHON     # tests/golden/rebrac.json
 
 Every case of benchmarks/parity.py is run with CORL's file, for fewer updates of fewer rows, and
 what its networks hold at the end is stored: of every parameter its sum, the sum of its absolute
 values and some of its values, and one SHA-256 over the bits of all. The cases named `patched` are
-CORL's file with our patch. tests/test_golden.py runs our files and compares.
+CORL's file with our patch. tests/test_golden.py runs our files and compares. CORL's ReBRAC is JAX
+and rounds otherwise, so its numbers are of float64 and in a file of their own.
 """
 
 import argparse
@@ -21,13 +23,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import awac, cal_ql, cql, td3_bc
-from benchmarks import parity
+from benchmarks import parity, parity_rebrac
 from corl import files, machine
 from experiments.values import dump_json
 from scripts import make_patches
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden/corl.json"
+REBRAC = ROOT / "tests/golden/rebrac.json"
 COMMAND = "python scripts/golden_corl.py --corl PATH"
 # One of the cases begins with 10 updates of behavior cloning.
 UPDATES, ROWS = 11, 16
@@ -82,6 +85,12 @@ def cases_of(part: str, corl: Path | None) -> dict[str, Any]:
     return run(upstream, setup=SETUP)
 
 
+def rebrac_cases_of(upstream: parity_rebrac.JaxFile | None) -> dict[str, Any]:
+    """Case -> numbers, of CORL's ReBRAC, or of ours."""
+    found = parity_rebrac.cases(upstream, SETUP, torch.float64)
+    return {case: numbers["parameters"] for case, numbers in found.items()}
+
+
 def made_here(record: dict[str, Any]) -> bool:
     """Whether the numbers are of this processor and these versions."""
     return record["made_on"] == made_on()
@@ -102,11 +111,25 @@ def made_on() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corl", type=Path, required=True, help="a CORL checkout")
+    parser.add_argument(
+        "--jax_python", type=Path, help="a Python with jax, flax, optax, chex"
+    )
     args = parser.parse_args(argv)
     machine.configure_threads(1)
     for patch in make_patches.patches().values():
         # Its SHA-256 shows that the checkout is of the commit below.
         make_patches.check_target(patch, args.corl)
+    if args.jax_python is not None:
+        file = args.corl / "algorithms/offline/rebrac.py"
+        jax = parity_rebrac.JaxFile(args.jax_python, file)
+        rebrac = {
+            "corl": make_patches.COMMIT,
+            "command": f"{COMMAND} --jax_python PYTHON",
+            "cases": rebrac_cases_of(jax),
+        }
+        files.write_text(REBRAC, dump_json(rebrac))
+        print(f"{REBRAC.relative_to(ROOT)}: {len(rebrac['cases'])} cases")
+        return
     record = {
         "corl": make_patches.COMMIT,
         "command": COMMAND,

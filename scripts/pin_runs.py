@@ -91,6 +91,17 @@ CASES = {
     ),
     "awac": ("awac", "--awac_lambda 0.3333"),
     "awac two buffers": ("awac", "--mixing_ratio 0.25 --hidden_dim 64 --gamma 0.9"),
+    "rebrac": ("rebrac", "--hidden_dim 64"),
+    "rebrac two buffers, target penalty": (
+        "rebrac",
+        "--mixing_ratio 0.5 --utd 2 --online_warmup 10 --bc_anneal_steps 40 --bc_end 0.2 "
+        "--critic_bc_online keep --expl_noise 0.1 --hidden_dim 64",
+    ),
+    "dare_rebrac": ("dare_rebrac", f"{RATIO} --dare.policy_std 0.1 --hidden_dim 64"),
+    "dare_rebrac guided, target penalty": (
+        "dare_rebrac",
+        f"{GUIDED} --critic_bc_online keep --hidden_dim 64",
+    ),
     "spot": ("spot", "--vae_iterations 30 --vae_hidden_dim 64"),
     "spot two buffers, dropout": (
         "spot",

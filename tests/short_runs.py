@@ -10,9 +10,11 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
@@ -74,6 +76,12 @@ AWAC_FIELDS = {
     "hidden_dim": 64,
     "awac_lambda": 0.1,
 }
+REBRAC_FIELDS = {
+    **{k: v for k, v in TD3_FIELDS.items() if k != "alpha"},
+    "hidden_dim": 64,
+    "actor_bc_coef": 0.3,
+    "critic_bc_coef": 0.1,
+}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -103,6 +111,8 @@ DEFAULTS = {
     dare_awac: AWAC_FIELDS,
     spot: SPOT_FIELDS,
     dare_spot: SPOT_FIELDS,
+    rebrac: REBRAC_FIELDS,
+    dare_rebrac: REBRAC_FIELDS,
 }
 
 
@@ -160,7 +170,7 @@ def awac_block(**fields):
 
 
 def noisy_block(**fields):
-    """The block `dare:` of a short run of DARE-TD3+BC or DARE-SPOT."""
+    """The block `dare:` of a short run of DARE-TD3+BC, DARE-ReBRAC or DARE-SPOT."""
     return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 

@@ -15,9 +15,11 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
@@ -36,6 +38,7 @@ def batches(module, count):
     shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)] + [(B, 1)] * (
         module is dare_cal_ql
     )
+    shapes += [(B, A)] * getattr(module.TrainConfig, "NEXT_ACTIONS", False)
     for _ in range(count):
         batch = [torch.tensor(rng.normal(size=s), dtype=torch.float32) for s in shapes]
         batch[1], batch[4] = batch[1].tanh(), (batch[4] > 1).float()
@@ -68,7 +71,7 @@ def train(trainer, module, skip, count, arguments=()):
     return logs
 
 
-DELAYED = ("td3_bc", "dare_td3_bc", "spot", "dare_spot")
+DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot")
 GRAPHS = dict.fromkeys(DELAYED, 2)  # with an update of the policy, and without
 # Where a gradient is as small as Adam's epsilon, rounding is a part of the step (3e-4): seven of
 # the policy's 65536 weights in one layer are such.
@@ -80,6 +83,8 @@ CASES = {
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
     "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
+    "rebrac": (rebrac, {"hidden_dim": 64}, ()),
+    "dare_rebrac": (dare_rebrac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
     "dare_awac": (dare_awac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
     "dare_cql": (
         dare_cql,

@@ -20,9 +20,11 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
@@ -44,6 +46,7 @@ FAMILIES = {
     "cal_ql": [cal_ql, dare_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
     "awac": [awac, dare_awac],
+    "rebrac": [rebrac, dare_rebrac],
     "spot": [spot, dare_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
@@ -361,6 +364,12 @@ TD3_ARGUMENTS = {
     "policy_freq": 3,
     "alpha": 1.5,
 }
+REBRAC_ARGUMENTS = {
+    **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
+    "actor_bc_coef": 0.1,
+    "critic_bc_coef": 0.2,
+    "normalize_q": False,
+}
 SPOT_ARGUMENTS = {
     **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
     "beta": 0.7,
@@ -369,6 +378,7 @@ SPOT_ARGUMENTS = {
     "iwae": True,
 }
 ARGUMENTS = {
+    **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
     **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
     **dict.fromkeys(FAMILIES["awac"], {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2}),
@@ -388,15 +398,12 @@ def test_the_algorithm_gets_the_fields_that_its_constructor_names(module):
 
 CQL_RATES = {"qf_lr": 0.1, "policy_lr": 0.3}, [0.1, 0.1, 0.3, 0.3, 0.1]
 IQL_RATES = {"qf_lr": 0.1, "vf_lr": 0.2, "actor_lr": 0.3}, [0.1, 0.2, 0.3]
+TD3_RATES = {"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]
+NOISY = ("td3_bc", "rebrac", "spot")
 RATES = {
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
-    **dict.fromkeys(
-        FAMILIES["td3_bc"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
-    ),
+    **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
     **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
-    **dict.fromkeys(
-        FAMILIES["spot"], ({"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3])
-    ),
 }
 
 
@@ -419,7 +426,7 @@ SPELLINGS = [(m, alias) for m in ALL for alias in m.TrainConfig.ALIASES]
 def test_another_spelling_is_read_and_the_field_is_stored(module, alias, tmp_path):
     name = module.TrainConfig.ALIASES[alias]
     default = getattr(module.TrainConfig(), name)
-    value = {str: "hopper-medium-v2", int: 7, float: 0.5}[type(default)]
+    value = {str: "hopper-medium-v2", int: 7, float: 0.25, bool: True}[type(default)]
     file = tmp_path / "c.yaml"
     file.write_text(f"{alias}: {value}\n")
     ways = [["--config", str(file)], [f"--{alias}", str(value)]]

@@ -130,6 +130,12 @@ adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
 trainer = TD3_BC(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
                  adam(critics[1]), policy_freq=1)
 """,
+    "rebrac": """
+actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(2)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = ReBRAC(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+                 adam(critics[1]))
+""",
     "spot": """
 actor, critics = Actor(4, 2, 1.0, dropout=0.1), [Critic(4, 2) for _ in range(2)]
 vae, adam = VAE(4, 2, None, 1.0, 16), lambda network: torch.optim.Adam(network.parameters())
@@ -153,7 +159,7 @@ trainer = KIND(critics[0], adam(critics[0]), critics[1], adam(critics[1]), actor
 }
 TRAIN = """
 batch = [torch.randn(8, 4), torch.rand(8, 2), torch.randn(8, 1), torch.randn(8, 4)]
-batch += [torch.zeros(8, 1)] * EXTRA
+batch += [torch.zeros(8, 1)] * EXTRA + [torch.zeros(8, 2)] * NEXT_ACTIONS
 before = [p.clone() for p in actor.parameters()]
 logs = trainer.train(batch)
 assert all(torch.isfinite(x) for x in logs.values())
@@ -179,13 +185,16 @@ def pasted(file, names=()):
     return "\n\n\n".join(parts) + "\n"
 
 
-@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "spot"])
+@pytest.mark.parametrize(
+    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"]
+)
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
     steps = pasted("corl/compiled.py", ("descend", "_traced_adam", "soft_update"))
     make = MAKE.get(name, MAKE["cql"])
     kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
     program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN
     program = program.replace("KIND", kind).replace("EXTRA", str(1 + (name == "cal_ql")))
+    program = program.replace("NEXT_ACTIONS", str(int(name == "rebrac")))
     (tmp_path / "program.py").write_text(program)
     done = run([sys.executable, "program.py"], tmp_path)
     assert done.stdout.strip() == "ok", done.stderr

@@ -12,16 +12,18 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
 from corl import compiled, finetune
 
 IQL, FAMILY = [iql, dare_iql], [cql, dare_cql, cal_ql, dare_cal_ql]
-OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, spot, dare_spot]
+OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
 ALL = [*IQL, *FAMILY, *OTHERS]
 ARGUMENTS = {
     "ReplayBuffer": "state_dim action_dim buffer_size device",
@@ -48,6 +50,7 @@ NAMES = {
     **dict.fromkeys(FAMILY, CQL_CLASSES),
     **dict.fromkeys([td3_bc, dare_td3_bc], "Actor Critic TD3_BC"),
     **dict.fromkeys([awac, dare_awac], "Actor Critic AdvantageWeightedActorCritic"),
+    **dict.fromkeys([rebrac, dare_rebrac], "Actor Critic ReBRAC"),
     **dict.fromkeys([spot, dare_spot], "VAE Actor Critic SPOT"),
 }
 

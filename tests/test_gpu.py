@@ -37,7 +37,7 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu(name, compile):
 
 def test_a_graph_goes_on_after_a_checkpoint():
     """The optimizers' state comes back in new tensors: what was captured must not serve."""
-    data = batches(12, False)
+    data = batches(12, dare_iql.TrainConfig)
     whole, cut = (Updates("dare_iql", "cuda", True, SHORT["dare_iql"]) for _ in range(2))
     for number, batch in enumerate(data):
         whole.make(batch, number)

@@ -21,9 +21,11 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
@@ -105,10 +107,13 @@ def updates():
 
     def actor_critic(module, **fields):
         trainer = make_trainer(module, **fields)
-        trainer.total_it = 1  # the policy of TD3+BC learns in the second update
-        twins = (dare_td3_bc, dare_awac, dare_spot)
+        # The policy of TD3+BC learns in the second update, that of ReBRAC in the first.
+        next_actions = getattr(module.TrainConfig, "NEXT_ACTIONS", False)
+        trainer.total_it = 0 if next_actions else 1
+        more = [torch.rand(B, A)] * next_actions
+        twins = (dare_td3_bc, dare_awac, dare_rebrac, dare_spot)
         release = [Release(torch.rand(B))] * (module in twins)
-        return lambda: trainer.train(batch(), *release)
+        return lambda: trainer.train(batch() + more, *release)
 
     def vae():
         trainer = make_trainer(spot)
@@ -123,6 +128,8 @@ def updates():
         "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
         "awac": actor_critic(awac),
+        "rebrac": actor_critic(rebrac),
+        "dare_rebrac": actor_critic(dare_rebrac),
         "dare_awac": actor_critic(dare_awac),
         "dare_cql": conservative(dare_cql, **maze),
         "cql": conservative(cql),
@@ -138,7 +145,7 @@ def updates():
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
-NAMES += ["spot", "spot iwae", "spot vae", "dare_spot"]
+NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 
 
 @pytest.mark.parametrize("name", NAMES)

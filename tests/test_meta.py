@@ -16,7 +16,6 @@ from corl_dare.hook import Release
 
 S, A, B = 11, 3, 32
 TASK = "hopper-medium-v2"
-MC_RETURNS = ("cal_ql", "dare_cal_ql")
 # Settings that take other paths through an update.
 MORE = {
     "iql": ({"iql_deterministic": True}, {"actor_dropout": 0.1}),
@@ -44,7 +43,9 @@ def no_generator(monkeypatch):
 
 
 def meta_batch(name):
-    sizes = [S, A, 1, S, 1] + [1] * (name in MC_RETURNS)
+    config = importlib.import_module(ALGORITHMS[name]).TrainConfig
+    sizes = [S, A, 1, S, 1] + [1] * getattr(config, "MC_RETURNS", False)
+    sizes += [A] * getattr(config, "NEXT_ACTIONS", False)
     return [torch.empty(B, size, device="meta") for size in sizes]
 
 

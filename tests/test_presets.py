@@ -13,9 +13,11 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
@@ -30,12 +32,17 @@ from corl.config import (
 )
 from corl_dare.config import PRESETS, DareConfig
 
-WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_spot]
-BASELINES = [iql, cql, cal_ql, td3_bc, awac, spot]
+WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]
+WITH_PRESETS += [dare_spot]
+BASELINES = [iql, cql, cal_ql, td3_bc, awac, rebrac, spot]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
+# ReBRAC acts without noise, so a ratio of densities needs a width.
+ACTS_WITHOUT_NOISE = (dare_rebrac,)
 
 
 def parsed(module, tmp_path, *argv, text=YAML):
+    if module in ACTS_WITHOUT_NOISE:
+        argv = (*argv, "--dare.policy_std", "0.1")
     (tmp_path / "c.yaml").write_text(text)
     return parse_config(
         module.TrainConfig, ["--config", str(tmp_path / "c.yaml"), *argv]

@@ -22,9 +22,11 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
@@ -99,6 +101,29 @@ ONLINE = {
     "dare_awac": (
         dare_awac,
         {"mixing_ratio": 0.25, "dare": awac_block(behavior_updates=3)},
+    ),
+    "rebrac": (
+        rebrac,
+        {
+            "mixing_ratio": 0.25,
+            "expl_noise": 0.9,
+            "bc_online": "drop",
+            "critic_bc_online": "keep",
+            "bc_end": 0.2,
+            "bc_anneal_steps": 5,
+        },
+    ),
+    "dare_rebrac": (
+        dare_rebrac,
+        {
+            "mixing_ratio": 0.25,
+            "expl_noise": 0.9,
+            "bc_online": "keep",
+            "critic_bc_online": "keep",
+            "bc_end": 0.2,
+            "bc_anneal_steps": 5,
+            "dare": noisy_block(behavior_updates=3),
+        },
     ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
     "dare_cal_ql": (

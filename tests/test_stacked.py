@@ -7,7 +7,18 @@ from helpers import UNNORMALIZE, assert_equal, make_buffer
 from helpers import A as ACTIONS
 from helpers import S as STATES
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl import stacked
 from corl.stacked_session import StackedBuffer
 from corl.stacked_session import Streams as AllStreams
@@ -29,6 +40,8 @@ CASES = {
     "td3_bc": (td3_bc, {}, 2, 12),
     "dare_td3_bc, online": (dare_td3_bc, {}, 2, 12),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
+    "rebrac": (rebrac, {"hidden_dim": 64}, 2, 12),
+    "dare_rebrac, online": (dare_rebrac, {"hidden_dim": 64}, 2, 12),
     "cql": (cql, CQL, 2, 10),
     "cql, multiplier and maximum": (cql, MOST, 2, 10),
     "cql, fixed entropy": (cql, {**CQL, "use_automatic_entropy_tuning": False}, 2, 5),
@@ -55,6 +68,7 @@ def batches(module, count, seeds):
     """For each update a batch of tensors (N, B, ...)."""
     rng = np.random.default_rng(0)
     shapes = [(S,), (A,), (1,), (S,), (1,)] + [(1,)] * (module in WITH_RETURNS)
+    shapes += [(A,)] * getattr(module.TrainConfig, "NEXT_ACTIONS", False)
     for _ in range(count):
         batch = [torch.tensor(rng.normal(size=(seeds, B, *s))) for s in shapes]
         batch[1], batch[4] = batch[1].tanh(), (batch[4] > 1).double()

@@ -7,7 +7,18 @@ import torch
 from short_runs import cal_ql_block, dare_block, noisy_block, run, stop_after
 from test_stacked import assert_alike
 
-from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
+from algorithms import (
+    awac,
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    dare_rebrac,
+    dare_td3_bc,
+    iql,
+    rebrac,
+    td3_bc,
+)
 from corl.config import ConfigError, parse_config
 from corl.stacked_session import StackedSession
 
@@ -29,6 +40,11 @@ CASES = {
     "td3_bc": (td3_bc, {}),
     "dare_td3_bc": (dare_td3_bc, {"dare": noisy_block(behavior_updates=3)}),
     "awac": (awac, {}),
+    "rebrac": (rebrac, {"expl_noise": 0.1}),
+    "dare_rebrac": (
+        dare_rebrac,
+        {"expl_noise": 0.1, "dare": noisy_block(behavior_updates=3)},
+    ),
 }
 
 

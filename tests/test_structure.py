@@ -20,9 +20,11 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_rebrac,
     dare_spot,
     dare_td3_bc,
     iql,
+    rebrac,
     spot,
     td3_bc,
 )
@@ -57,10 +59,11 @@ REMOVED = {
     "cql.py": ['    name: str = "CQL"  # first part of the run folder\'s name'],
     "awac.py": ['    name: str = "AWAC"  # first part of the run folder\'s name'],
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
+    "rebrac.py": ['    name: str = "ReBRAC"  # first part of the run folder\'s name'],
     "spot.py": ['    name: str = "SPOT"  # first part of the run folder\'s name'],
 }
 # The most lines that a DARE file may insert; 175 where nothing stands here.
-INSERTED = {"td3_bc.py": 60, "spot.py": 60, "awac.py": 100}
+INSERTED = {"td3_bc.py": 60, "rebrac.py": 60, "spot.py": 60, "awac.py": 100}
 TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 READERS = {  # folder of configs -> the files that read them
@@ -69,6 +72,7 @@ READERS = {  # folder of configs -> the files that read them
     "cal_ql": (cal_ql, dare_cal_ql),
     "td3_bc": (td3_bc, dare_td3_bc),
     "awac": (awac, dare_awac),
+    "rebrac": (rebrac, dare_rebrac),
     "spot": (spot, dare_spot),
 }
 TABLE_1 = [
@@ -171,7 +175,9 @@ print("exchanged")
     assert done.stdout.splitlines()[-1:] == ["exchanged"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "spot"])
+@pytest.mark.parametrize(
+    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"]
+)
 def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):
     small = "--env hopper-random-v2 --dataset_rows 1500 --offline_iterations 3 "
     small += "--online_iterations 3 --eval_freq 3 --n_episodes 1 --batch_size 8 "
@@ -322,6 +328,39 @@ def test_corls_values_of_td3_bc_and_awac_stand_in_the_configs():
         else:
             assert (config.alpha, config.policy_freq) == (2.5, 2)
             assert (config.bc_online, config.expl_noise) == ("keep", 0.1)
+
+
+REBRAC = {  # coefficients of CORL's files
+    **{"halfcheetah_medium": (0.001, 0.01), "halfcheetah_medium_replay": (0.01, 0.001)},
+    **{"halfcheetah_medium_expert": (0.01, 0.1), "hopper_medium": (0.01, 0.01)},
+    **{"hopper_medium_replay": (0.05, 0.5), "hopper_medium_expert": (0.1, 0.01)},
+    **{"walker2d_medium": (0.05, 0.1), "walker2d_medium_replay": (0.05, 0.01)},
+    **{"walker2d_medium_expert": (0.01, 0.01), "antmaze_umaze": (0.003, 0.002)},
+    **{"antmaze_umaze_diverse": (0.003, 0.001), "antmaze_medium_play": (0.001, 0.0005)},
+    "antmaze_medium_diverse": (0.001, 0.0),
+}
+
+
+def test_corls_values_of_rebrac_stand_in_the_configs():
+    for name, coefs in REBRAC.items():
+        config = read_config(rebrac, f"rebrac/{name}")
+        maze = name.startswith("antmaze")
+        assert (config.actor_bc_coef, config.critic_bc_coef) == coefs
+        assert (config.actor_lr, config.qf_lr) == (
+            (3e-4, 5e-5) if maze else (1e-3, 1e-3)
+        )
+        assert (config.batch_size, config.discount) == (
+            (256, 0.999) if maze else (1024, 0.99)
+        )
+        assert config.normalize_reward is maze and not config.normalize
+        assert (config.mixing_ratio, config.bc_online, config.bc_end) == (
+            0.5,
+            "anneal",
+            0.5,
+        )
+        assert (config.offline_iterations, config.online_iterations) == (10**6, 200_000)
+        twin = read_config(dare_rebrac, f"rebrac/{name}")
+        assert (twin.bc_online, twin.dare.policy_std) == ("keep", 0.1)
 
 
 def test_the_authors_values_of_spot_stand_in_the_configs():

@@ -12,9 +12,10 @@ from wiring import CQL, DARE, GOAL
 
 ALL = list(wiring.ALGORITHMS)
 IQL = [name for name in ALL if name.endswith("iql")]
+REBRAC = [name for name in ALL if name.endswith("rebrac")]
 TD3 = [name for name in ALL if name.endswith("td3_bc")]
 SPOT = [name for name in ALL if name.endswith("spot")]
-NOISY = [*TD3, *SPOT]  # noise is added to the action
+NOISY = [*TD3, *REBRAC, *SPOT]  # noise is added to the action
 COMPAT = {"compat": True, "env": GOAL}
 WARMUP = (8, 9)  # steps
 
@@ -203,7 +204,7 @@ def test_the_deterministic_policy_explores_with_bounded_noise(
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.3])
-@pytest.mark.parametrize("name", TD3)
+@pytest.mark.parametrize("name", [*TD3, *REBRAC])
 def test_td3_explores_with_normal_noise_that_has_no_bound_but_the_actions(
     name, noise, recorded
 ):
@@ -253,8 +254,24 @@ def test_the_support_constraint_is_cooled_with_the_environment_steps(name, recor
 
 @pytest.mark.parametrize("name", NOISY)
 def test_the_policy_of_td3_learns_in_every_second_update(name, recorded):
+    """That of ReBRAC in the first, too."""
     learned = ["actor_loss" in u.logs for u in recorded(name).of("update")]
-    assert learned == [i % 2 == 1 for i in range(35)]
+    assert learned == [i % 2 == int(name not in REBRAC) for i in range(35)]
+
+
+@pytest.mark.parametrize("name", REBRAC)
+def test_rows_carry_the_action_after_them(name, recorded):
+    record = recorded(name)
+    stored, rows = record.stored("offline"), record.arrays["actions"]
+    np.testing.assert_array_equal(stored["next_actions"][:-1], rows[1:])
+    # Online it is what the policy does in the next state, with its noise, before it learns.
+    online = online_rows(record)
+    assert (online["next_actions"] != 0).all()
+    warmup = slice(0, record.config.online_warmup - 1)
+    states, following = online["observations"][1:], online["next_observations"][:-1]
+    same = (states == following).all(1)[warmup]
+    gaps = np.abs(online["next_actions"][:-1] - online["actions"][1:])[warmup][same]
+    assert len(gaps) and (gaps < 6 * 0.1 * wiring.MAX_ACTION).all() and (gaps > 0).all()
 
 
 @every_algorithm
@@ -292,8 +309,9 @@ def test_the_training_environment_is_seeded_once_by_seed(name, recorded):
 def test_every_evaluation_starts_from_the_evaluation_seed(name, fields, recorded):
     record = recorded(name, **fields)
     config = record.config
-    # AWAC's upstream has a field of its own for that.
-    seed = config.seed if fields and "awac" not in name else config.eval_seed
+    # AWAC's and ReBRAC's upstream have a field of their own for that.
+    own = "awac" in name or name in REBRAC
+    seed = config.seed if fields and not own else config.eval_seed
     resets = record.of("reset", role="eval")
     rounds = (config.offline_iterations + config.online_iterations) // config.eval_freq
     assert [r.seed for r in resets] == [seed, None] * rounds
@@ -622,6 +640,7 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "cql_alpha_online": 1.0,
         "mixing_ratio": 0.5,
         "bc_online": "keep" if name in DARE else "drop",
+        "critic_bc_online": "keep",
         "bc_end": 0.1,
         "bc_anneal_steps": 7,
         "lambd_cool": False,

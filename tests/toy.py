@@ -61,6 +61,7 @@ def make_dataset(rows=4000, seed=0):
         out["next_observations"].append(next_state)
     arrays = {k: np.array(v, dtype=np.float32) for k, v in out.items()}
     arrays["terminals"] = np.zeros(rows, bool)
+    arrays["next_actions"] = np.roll(arrays["actions"], -1, 0)
     provenance = {"source": "toy", "sha256": f"toy{rows}-{seed}", "rows": rows}
     returns = arrays["rewards"].reshape(-1, HORIZON).sum(1, dtype=np.float64)
     lengths = np.full(len(returns), HORIZON)

@@ -36,9 +36,11 @@ ALGORITHMS = {
     "cal_ql": "algorithms.cal_ql",
     "td3_bc": "algorithms.td3_bc",
     "awac": "algorithms.awac",
+    "rebrac": "algorithms.rebrac",
     "spot": "algorithms.spot",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
+    "dare_rebrac": "algorithms.dare_rebrac",
     "dare_iql": "algorithms.dare_iql",
     "dare_cal_ql": "algorithms.dare_cal_ql",
     "dare_cql": "algorithms.dare_cql",
@@ -46,7 +48,7 @@ ALGORITHMS = {
 }
 DARE = (
     *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
-    *("dare_spot",),
+    *("dare_rebrac", "dare_spot"),
 )
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
 CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql")
@@ -110,12 +112,16 @@ COMMON = {
     "learning_rate": 2e-3,
     "awac_lambda": 0.5,
 }
+# Its rule for rewards is antmaze's alone.
+REBRAC = {"seed": 6, "normalize": True, "normalize_reward": False, "expl_noise": 0.1}
 # Seeds with which training and evaluations reach the goal in different episodes; in a DARE file
 # the base's own release is off.
 OWN = {
     "td3_bc": {"seed": 4},
     "awac": {"seed": 6},
+    "rebrac": REBRAC,
     "dare_td3_bc": {"seed": 4, "bc_online": "keep"},
+    "dare_rebrac": {**REBRAC, "bc_online": "keep"},
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
@@ -207,6 +213,8 @@ def make_arrays(seed: int = 0) -> dict[str, np.ndarray]:
             ):
                 out[key].append(value)
             state, done = following, terminated or env.count == HORIZON
+    # Rows are in order, so the next action is that of the next row.
+    out["next_actions"] = [*out["actions"][1:], np.zeros(2)]
     types = {"terminals": bool}
     return {k: np.array(v, dtype=types.get(k, np.float32)) for k, v in out.items()}
 
@@ -267,8 +275,9 @@ class Record:
         """Rows of the offline or the online buffer at the end, under the dataset's names."""
         buffer = self.buffers[0 if which == "offline" else -1]
         rows = [f.numpy() for f in buffer.gather(np.arange(buffer._size))]
-        names = "observations actions rewards next_observations terminals mc_returns"
-        return dict(zip(names.split(), rows, strict=False))
+        names = "observations actions rewards next_observations terminals".split()
+        more = "next_actions" if buffer.keeps_next_actions else "mc_returns"
+        return dict(zip([*names, more], rows, strict=False))
 
     def rows_of(self, name: str) -> list[dict[str, str]]:
         """Rows of a CSV file of the run folder."""

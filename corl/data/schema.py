@@ -183,7 +183,10 @@ def _check_shapes(
 
 
 def qlearning_dataset(
-    raw: dict[str, np.ndarray], keep_timeouts: bool = False, horizon: int = 1000
+    raw: dict[str, np.ndarray],
+    keep_timeouts: bool = False,
+    horizon: int = 1000,
+    next_actions: bool = False,
 ) -> dict[str, np.ndarray]:
     """Raw rows -> q-learning arrays, by the rules of `d4rl.qlearning_dataset`.
 
@@ -197,15 +200,19 @@ def qlearning_dataset(
         keep_timeouts: keep all rows, with their stored next observations.
         horizon: time limit in steps, read only where `timeouts` is missing: a step
             counter then stands in for it.
+        next_actions: also give the action of the following row. No row knows the one after a
+            time-out, so it does not go with `keep_timeouts`.
 
     Returns:
         observations, next_observations (M, S), actions (M, A), rewards (M,) float32 and
-        terminals (M,) bool, copies.
+        terminals (M,) bool, and where asked for next_actions (M, A) float32; copies.
 
     Raises:
-        ValueError: a key is missing, no row is left, or `keep_timeouts` is set and there are no
-            next_observations (antmaze stores none).
+        ValueError: a key is missing, no row is left, `keep_timeouts` is set and there are no
+            next_observations (antmaze stores none), or it is set together with `next_actions`.
     """
+    if next_actions and keep_timeouts:
+        raise ValueError("next_actions are not known where keep_timeouts keeps all rows")
     if missing := [key for key in REQUIRED if key not in raw]:
         raise ValueError(f"raw data lacks {', '.join(missing)}")
     if keep_timeouts:
@@ -220,7 +227,9 @@ def qlearning_dataset(
         next_observations = raw["observations"][keep + 1]
     if not len(keep):
         raise ValueError("no transition is left: every row but the last ends an episode")
+    following = {"next_actions": raw["actions"][keep + 1]} if next_actions else {}
     return {
+        **{k: v.astype(np.float32, copy=False) for k, v in following.items()},
         "observations": raw["observations"][keep].astype(np.float32, copy=False),
         "actions": raw["actions"][keep].astype(np.float32, copy=False),
         "next_observations": next_observations.astype(np.float32, copy=False),

@@ -54,6 +54,7 @@ def resolve(
     path: Path | str | None = None,
     cache_dir: Path | str | None = None,
     rows: int | None = None,
+    next_actions: bool = False,
 ) -> Dataset:
     """Find a task's data, check it, make q-learning arrays of it; prints what it took.
 
@@ -67,9 +68,12 @@ def resolve(
             ~/.cache/corl_dare.
         rows: size of a stand-in that has to be collected (default 200 000, and D4RL's
             own size for medium-replay); other sources ignore it.
+        next_actions: also give the action after each row. Rows that end by a time-out, after
+            which it is not known, are then dropped from every source.
 
     Raises:
-        ValueError: unknown task or source, no source has the data, or bad data.
+        ValueError: unknown task or source, no source has the data, bad data, or
+            `next_actions` of shuffled rows.
         RuntimeError: a forced source does not have the data, a package is missing, or
             the stand-in cannot be written.
     """
@@ -81,13 +85,19 @@ def resolve(
     if order == "shuffled":
         facts = schema.without_episodes(facts)
         returns, lengths = np.zeros(0), np.zeros(0, int)
+        if next_actions:
+            raise ValueError(
+                f"{provenance['path']}: the rows are shuffled, so the action after each row, "
+                "which this algorithm needs, is unknown; give a file with rows in order"
+            )
     true_ends = provenance["source"] == "minari" or order in ("cut", "shuffled")
+    true_ends = true_ends and not next_actions
     if not true_ends:
         # D4RL's rules do not read them, and they are a good part of the memory.
         raw.pop("next_observations", None)
     _warn_of_long_episodes(provenance, facts, task)
     try:
-        arrays = schema.qlearning_dataset(raw, true_ends, task.horizon)
+        arrays = schema.qlearning_dataset(raw, true_ends, task.horizon, next_actions)
     except ValueError as error:
         raise ValueError(f"{provenance['path']}: {error}") from error
     counts = {"rows": len(arrays["rewards"]), "rows_raw": len(raw["rewards"])}

@@ -107,6 +107,12 @@ OTHERS = [
     (ACCURACY, ["--report", "--out", "no/out"], "no/out"),
     ("benchmarks.parity", ["--corl", "no/corl"], "no/corl"),
     ("benchmarks.parity", [], "--corl"),
+    ("benchmarks.parity_rebrac", ["--corl", "no/corl"], "--jax_python"),
+    (
+        "benchmarks.parity_rebrac",
+        ["--corl", "no/corl", "--jax_python", "no/python"],
+        "no/corl",
+    ),
     ("benchmarks.memory", ["--no_such"], "no_such"),
 ]
 

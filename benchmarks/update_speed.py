@@ -1,7 +1,8 @@
 """Updates per second of the baselines and their DARE twins, and ratios between them.
 
     python benchmarks/update_speed.py [--corl PATH] [--algorithms iql cal_ql] [--threads 2]
-                                      [--seconds 2] [--device auto] [--out results/speed/FILE.json]
+                                      [--jax_corl PATH --jax_python PYTHON] [--seconds 2]
+                                      [--device auto] [--out results/speed/FILE.json]
 
 Every variant makes whole updates (batch, hook, losses, optimizers, energy) at batch 256 and
 hopper sizes with the paper's networks, on random data. The ratio is to upstream CORL's file where
@@ -20,8 +21,10 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import dare_iql
 from benchmarks import parity
-from corl import arguments, compiled, finetune, machine
+from corl import arguments, commit, compiled, finetune, machine
 from corl.captured import Captured
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -107,6 +110,7 @@ class Subject(NamedTuple):
 
 
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
+JAX = "JAX-CORL's iql.py, offline"
 SUBJECTS = {
     "iql": Subject("IQL", "finetune/iql.py", parity.iql_trainer, variants=IQL_VARIANTS),
     "cal_ql": Subject(
@@ -183,6 +187,45 @@ def upstream_update(algorithm: str, corl: Path, device: str):
     return lambda: trainer.train([x.to(device) for x in buffer.sample(256)])
 
 
+class JaxUpdates:
+    """Updates of JAX-CORL's IQL in a process of its own, see `jax_updates.py`."""
+
+    def __init__(self, python: Path, corl: Path, threads: int):
+        worker = Path(__file__).with_name("jax_updates.py")
+        numbers = map(str, (threads, ROWS, S, A))
+        self.process = subprocess.Popen(
+            [str(python), str(worker), str(corl / "algos/iql.py"), *numbers],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        if self._answer() != ["ready"]:
+            raise RuntimeError(
+                f"{python} cannot run {corl / 'algos/iql.py'}: it needs jax, flax, optax, "
+                "distrax and numpy"
+            )
+
+    def _answer(self) -> list[str]:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().split()
+
+    def rate(self, seconds: float) -> float:
+        """Updates per second."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        count, took = map(float, self._answer())
+        return count / took
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     """A callable that makes one online update of a variant."""
     torch.manual_seed(0)
@@ -232,6 +275,10 @@ def measure(
     rates: dict[str, list[float]] = {name: [] for name in updates}
     for turn in range(rounds + 1):
         for name, update in updates.items():
+            if isinstance(update, JaxUpdates):
+                rate = update.rate(seconds)
+                rates[name] += [rate] if turn > 0 else []
+                continue
             count, start = 0, time.perf_counter()
             while time.perf_counter() - start < seconds or count < 2:
                 update()
@@ -262,7 +309,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=arguments.number(int, "[1, 1024]"), default=1)
     parser.add_argument("--out", type=arguments.path, help="write the numbers as JSON")
+    parser.add_argument("--jax_corl", type=arguments.path, help="a JAX-CORL checkout")
+    parser.add_argument(
+        "--jax_python",
+        type=arguments.path,
+        help="a Python with jax, flax, optax, distrax",
+    )
     args = parser.parse_args()
+    if (args.jax_corl is None) != (args.jax_python is None):
+        parser.error("--jax_corl and --jax_python need each other")
     if args.corl is not None and not (args.corl / "algorithms").is_dir():
         parser.error(f"{args.corl} is no folder of CORL")
     with arguments.errors_in_one_line():
@@ -319,13 +374,18 @@ def measure_algorithm(
             make[name] = functools.partial(
                 our_update, algorithm, fields, compile, device
             )
-    updates, memory = {}, {}
+    updates: dict[str, Any] = {}
+    memory: dict[str, float] = {}
     for name, made in make.items():
         if compiled.on_gpu(device):
             updates[name], memory[name] = peak_memory(made)
         else:
             updates[name] = made()
+    if args.jax_corl is not None and algorithm == "iql" and device == "cpu":
+        updates[JAX] = JaxUpdates(args.jax_python, args.jax_corl, args.threads)
     rates = measure(updates, args.seconds, args.rounds, device)
+    if JAX in updates:
+        updates[JAX].close()
     print(table(rates, memory), flush=True)
     return Measured(rates, memory)
 
@@ -349,9 +409,13 @@ def record(
 ) -> dict[str, Any]:
     """The numbers and what they were measured with."""
     command = " ".join(["python benchmarks/update_speed.py", *sys.argv[1:]])
-    if args.corl is not None:
+    for path, published in (
+        (args.corl, "upstream/CORL"),
+        (args.jax_corl, "upstream/JAX-CORL"),
+        (args.jax_python, "JAX_PYTHON"),
+    ):
         # A published record names no path of the machine that made it.
-        command = command.replace(str(args.corl), "upstream/CORL")
+        command = command.replace(str(path), published) if path else command
     return {
         "command": command,
         "updates_per_second": {name: found.rates for name, found in measured.items()},
@@ -368,6 +432,9 @@ def record(
         "versions": machine.versions(),
         "commit": machine.git_commit(),
         "upstream_commit": parity.make_patches.COMMIT if args.corl else None,
+        "jax_corl_commit": commit.of_git(args.jax_corl / "algos/iql.py")
+        if args.jax_corl
+        else None,
     }
 
 

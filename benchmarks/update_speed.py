@@ -124,8 +124,8 @@ SUBJECTS = {
     "awac": Subject("AWAC", "finetune/awac.py", parity.actor_critic_trainer),
     "spot": Subject("SPOT", "finetune/spot.py", parity.spot_trainer),
     "cql": Subject("CQL", "finetune/cql.py", parity.cql_trainer, CQL),
-    # CORL's file is JAX.
-    "rebrac": Subject("ReBRAC", None, None),
+    # CORL's file is JAX. DARE's policy ratio needs a policy with noise.
+    "rebrac": Subject("ReBRAC", None, None, {"expl_noise": 0.1}),
 }
 
 

@@ -822,13 +822,16 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)
+            scale = config.reward_scale if config.normalize_reward else 1.0
             source = session.make(
                 "hook",
                 lambda config: prepare(
                     config.dare,
                     **session.facts(config),
                     **hook_arguments(trainer),
-                    q_scale=lambda: energy_q_scale(config.env, session.return_span()),
+                    q_scale=lambda: energy_q_scale(
+                        config.env, session.return_span(), scale
+                    ),
                 ),
             )
         session.start(

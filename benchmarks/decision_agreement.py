@@ -72,7 +72,7 @@ class Settings:
 PAPER = {}
 MIXTURE = {"behavior": "mixture", "guidance_scale": 0.0}
 # Of the preset `near` what this experiment can show: its models are smaller than the preset's.
-NEAR = {k: PRESETS["near"]["dare"][k] for k in ("sampler_steps", "energy_update_freq")}
+NEAR = {k: PRESETS["near"]["dare"][k] for k in ("sampler_steps", "behavior_width")}
 # Name -> fields of the dare block that differ from the paper's setting.
 VARIANTS = {
     "paper": PAPER,
@@ -81,13 +81,9 @@ VARIANTS = {
     "energy every 50 updates": {"energy_update_freq": 50},
     "references as old as the online updates": {"reference_max_age": 1_000_000_000},
     "5 network evaluations": {"sampler_steps": 5},
-    "near": {**NEAR, "behavior_width": 0.5},
-    "near, full width": NEAR,
+    "near": NEAR,
+    "near, energy every 10 updates": {**NEAR, "energy_update_freq": 10},
     "8 network evaluations": {"sampler_steps": 8},
-    "8 network evaluations, energy every 10": {
-        "sampler_steps": 8,
-        "energy_update_freq": 10,
-    },
     "no guidance": {"guidance_scale": 0.0},
     "16 references": {"references": 16},
     "16 references, other noise": {"references": 16},

@@ -3,14 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from corl import curves, machine
-
-if TYPE_CHECKING:
-    from corl.runs import Run
 
 
 class Phases(NamedTuple):
@@ -44,8 +41,8 @@ def means_of(metrics: Path, means: Mapping[str, str]) -> dict[str, float | None]
     return found
 
 
-def summary_of(run: "Run") -> dict[str, Any]:
-    """What summary.json says of a run.
+def summary_of(run: Any) -> dict[str, Any]:
+    """What summary.json says of a `runs.Run`.
 
     `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last four
     online evaluations. `score_last`, `score_best`: last and best online evaluation; in a run
@@ -80,7 +77,7 @@ def summary_of(run: "Run") -> dict[str, Any]:
     }
 
 
-def result_of(run: "Run", summary: Mapping[str, Any]) -> str:
+def result_of(run: Any, summary: Mapping[str, Any]) -> str:
     """What a finished run prints."""
     _, online, seen = phases_of(run.scores)
 

@@ -48,9 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "behavior_updates": 50_000,
             "behavior_width": 0.5,
             "energy_batch_states": 64,
-            "energy_update_freq": 10,
             "energy_updates": 20_000,
-            "sampler_steps": 5,
+            "sampler_steps": 8,
         }
     },
     # Another score: the log-ratio of two densities, without a diffusion model and guidance.

@@ -284,11 +284,6 @@ class DareHook:
         self.refused = torch.zeros((), device=device)
         # Has `load_state_dict` begun a stream anew, because the old one is of another device?
         self.reseeded = False
-        self._exchange, self._density_scores = exchange, self.density_scores
-        if compile is not None:
-            self._density_scores = compile(self.density_scores)
-            if config.rule != "random":  # a graph takes no generator
-                self._exchange = compile(exchange)
         self.reference_caches: list[SlotCache] | None = None
         if config.reference_max_age > 0 and config.score == "reference":
             self.reference_caches = self._make_caches(config.reference_max_age)
@@ -297,12 +292,7 @@ class DareHook:
         self.support_caches: list[SlotCache] | None = None
         if config.guided:
             self._make_energy()
-        self._guided_samples, self._energy_update = (
-            self.guided_samples,
-            self.energy_update,
-        )
-        if capture is not None:
-            self._capture(capture)
+        self._make_graphs(compile, capture)
 
     def _make_energy(self) -> None:
         """What guidance needs: the energy network and the actions that it is trained on."""
@@ -317,8 +307,21 @@ class DareHook:
     def _on_gpu(self) -> bool:
         return torch.device(self.device).type == "cuda"
 
-    def _capture(self, capture: Callable[..., Callable[..., Any]]) -> None:
-        """The sampler and the energy step, each as one launch."""
+    def _make_graphs(
+        self,
+        compile: Callable[..., Callable[..., Any]] | None,
+        capture: Callable[..., Callable[..., Any]] | None,
+    ) -> None:
+        """The functions of tensors that a batch needs, as they are or as graphs."""
+        self._exchange, self._density_scores = exchange, self.density_scores
+        self._guided_samples = self.guided_samples
+        self._energy_update = self.energy_update
+        if compile is not None:
+            self._density_scores = compile(self.density_scores)
+            if self.config.rule != "random":  # a graph takes no generator
+                self._exchange = compile(exchange)
+        if capture is None:
+            return
         # A cache asks for another number of samples each time.
         if self.reference_caches is None:
             self._guided_samples = capture(

@@ -432,19 +432,12 @@ def _settings(
     seed: int,
 ) -> Any:
     """The config of a cell as the sweep file has it."""
+    own = {"env": task, "seed": seed, "name": _file_name(_label(method, overrides))}
     layers = [
         *shared.layers(method, task),
         (f"{method.origin}.settings", method.settings),
         (f"{method.origin}.grid", _nested(overrides, f"{method.origin}.grid")),
-        (
-            str(sweep.path),
-            {
-                "env": task,
-                "seed": seed,
-                "seeds": None,
-                "name": _file_name(_label(method, overrides)),
-            },
-        ),
+        (str(sweep.path), own),
     ]
     return _make(method.algorithm, layers, f"{method.origin} on {task}")
 
@@ -524,7 +517,11 @@ def _offline_cell(
 def _make(algorithm: str, layers: Layers, origin: str) -> Any:
     """A config; settings that the algorithm refuses are an error that names the origin."""
     try:
-        return make_config(load_algorithm(algorithm).TrainConfig, layers)
+        config_class = load_algorithm(algorithm).TrainConfig
+        if hasattr(config_class, "seeds"):
+            # A cell is one run, whatever its settings file asks for.
+            layers = [*layers, (origin, {"seeds": None})]
+        return make_config(config_class, layers)
     except ConfigError:
         raise  # it names its place already
     except ValueError as error:

@@ -177,7 +177,7 @@ def test_bad_settings_name_the_field(fields, message):
 def test_deterministic_torch_is_switched_as_the_field_says(flag, monkeypatch):
     found = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", found.append)
-    monkeypatch.setattr(awac.finetune, "Session", lambda *args: 1 / 0)
+    monkeypatch.setattr(awac.seeds, "session", lambda *args: 1 / 0)
     monkeypatch.setattr(awac.os, "environ", {})
     with pytest.raises(ZeroDivisionError):
         awac.train(awac.TrainConfig(env=TASK, deterministic_torch=flag))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle_cql import OracleCQL, Settings, returns_to_go
 
@@ -310,6 +310,9 @@ FLAGS = {
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.fixed_dictionaries(FLAGS), st.sampled_from(ALL))
 def test_any_combination_of_flags_equals_the_oracle(flags, module):
+    # The entropy and the cloning term of a new sample cancel there: the gradient is rounding, of
+    # which Adam makes whole steps.
+    assume(not flags["resampled_bc"] or flags["alpha_multiplier"] != 1.0)
     flags["calibrated"] &= module in MC
     weights = hard_or_soft_weights if module in TWINS else None
     trainer, oracle = make_pair(module, **flags)

@@ -23,6 +23,7 @@ Networks and data are small and trained for minutes; all sizes are flags and par
 import copy
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -314,7 +315,9 @@ def main() -> None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": " ".join(["python benchmarks/decision_agreement.py", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "benchmarks/decision_agreement.py", *sys.argv[1:]]
+        ),
         "results": results,
         "settings": dataclasses.asdict(settings),
         "variants": VARIANTS,

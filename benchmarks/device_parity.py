@@ -13,6 +13,7 @@ by a learning rate (3e-4) per update.
 import argparse
 import importlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def main() -> None:
 def save(args: argparse.Namespace, results: dict[str, Any], device: str) -> None:
     """Write the numbers and what they were measured with."""
     record = {
-        "command": " ".join(["python benchmarks/device_parity.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/device_parity.py", *sys.argv[1:]]),
         "largest_differences": results,
         "device": device,
         "machine": machine.describe(),

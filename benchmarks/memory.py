@@ -11,6 +11,7 @@ the end, and the rows written in between are subtracted.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,7 @@ def main() -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record = {
-            "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
             "results": results,
             "machine": machine.describe(),
             "versions": machine.versions(),

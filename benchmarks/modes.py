@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -106,7 +107,7 @@ def main() -> None:
                 )
     if args.out is not None:
         record = {
-            "command": " ".join(["python benchmarks/modes.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/modes.py", *sys.argv[1:]]),
             "results": results,
             "machine": machine.describe(),
             "versions": machine.versions(),

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -173,7 +174,7 @@ def table(name: str, rates: dict[str, list[float]]) -> str:
 def record(args: argparse.Namespace, rates: dict, device: str) -> dict:
     """The numbers and what they were measured with."""
     return {
-        "command": " ".join(["python benchmarks/stacked_seeds.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/stacked_seeds.py", *sys.argv[1:]]),
         "updates_per_second": rates,
         "device": device,
         "threads": args.threads,

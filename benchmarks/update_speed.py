@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -408,7 +409,7 @@ def record(
     args: argparse.Namespace, measured: dict[str, Measured], device: str
 ) -> dict[str, Any]:
     """The numbers and what they were measured with."""
-    command = " ".join(["python benchmarks/update_speed.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/update_speed.py", *sys.argv[1:]])
     for path, published in (
         (args.corl, "upstream/CORL"),
         (args.jax_corl, "upstream/JAX-CORL"),

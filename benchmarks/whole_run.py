@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -345,7 +346,7 @@ def table(results: dict[str, Any]) -> str:
 def record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
     """The numbers and what they were measured with."""
     args, data = plan.args, plan.dataset.provenance
-    command = " ".join(["python benchmarks/whole_run.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/whole_run.py", *sys.argv[1:]])
     # A published record names no path of the machine that made it.
     for path, name in (
         (args.corl, "upstream/CORL"),

@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from algorithms import awac, cal_ql, cql, dare_cal_ql, dare_iql, dare_td3_bc, iql, td3_bc
 from benchmarks.update_speed import TASK, A, S, measure, random_buffer
-from corl import arguments, compiled, machine
+from corl import arguments, compiled, machine, traced
 from corl.buffers import MixedBuffer
-from corl.captured import Captured
 from corl.stacked import Stack
 from corl.stacked_session import StackedBuffer, Streams
 from corl_dare.behavior import make_behavior_model
@@ -103,6 +102,9 @@ def update_of(name: str, count: int, device: str):
             StackedBuffer([pair[i] for pair in pairs], streams) for i in (0, 1)
         )
     source = MixedBuffer(offline, online, 0.5)
+    if graphs:
+        for buffer in (offline, online, source):
+            buffer.capture()
     if CASES[name][2] is not None:
         hooks = [
             hook_of(name, seed, trainer, *pair, device, graphs and count == 1)
@@ -110,7 +112,7 @@ def update_of(name: str, count: int, device: str):
         ]
         source = hooks[0]
         if count > 1:
-            capture = Captured if graphs else None
+            capture = traced.captured if graphs else None
             over_seeds = stack.networks.over_seeds
             source = StackedHook(hooks, offline, online, over_seeds, capture)
     config = config_of(name, 0)

@@ -234,6 +234,10 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     settings = subject.settings
     module = files_of(algorithm)[0 if fields is None else 1]
     offline, online = (random_buffer(module, device, seed) for seed in (0, 1))
+    source = finetune.MixedBuffer(offline, online, 0.5)
+    if compile and compiled.on_gpu(device):
+        for buffer in (offline, online, source):
+            buffer.capture()
     if fields is not None:
         block = next(
             f for f in dataclasses.fields(module.TrainConfig) if f.name == "dare"
@@ -245,7 +249,6 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
     if fields is None:
-        source = finetune.MixedBuffer(offline, online, 0.5)
         return lambda: module.step(trainer, source, config)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)

@@ -1,10 +1,13 @@
 """Replay buffers under CORL's names."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Dict, List, Optional, Union
 
 import numpy as np
 import torch
+
+from corl.captured import Captured
 
 TensorBatch = List[torch.Tensor]
 
@@ -48,6 +51,7 @@ class ReplayBuffer:
         self._size = 0
         # Rows of the dataset. They are not part of a checkpoint.
         self._loaded = 0
+        self._read: Callable[..., TensorBatch] = self.read
         self._compat = compat
         self._device = device
 
@@ -115,10 +119,17 @@ class ReplayBuffer:
         # The legacy global generator on the host, as upstream: same seed, same batches.
         return np.random.randint(0, self._size, size=batch_size)
 
+    def read(self, rows: torch.Tensor) -> TensorBatch:
+        """The rows of these numbers (B,), which are on the device."""
+        return [field[rows] for field in self._storage()]
+
     def gather(self, indices: np.ndarray) -> TensorBatch:
         """The rows of these numbers (B,)."""
-        rows = upload(indices, self._device)
-        return [field[rows] for field in self._storage()]
+        return self._read(upload(indices, self._device))
+
+    def capture(self) -> None:
+        """From now on a GPU gets all fields of a batch in one launch, see `captured.Captured`."""
+        self._read = Captured(self.read, reads=self._storage)
 
     def sample(self, batch_size: int) -> TensorBatch:
         """A batch of random rows."""
@@ -178,11 +189,22 @@ class MixedBuffer:
 
     def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, mixing_ratio: float):
         self.offline, self.online, self.mixing_ratio = offline, online, mixing_ratio
+        self._read: Callable[..., TensorBatch] = self.read
+
+    def read(self, offline: torch.Tensor, online: torch.Tensor) -> TensorBatch:
+        """The rows of these numbers in each source, (B_off,) and (B_on,)."""
+        halves = zip(self.offline.read(offline), self.online.read(online), strict=True)
+        # Along the rows, whatever stands before them.
+        return [torch.cat(rows, dim=-2) for rows in halves]
+
+    def capture(self) -> None:
+        """See `ReplayBuffer.capture`."""
+        self._read = Captured(
+            self.read, reads=lambda: self.offline._storage() + self.online._storage()
+        )
 
     def sample(self, batch_size: int) -> TensorBatch:
         """A batch with `mixing_ratio` of its rows from the offline buffer."""
         n_offline = int(batch_size * self.mixing_ratio)
-        offline = self.offline.sample(n_offline)
-        online = self.online.sample(batch_size - n_offline)
-        # Along the rows, whatever stands before them.
-        return [torch.cat(rows, dim=-2) for rows in zip(offline, online, strict=True)]
+        rows = self.offline.draw(n_offline), self.online.draw(batch_size - n_offline)
+        return self._read(*(upload(part, self.offline._device) for part in rows))

@@ -31,6 +31,8 @@ class Captured:
         optimizers: that the function steps. Their state may be put into new tensors by
             `load_state_dict`; then the graphs are captured again.
         generators: that the function draws from, besides the device's own.
+        reads: gives the tensors, besides its arguments, that the function reads. Where others
+            have taken their place, the graphs are captured again.
     """
 
     def __init__(
@@ -38,8 +40,9 @@ class Captured:
         function: Callable[..., Any],
         optimizers: Sequence[torch.optim.Optimizer] = (),
         generators: Iterable[torch.Generator] = (),
+        reads: Callable[[], Iterable[torch.Tensor]] = tuple,
     ):
-        self.function = function
+        self.function, self.reads = function, reads
         self.optimizers, self.generators = optimizers, tuple(generators)
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: Counter[Hashable] = Counter()
@@ -47,7 +50,7 @@ class Captured:
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         values, structure = pytree.tree_flatten((args, named))
-        form = structure, *(_form(value) for value in values)
+        form = form_of(values, structure)
         places = self._places_of_state()
         if places != self._places:
             self._graphs.clear()
@@ -64,19 +67,29 @@ class Captured:
         return graph.replay(values)
 
     def _places_of_state(self) -> list[int]:
-        """Addresses of the optimizers' state, which is made at the first step."""
-        return [
-            value.data_ptr()
+        """Addresses of what is read, and of the optimizers' state (made at the first step)."""
+        states = [
+            value
             for optimizer in self.optimizers
             for state in optimizer.state.values()
             for value in state.values()
         ]
+        return [value.data_ptr() for value in (*states, *self.reads())]
 
 
-def _form(value: Any) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype
-    return type(value), value
+def form_of(values: Sequence[Any], structure: Any) -> Hashable:
+    """What the arguments of one call have in common with those of another with the same work.
+
+    Args:
+        values, structure: as pytree's `tree_flatten` gives them.
+    """
+    forms = [
+        (value.shape, value.dtype)
+        if isinstance(value, torch.Tensor)
+        else (type(value), value)
+        for value in values
+    ]
+    return structure, *forms
 
 
 class _Graph:

@@ -223,6 +223,9 @@ class Session:
         if ratio is not None:
             self.online_buffer = new_buffer(config, task, device)
             self.mixed = MixedBuffer(self.offline_buffer, self.online_buffer, ratio)
+        if config.compile and compiled.on_gpu(device):
+            for buffer in (self.offline_buffer, self.online_buffer, self.mixed):
+                buffer.capture()
         space: Any = env.action_space
         max_action = float(space.high[0])
         self.sizes = Sizes(task.state_dim, task.action_dim, max_action)

@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
-from corl.captured import Captured
+from corl import traced
 
 PLAIN = (int, float, bool, str, type(None))
 
@@ -162,9 +162,10 @@ class Stack:
                 setattr(self.trainer, name, value)
         optimizers = _parts_of(first, torch.optim.Optimizer)
         self.optimizers = [self._optimizer(name) for name in optimizers]
+        self._rates: list[float] = []
         self._update = self._of_all
         if self.graph:
-            self._update = Captured(self._of_all, self.optimizers)
+            self._update = traced.captured(self._of_all, self.optimizers)
 
     def _optimizer(self, name: str) -> torch.optim.Adam:
         """One Adam of all seeds; the moments of the members' become views of its own."""
@@ -186,6 +187,13 @@ class Stack:
             rate = torch.tensor(group["lr"], device=place)
             options |= {"fused": True, "foreach": None, "capturable": True, "lr": rate}
         together.param_groups[0].update(options)
+        if self.graph and traced.can_fuse():
+            # Steps that a recording can follow, see `compiled.descend`.
+            marks: Any = together
+            marks.captured = True
+            rate = torch.tensor(group["lr"], device=place)
+            marks.traced_group = together.param_groups[0]
+            marks.traced_group["lr"] = rate
         for number, parameter in enumerate(together.param_groups[0]["params"]):
             parts = [optimizer.param_groups[0]["params"][number] for optimizer in own]
             states = [o.state.get(p, {}) for o, p in zip(own, parts, strict=True)]
@@ -217,13 +225,16 @@ class Stack:
 
     def update(self, *args: Any) -> dict[str, torch.Tensor]:
         """`_update` of all seeds: arguments (N, ...), metrics (N,)."""
-        for optimizer in _parts_of(self.trainer, torch.optim.Optimizer).values():
-            rate = optimizer.param_groups[0]["lr"]
-            group = optimizer.stacked.param_groups[0]
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        own: Any = list(_parts_of(self.trainer, torch.optim.Optimizer).values())
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in own]
+        if rates != self._rates:
+            for optimizer, rate in zip(own, rates, strict=True):
+                group = optimizer.stacked.param_groups[0]
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            self._rates = rates
         return self._update(*args)
 
     def noise(self, actions: torch.Tensor, *flags: Any) -> Any:

@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
-from corl import compiled, evaluation, machine, pace, runs
+from corl import compiled, evaluation, machine, pace, runs, traced
 from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch, upload
 from corl.captured import Captured
 from corl.checkpoints import pack, rng_state, set_rng_state, unpack
@@ -88,6 +88,10 @@ class StackedBuffer:
                 setattr(buffer, name, view)
             self._fields.append(together)
         self._numbers = torch.arange(len(buffers), device=self._device).unsqueeze(1)
+        self._read: Callable[..., TensorBatch] = self.read
+
+    def _storage(self) -> TensorBatch:
+        return self._fields
 
     def draw(self, batch_size: int) -> np.ndarray:
         """Row numbers (N, batch_size), each seed's from its own stream."""
@@ -97,10 +101,17 @@ class StackedBuffer:
         ]
         return np.stack(rows)
 
+    def read(self, rows: torch.Tensor) -> TensorBatch:
+        """The rows of these numbers (N, B), which are on the device."""
+        return [field[self._numbers, rows] for field in self._fields]
+
     def gather(self, indices: np.ndarray) -> TensorBatch:
         """The rows of these numbers (N, B), with one upload."""
-        rows = upload(indices, self._device)
-        return [field[self._numbers, rows] for field in self._fields]
+        return self._read(upload(indices, self._device))
+
+    def capture(self) -> None:
+        """See `ReplayBuffer.capture`."""
+        self._read = Captured(self.read, reads=self._storage)
 
     def sample(self, batch_size: int) -> TensorBatch:
         """A batch of random rows of every seed."""
@@ -176,6 +187,9 @@ class StackedSession:
             offline_rows: Any = self.offline_buffer
             online_rows: Any = self.online_buffer
             self.mixed = MixedBuffer(offline_rows, online_rows, ratio)
+        if self._graph:
+            for buffer in (self.offline_buffer, self.online_buffer, self.mixed):
+                buffer.capture()
         self.sizes = self.sessions[0].sizes
         self.normalization = self.sessions[0].normalization
 
@@ -230,7 +244,7 @@ class StackedSession:
             "online": self.online_buffer,
             "seeds": [{**session.facts(), **eager} for session in self.sessions],
             "over_seeds": self._stack.networks.over_seeds,
-            "capture": Captured if self._graph else None,
+            "capture": traced.captured if self._graph else None,
         }
 
     def show(self, *args: Any) -> None:
@@ -255,16 +269,17 @@ class StackedSession:
         """Has somebody asked the runs to stop?"""
         return self._signal is not None or self.sessions[0].should_stop()
 
-    def _steps(self, steps: Sequence[Iterator[int]]) -> Iterator[int]:
-        """All seeds make the same steps."""
+    def _steps(self, steps: Sequence[Iterator[int]], draws: bool) -> Iterator[int]:
+        """All seeds make the same steps; each has its own streams where they draw."""
+        streams = [own.torch if draws else nullcontext for own in self.streams]
         while True:
             if self.should_stop():
                 for session in self.sessions:
                     session.run.stop_requested = True
                     session.run._signal = self._signal
             made = []
-            for own, stream in zip(steps, self.streams, strict=True):
-                with stream.torch():
+            for own, stream in zip(steps, streams, strict=True):
+                with stream():
                     made.append(next(own, None))
             if made[0] is None:
                 return
@@ -273,7 +288,8 @@ class StackedSession:
     def offline(self, actor: Any) -> Iterator[int]:
         """See `Session.offline`."""
         pairs = zip(self.sessions, self._made, strict=True)
-        return self._steps([session.offline(own.actor) for session, own in pairs])
+        steps = [session.offline(own.actor) for session, own in pairs]
+        return self._steps(steps, draws=False)
 
     @property
     def goes_online(self) -> bool:
@@ -289,7 +305,8 @@ class StackedSession:
     def online(self, actor: Any, explore: Any = None) -> Iterator[int]:
         """See `Session.online`."""
         pairs = zip(self.sessions, self._made, strict=True)
-        return self._steps([s.online(own.actor, explore) for s, own in pairs])
+        steps = [session.online(own.actor, explore) for session, own in pairs]
+        return self._steps(steps, draws=True)
 
     def updates(self) -> Iterator[int]:
         """See `Session.updates`."""

@@ -88,9 +88,11 @@ class SlotCache:
             if self.values is None:
                 shape = (len(self.made), *fresh.shape[1:])
                 self.values = torch.zeros(shape, dtype=fresh.dtype, device=fresh.device)
-            slots = upload(rows[missing], fresh.device)
-            self.values[slots] = fresh
-            self.made[rows[missing]] = now
+            # A row that was drawn twice keeps its last value; a GPU would keep either of them.
+            slots, from_the_end = np.unique(rows[missing][::-1], return_index=True)
+            kept = upload(len(missing) - 1 - from_the_end, fresh.device)
+            self.values[upload(slots, fresh.device)] = fresh[kept]
+            self.made[slots] = now
         assert self.values is not None
         return self.values[upload(rows, self.values.device)]
 

@@ -121,8 +121,8 @@ def test_a_hook_of_graphs_draws_and_decides_as_without(fields):
     assert found == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
-RUN = [
-    *(sys.executable, str(ROOT / "algorithms" / "dare_iql.py")),
+PROGRAM = [sys.executable, str(ROOT / "algorithms" / "dare_iql.py")]
+SETTINGS = [
     *("--env", "hopper-random-v2", "--dataset_source", "self-collected"),
     *("--dataset_rows", "1500", "--device", "cuda", "--compile", "true"),
     *("--threads", "1", "--buffer_size", "4000", "--batch_size", "32"),
@@ -145,7 +145,7 @@ def test_a_run_on_the_gpu_is_resumed_to_the_last_bit(tmp_path):
 
     def run(*more):
         done = subprocess.run(
-            [*RUN, *more],
+            [*PROGRAM, *more],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,
@@ -154,8 +154,8 @@ def test_a_run_on_the_gpu_is_resumed_to_the_last_bit(tmp_path):
         )
         assert done.returncode == 0, done.stdout[-3000:]
 
-    run("--runs_dir", "whole", "--online_iterations", "80")
-    run("--runs_dir", "half", "--online_iterations", "40")
+    run(*SETTINGS, "--runs_dir", "whole", "--online_iterations", "80")
+    run(*SETTINGS, "--runs_dir", "half", "--online_iterations", "40")
     (whole,), (half,) = ((tmp_path / name).glob("*") for name in ("whole", "half"))
     run("--resume", str(half), "--online_iterations", "80")
     assert_equal(weights_of(half), weights_of(whole))

@@ -22,14 +22,12 @@ with a hook sees the baseline's rows.
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from corl_dare.behavior import (
@@ -43,6 +41,7 @@ from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
 from corl_dare.exchange import alignment_score, exchange, reorder
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
+from corl_dare.release import Release
 from corl_dare.rows import SlotCache, draw, draw_rows, storage, upload
 from corl_dare.streams import put_back
 
@@ -50,40 +49,6 @@ Log = dict[str, torch.Tensor]
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
 # where a buffer does not tell them.
 Rows = list[Any]
-
-
-class Release(NamedTuple):
-    """Which rows of a batch keep their conservative loss.
-
-    weight: (B,), 1 keeps, 0 releases, anything between is a soft release.
-    kept: number of leading rows of weight 1 where all others have weight 0, so that a loss of
-        weight 0 need not be computed; None with soft weights.
-    """
-
-    weight: torch.Tensor
-    kept: int | None = None
-
-    def keep(self, conservative: torch.Tensor) -> torch.Tensor:
-        """weight * conservative, (B,), of conservative losses per row.
-
-        Args:
-            conservative: (kept,), of the rows that are kept; (B,) with soft weights.
-        """
-        if self.kept is None:
-            return self.weight * conservative
-        # Padded, so that sums over a batch keep their order.
-        return F.pad(conservative, (0, len(self.weight) - self.kept))
-
-    def mix(self, conservative: torch.Tensor, released: torch.Tensor) -> torch.Tensor:
-        """weight * conservative + (1 - weight) * released, (B,), of losses per row.
-
-        Args:
-            conservative: (B,).
-            released: (B - kept,), of the rows that are not kept; (B,) with soft weights.
-        """
-        if self.kept is None:
-            return self.weight * conservative + (1.0 - self.weight) * released
-        return self.keep(conservative[: self.kept]) + F.pad(released, (self.kept, 0))
 
 
 class Drawn(NamedTuple):
@@ -703,89 +668,6 @@ class DareHook:
             self.energy_optimizer.param_groups[0]["capturable"] = self._on_gpu
 
 
-class _Holder(torch.nn.Module):
-    """A network that `functional_call` can put other tensors into, whatever is called of it."""
-
-    def __init__(self, network: torch.nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        return function(*args)
-
-
-class StackedHook(DareHook):
-    """The hooks of N seeds, whose batches (N, B, ...) are exchanged in one go.
-
-    Every seed keeps a hook of its own for its state; the first one's exchange runs under
-    `torch.vmap`, so scores need a density and the rule no generator.
-
-    Args:
-        members: one hook per seed, alike but for the seed.
-        offline, online: buffers of all seeds: `draw(n)` gives (N, n), `gather` (N, n, ...).
-        over_seeds: turns a function of one seed's policy and of tensors into one of all seeds.
-        capture: on a GPU, turns that into one launch, see `DareHook`.
-
-    Raises:
-        ValueError: what is configured draws random numbers for each seed.
-    """
-
-    def __init__(
-        self,
-        members: Sequence[DareHook],
-        offline: Any,
-        online: Any,
-        over_seeds: Callable[..., Callable[..., Any]],
-        capture: Callable[..., Callable[..., Any]] | None = None,
-    ):
-        first = members[0]
-        if why := first.config.not_stacked():
-            raise ValueError(f"the hooks of several seeds cannot be stacked: {why}")
-        # What a hook has besides is the first member's.
-        vars(self).update(vars(first))
-        self.members, self.offline, self.online = list(members), offline, online
-        self.refused = torch.stack([hook.refused for hook in members])
-        self._over_seeds, self._capture_all = over_seeds, capture
-        self._arranged: Callable[..., Any] | None = None
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def _bind(self) -> Callable[..., Any]:
-        """`arrange` of all seeds. Made late, when the behavior models are fitted."""
-        # The mass beyond a bound is computed seed by seed, and torch would say so.
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        first, holder = self.members[0], _Holder(self.members[0].behavior)
-        holders = [_Holder(hook.behavior) for hook in self.members]
-        for name, tensor in holder.state_dict().items():
-            others = [other.state_dict()[name] for other in holders]
-            self._tensors[name] = torch.stack([tensor, *others[1:]])
-
-        def of_one(tensors: dict[str, torch.Tensor], offline: Any, online: Any) -> Any:
-            args = first.arrange, (offline, online, [None, None])
-            return torch.func.functional_call(holder, tensors, args)
-
-        of_all = self._over_seeds(of_one)
-        return of_all if self._capture_all is None else self._capture_all(of_all)
-
-    def sample(self, batch_size: int) -> Drawn:
-        """The batches of all seeds; see `DareHook.sample`."""
-        if self._arranged is None:
-            self._arranged = self._bind()
-        self.samples += 1
-        n_offline = int(batch_size * self.mixing_ratio)
-        offline_rows, offline = draw(self.offline, n_offline)
-        online_rows, online = draw(self.online, batch_size - n_offline)
-        batch, weight, log, states = self._arranged(self._tensors, offline, online)
-        self.refused = self.refused + log["refused"]
-        log = {**log, "refused": self.refused}
-        release = self._release(weight, n_offline)
-        return Drawn(batch, release, log, states, [offline_rows, online_rows])
-
-    def spread(self) -> None:
-        """Give every member its counts."""
-        for hook, refused in zip(self.members, self.refused, strict=True):
-            hook.samples, hook.refused = self.samples, refused.clone()
-
-
 def prepare(
     config: DareConfig,
     offline: Any,
@@ -813,7 +695,7 @@ def prepare(
         q_scale: factor on Q, or a function that tells it and is asked only where it matters.
         begin: False leaves the fit to a later `hook.begin()`.
         seeds, over_seeds: for several seeds in one process: the arguments that each has of its
-            own, such as buffers and seed, and a function, see `StackedHook`.
+            own, such as buffers and seed, and a function, see `hook_stacked.StackedHook`.
         options: the other arguments of `DareHook`.
 
     Raises:
@@ -824,6 +706,9 @@ def prepare(
         capture = options.pop("capture", None)
         options |= {"cache_dir": cache_dir, "q_scale": q_scale, "begin": begin}
         hooks = [prepare(config, **{**options, **own}) for own in seeds]
+        # It is a `DareHook`, so its file imports this one.
+        from corl_dare.hook_stacked import StackedHook
+
         return StackedHook(hooks, offline, online, over_seeds, capture)
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)

@@ -24,7 +24,8 @@ from corl.stacked_session import StackedBuffer
 from corl.stacked_session import Streams as AllStreams
 from corl_dare.behavior import make_behavior_model
 from corl_dare.config import DareConfig
-from corl_dare.hook import DareHook, Release, StackedHook
+from corl_dare.hook import DareHook, Release
+from corl_dare.hook_stacked import StackedHook
 
 S, A, B = 5, 2, 12
 TASK = "hopper-medium-v2"

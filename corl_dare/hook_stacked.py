@@ -1,4 +1,4 @@
-"""`StackedHook`: the hooks of several seeds as one, for `corl_dare.hook.prepare(over_seeds=...)`."""
+"""`StackedHook`: the hooks of several seeds as one; `hook.prepare` makes it with `over_seeds`."""
 
 import warnings
 from collections.abc import Callable, Sequence

@@ -39,13 +39,25 @@ from corl_dare.behavior import (
 )
 from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
-from corl_dare.exchange import alignment_score, exchange, reorder
+from corl_dare.exchange import (
+    EM_STEPS,
+    alignment_score,
+    em_steps,
+    exchange,
+    fit_mixture,
+    permute_rows,
+    reorder,
+    weight_stats,
+)
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 from corl_dare.release import Release
 from corl_dare.rows import SlotCache, draw, draw_rows, storage, upload
 from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
+# Steps of expectation-maximisation in one graph, which takes seconds to compile.
+EM_CHUNK = 5
+assert EM_STEPS % EM_CHUNK == 0
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
 # where a buffer does not tell them.
 Rows = list[Any]
@@ -181,7 +193,7 @@ class DareHook:
             `draw(n)` and `gather(rows)`, or with CORL's private storage, tells them; any other
             one works with `reference_max_age` 0 and without guidance.
         config: DARE's fields.
-        behavior: behavior model on raw states, frozen.
+        behavior: behavior model on raw states, frozen; None for weights without a score.
         policy_log_prob: (states (B, S) as in the buffers, actions (B, A)) -> (B,), the current
             policy's log-density in nats; for `score: policy_ratio`.
         q_function: (states (B, S) as in the buffers, actions (B, A)) -> (B,), the Q that the
@@ -200,6 +212,9 @@ class DareHook:
             it uses. Default: they are launched kernel by kernel.
         bar: makes progress bars, called as `tqdm` is.
         data: what `begin` fits the behavior model on; None: it is fitted.
+        online_steps: tells how many steps the online phase has made since its first update;
+            for `weights: anneal`. Default: one for each batch that was drawn.
+        online_length: steps of the whole online phase; the default of `anneal_steps`.
 
     Raises:
         ValueError: a part that the configured score needs is missing.
@@ -210,7 +225,7 @@ class DareHook:
         offline: Any,
         online: Any,
         config: DareConfig,
-        behavior: BehaviorModel,
+        behavior: BehaviorModel | None,
         *,
         policy_log_prob: Callable[..., torch.Tensor] | None = None,
         q_function: Callable[..., torch.Tensor] | None = None,
@@ -225,7 +240,11 @@ class DareHook:
         capture: Callable[..., Callable[..., Any]] | None = None,
         bar: Callable[..., Any] = tqdm,
         data: BehaviorData | None = None,
+        online_steps: Callable[[], int] | None = None,
+        online_length: int | None = None,
     ):
+        if config.weights == "anneal" and not (config.anneal_steps or online_length):
+            raise ValueError("dare.weights anneal needs dare.anneal_steps")
         if config.score == "policy_ratio" and policy_log_prob is None:
             raise ValueError("dare.score policy_ratio needs policy_log_prob")
         if config.guided and q_function is None:
@@ -240,6 +259,7 @@ class DareHook:
         self.unnormalize = unnormalize or (lambda states: states)
         self.clipped_policy = clipped_policy
         self.device, self.seed, self.bar, self.data = device, seed, bar, data
+        self.online_steps, self.online_length = online_steps, online_length or 0
         self.generator = torch.Generator(device).manual_seed(seed)
         # Draws the rows of energy steps, on the host.
         self.row_generator = torch.Generator().manual_seed(seed)
@@ -262,6 +282,7 @@ class DareHook:
     def _make_energy(self) -> None:
         """What guidance needs: the energy network and the actions that it is trained on."""
         self.support_caches = self._make_caches(None)
+        assert self.behavior is not None
         dims = self.behavior.state_dim, self.behavior.action_dim
         self.energy = EnergyNetwork(*dims, seed=self.seed).to(self.device)
         self.energy_optimizer = torch.optim.Adam(
@@ -279,10 +300,12 @@ class DareHook:
     ) -> None:
         """The functions of tensors that a batch needs, as they are or as graphs."""
         self._exchange, self._density_scores = exchange, self.density_scores
+        self._em_steps = em_steps
         self._guided_samples = self.guided_samples
         self._energy_update = self.energy_update
         if compile is not None:
             self._density_scores = compile(self.density_scores)
+            self._em_steps = compile(em_steps)
             if self.config.rule != "random":  # a graph takes no generator
                 self._exchange = compile(exchange)
         if capture is None:
@@ -317,19 +340,51 @@ class DareHook:
         offline_rows, offline = draw(self.offline, n_offline)
         online_rows, online = draw(self.online, batch_size - n_offline)
         rows = [offline_rows, online_rows]
-        batch, weight, log, states = self.arrange(offline, online, rows)
-        self.refused = self.refused + log["refused"]
-        log = {**log, "refused": self.refused}
+        weight = self._weight_tensor(offline[0])
+        batch, weight, log, states = self.arrange(offline, online, rows, weight)
+        log = self._count_refused(log)
         return Drawn(batch, self._release(weight, n_offline), log, states, rows)
 
+    @property
+    def weight(self) -> float:
+        """The weight of all rows now; 1 where rows have weights of their own."""
+        if not self.config.alike:
+            return 1.0
+        # The batch that is being drawn counts for the steps after it.
+        steps = self.online_steps() if self.online_steps else self.samples - 1
+        return self.config.weight_after(steps, self.online_length)
+
+    def _weight_tensor(self, like: torch.Tensor) -> torch.Tensor | None:
+        # A number would be part of a graph.
+        return like.new_full((), self.weight) if self.config.alike else None
+
+    def _count_refused(self, log: Log) -> Log:
+        if "refused" not in log:
+            return log
+        self.refused = self.refused + log["refused"]
+        return {**log, "refused": self.refused}
+
     def _release(self, weight: torch.Tensor, n_offline: int) -> Release:
-        return Release(weight, n_offline if self.config.weights == "hard" else None)
+        if not self.config.alike:
+            return Release(weight, n_offline if self.config.weights == "hard" else None)
+        # What stays the same during a run: each number has a graph of its own.
+        fixed = self.config.weight if self.config.weights == "uniform" else None
+        if self.config.weight == 1.0 or fixed == 0.0:
+            return Release(weight, int(self.config.weight) * weight.shape[-1])
+        return Release(weight)
 
     @torch.no_grad()
     def arrange(
-        self, offline: list[torch.Tensor], online: list[torch.Tensor], rows: Rows
+        self,
+        offline: list[torch.Tensor],
+        online: list[torch.Tensor],
+        rows: Rows,
+        weight: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor, Log, torch.Tensor]:
         """Score and exchange two halves of a batch; takes nothing else but what is cached.
+
+        Args:
+            weight: 0-d, of all rows; then nothing is scored and no row moves.
 
         Returns:
             The batch with its offline-like rows first, the weights of its rows (B,), metrics, and
@@ -338,7 +393,13 @@ class DareHook:
         batch = [torch.cat(halves) for halves in zip(offline, online, strict=True)]
         n_offline = len(offline[0])
         states, actions = batch[0], batch[1]
+        if weight is not None:
+            weight = weight.expand(len(states)).clone()
+            return batch, weight, weight_stats(weight), states
         scores, log = self.score(states, actions, rows)
+        mixture = None
+        if self.config.rule == "em":
+            mixture = fit_mixture(scores, n_offline, self._em_steps, EM_CHUNK)
         result = self._exchange(
             scores[:n_offline],
             scores[n_offline:],
@@ -347,8 +408,12 @@ class DareHook:
             weights=self.config.weights,
             skip_inverted=self.config.skip_inverted,
             generator=self.generator if self.config.rule == "random" else None,
+            mixture=mixture,
         )
-        batch = reorder(batch, result.order)
+        order, lots = result.order, self.config.permute
+        if lots != "none":
+            order = permute_rows(order, n_offline, lots, self.generator)
+        batch = reorder(batch, order)
         return batch, result.weight, {**result.stats, **log}, states
 
     def score(
@@ -370,6 +435,7 @@ class DareHook:
     ) -> torch.Tensor:
         """Scores (B,) of the densities, nats: -log nu(a|s), or log pi(a|s) - log nu(a|s)."""
         raw = self.unnormalize(states)
+        assert self.behavior is not None
         if self.config.score == "likelihood":
             return -self.behavior.log_prob(raw, actions)
         bound = self.max_action if self.clipped_policy else math.inf
@@ -431,6 +497,7 @@ class DareHook:
             if guided and energy is not None:
                 options["scale"] = self.config.guidance_scale
                 options["guidance"] = lambda x, t, s: energy_gradient(energy, x, t, s)
+        assert self.behavior is not None
         with torch.no_grad():
             raw = self.unnormalize(states)
             return self.behavior.sample(raw, n, self.generator, **options)
@@ -552,6 +619,7 @@ class DareHook:
             bar=self.bar,
             should_stop=should_stop,
         )
+        assert self.behavior is not None
         # In place: compiled graphs hold these tensors.
         self.behavior.load_state_dict(fitted.state_dict())
         self.data = None
@@ -590,6 +658,7 @@ class DareHook:
         return self.seed if own is None else own
 
     def _behavior_file(self, data: BehaviorData) -> Path:
+        assert self.behavior is not None
         return cached_file(
             self.behavior,
             len(data.states),
@@ -602,6 +671,7 @@ class DareHook:
         )[0]
 
     def _fit_steps(self, batch: list[torch.Tensor], count: int) -> None:
+        assert self.behavior is not None
         fit(
             self.behavior.requires_grad_(True),
             *batch,
@@ -710,6 +780,8 @@ def prepare(
         from corl_dare.hook_stacked import StackedHook
 
         return StackedHook(hooks, offline, online, over_seeds, capture)
+    if config.alike:
+        return DareHook(offline, online, config, None, **options)
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
     if (states is None) != (actions is None):

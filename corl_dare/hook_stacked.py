@@ -13,7 +13,7 @@ from corl_dare.rows import draw
 class _Holder(torch.nn.Module):
     """A network that `functional_call` can put other tensors into, whatever is called of it."""
 
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: torch.nn.Module | None):
         super().__init__()
         self.network = network
 
@@ -66,8 +66,10 @@ class StackedHook(DareHook):
             others = [other.state_dict()[name] for other in holders]
             self._tensors[name] = torch.stack([tensor, *others[1:]])
 
-        def of_one(tensors: dict[str, torch.Tensor], offline: Any, online: Any) -> Any:
-            args = first.arrange, (offline, online, [None, None])
+        def of_one(
+            tensors: dict[str, torch.Tensor], offline: Any, online: Any, weight: Any
+        ) -> Any:
+            args = first.arrange, (offline, online, [None, None], weight)
             return torch.func.functional_call(holder, tensors, args)
 
         of_all = self._over_seeds(of_one)
@@ -81,9 +83,12 @@ class StackedHook(DareHook):
         n_offline = int(batch_size * self.mixing_ratio)
         offline_rows, offline = draw(self.offline, n_offline)
         online_rows, online = draw(self.online, batch_size - n_offline)
-        batch, weight, log, states = self._arranged(self._tensors, offline, online)
-        self.refused = self.refused + log["refused"]
-        log = {**log, "refused": self.refused}
+        # Of all seeds alike: it has no dimension.
+        weight = self._weight_tensor(offline[0])
+        batch, weight, log, states = self._arranged(
+            self._tensors, offline, online, weight
+        )
+        log = self._count_refused(log)
         release = self._release(weight, n_offline)
         return Drawn(batch, release, log, states, [offline_rows, online_rows])
 

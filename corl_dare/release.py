@@ -26,7 +26,7 @@ class Release(NamedTuple):
         if self.kept is None:
             return self.weight * conservative
         # Padded, so that sums over a batch keep their order.
-        return F.pad(conservative, (0, len(self.weight) - self.kept))
+        return F.pad(conservative, (0, self.weight.shape[-1] - self.kept))
 
     def mix(self, conservative: torch.Tensor, released: torch.Tensor) -> torch.Tensor:
         """weight * conservative + (1 - weight) * released, (B,), of losses per row.
@@ -38,3 +38,18 @@ class Release(NamedTuple):
         if self.kept is None:
             return self.weight * conservative + (1.0 - self.weight) * released
         return self.keep(conservative[: self.kept]) + F.pad(released, (self.kept, 0))
+
+    def average(self, kept: torch.Tensor) -> torch.Tensor:
+        """Mean of a conservative loss by the weights, 0-d; not finite where all weights are 0.
+
+        Two releases can be compared by it at another total weight, and rows whose loss was not
+        computed have no part in it.
+
+        Args:
+            kept: (B,), as `keep` returns it.
+        """
+        return kept.detach().sum(-1) / self.weight.sum(-1)
+
+    def whole(self) -> "Release":
+        """The release that keeps all rows, where an algorithm's own coefficient has the weight."""
+        return Release(torch.ones_like(self.weight), self.weight.shape[-1])

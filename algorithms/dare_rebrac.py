@@ -565,10 +565,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             source.pretrain(session.should_stop, session.save)
         for t in session.online(trainer.actor, explore if config.expl_noise else None):
             coefs = config.bc_coefs(t - config.offline_iterations)
-            if (
-                config.dare.enabled
-            ):  # one weight of all rows is a factor, as in the baseline
-                coefs = tuple(source.weight * coef for coef in coefs)
+            # One weight of all rows is a factor, as in the schedule of the baseline.
+            coefs = [source.weight * c if config.dare.enabled else c for c in coefs]
             trainer.actor_bc_coef, trainer.critic_bc_coef = coefs
             losses: Dict[str, Any] = {}
             for _ in session.updates():

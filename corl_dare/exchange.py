@@ -287,16 +287,9 @@ def fit_mixture(
         chunk: a divisor of `EM_STEPS`.
     """
     make = steps or em_steps
-    rows = scores.detach().double()
-    # Centred first, so that equal scores have a deviation of exactly 0.
-    rows = rows - rows[0]
-    std, mean = torch.std_mean(rows, correction=0)
-    z = (rows - mean) / torch.where(std > 0, std, 1.0)
-    off = (torch.arange(len(z), device=z.device) < n_off).to(z.dtype)
-    halves = torch.stack([off, 1.0 - off])  # (2, N)
-    start = torch.tensor(EM_SHARES, dtype=z.dtype, device=z.device)
-    # With these odds of belonging to A the moments are those of the halves.
-    state = EMState(_gaussians(halves, halves, z)[0], start)
+    z, halves, log_ratio = em_start(scores, n_off)
+    share = torch.stack([torch.full_like(z[0], start) for start in EM_SHARES])
+    state = EMState(log_ratio, share)
     for _ in range(EM_STEPS // chunk):
         state = make(state, halves, z, chunk)
     log_ratio, share = state
@@ -313,13 +306,33 @@ def fit_mixture(
     return Mixture(log_odds, share[0], share[1], statistic)
 
 
+def em_start(
+    scores: torch.Tensor, n_off: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the steps begin with, in float64: see `em_steps`.
+
+    Returns:
+        Standardised scores (N,), the rows' halves (2, N), and log density A / density B (N,)
+        of the Gaussians with the moments of the halves.
+    """
+    rows = scores.detach().double()
+    # Centred first, so that equal scores have a deviation of exactly 0.
+    rows = rows - rows[0]
+    std, mean = torch.std_mean(rows, correction=0)
+    z = (rows - mean) / torch.where(std > 0, std, 1.0)
+    off = (torch.arange(len(z), device=z.device) < n_off).to(z.dtype)
+    halves = torch.stack([off, 1.0 - off])
+    return z, halves, _gaussians(halves, halves, z)[0]
+
+
 def em_steps(
     state: EMState, halves: torch.Tensor, z: torch.Tensor, count: int
 ) -> EMState:
     """So many steps of expectation-maximisation.
 
     Args:
-        halves: (2, N), 1 where a row is of the offline half, and of the online half.
+        halves: (2, N), 1 where a row is of the offline half, and of the online half. Or
+            ones (1, N): then all rows have one share in common, `state.share` (1,).
         z: (N,), standardised scores.
     """
     sizes = halves.sum(1)
@@ -337,13 +350,13 @@ def _gaussians(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussians A and B of rows that belong to them (2, N): their log-ratio (N,), nats.
 
-    And how many rows of each half belong to them (2, 2). Neither of them can be left
+    And how many rows of each half belong to them (2, halves). Neither of them can be left
     without rows: near its mean it is at least a 500th as dense as the other one.
     """
     moments = torch.stack([z, z.square()])
     sums = belongs @ torch.cat([halves, moments]).T  # (2, 4)
-    counts = sums[:, :2]
-    mean, square = (sums[:, 2:] / counts.sum(1, keepdim=True)).unbind(1)
+    counts = sums[:, :-2]
+    mean, square = (sums[:, -2:] / counts.sum(1, keepdim=True)).unbind(1)
     variance = (square - mean.square()).clamp(min=EM_STD_MIN**2)
     nats = (z - mean.unsqueeze(1)).square() / variance.unsqueeze(1)
     nats = 0.5 * (nats + variance.log().unsqueeze(1))

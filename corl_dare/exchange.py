@@ -264,10 +264,7 @@ class EMState(NamedTuple):
 
 
 def fit_mixture(
-    scores: torch.Tensor,
-    n_off: int,
-    steps: Callable[..., EMState] | None = None,
-    chunk: int = EM_STEPS,
+    scores: torch.Tensor, n_off: int, state: EMState | None = None
 ) -> Mixture:
     """Fit A, B and both shares by expectation-maximisation (Dempster et al. 1977).
 
@@ -282,6 +279,32 @@ def fit_mixture(
     Args:
         scores: (N_off + N_on,), offline rows first.
         n_off: N_off.
+        state: of `em_state` on these scores; None: it is made here.
+    """
+    log_ratio, share = state or em_state(scores, n_off)
+    offline = torch.arange(len(scores), device=scores.device) < n_off
+    own = torch.where(offline, share[0], share[1])  # (N,)
+    # The likelihood that one common share would have at its best.
+    common = misplaced_share(log_ratio, strength=0.0)
+    gain = _log_likelihoods(log_ratio, own) - _log_likelihoods(log_ratio, common)
+    statistic = 2.0 * gain.sum()
+    told_apart = (statistic >= EM_GATE) & (share[0] > share[1])
+    if min(n_off, len(scores) - n_off) < 2:
+        told_apart = torch.zeros_like(told_apart)
+    in_place = _certain(offline, log_ratio)
+    log_odds = torch.where(told_apart, log_ratio + own.logit(), in_place)
+    return Mixture(log_odds, share[0], share[1], statistic)
+
+
+def em_state(
+    scores: torch.Tensor,
+    n_off: int,
+    steps: Callable[..., EMState] | None = None,
+    chunk: int = EM_STEPS,
+) -> EMState:
+    """Where `EM_STEPS` steps on scores (N_off + N_on,) end, offline rows first.
+
+    Args:
         steps: `em_steps`, perhaps compiled; it is called with `chunk` steps at a time,
             since a graph of all of them takes long to compile.
         chunk: a divisor of `EM_STEPS`.
@@ -292,18 +315,7 @@ def fit_mixture(
     state = EMState(log_ratio, share)
     for _ in range(EM_STEPS // chunk):
         state = make(state, halves, z, chunk)
-    log_ratio, share = state
-    own = share @ halves  # (N,)
-    # The likelihood that one common share would have at its best.
-    common = misplaced_share(log_ratio, strength=0.0)
-    gain = _log_likelihoods(log_ratio, own) - _log_likelihoods(log_ratio, common)
-    statistic = 2.0 * gain.sum()
-    told_apart = (statistic >= EM_GATE) & (share[0] > share[1])
-    if min(n_off, len(z) - n_off) < 2:
-        told_apart = torch.zeros_like(told_apart)
-    in_place = (halves[0] - halves[1]) * math.inf
-    log_odds = torch.where(told_apart, log_ratio + own.logit(), in_place)
-    return Mixture(log_odds, share[0], share[1], statistic)
+    return state
 
 
 def em_start(
@@ -406,7 +418,7 @@ def exchange(
     skip_inverted: bool = False,
     generator: torch.Generator | None = None,
     permute: str = "none",
-    mixture: Mixture | None = None,
+    em: EMState | None = None,
 ) -> Exchange:
     """Swap misplaced rows between the offline and the online half of a batch (Eq. 8-10).
 
@@ -446,7 +458,7 @@ def exchange(
         permute: the control for whether it matters *which* rows have the weights that
             the rule gave: half shuffles them among the rows of each half as drawn, batch
             among all rows. The weights stay as they are and the rows move.
-        mixture: of `fit_mixture` on these scores, for the rule em; None: it is made here.
+        em: of `em_state` on these scores, for the rule em; None: it is made here.
 
     Raises:
         ValueError: an empty half or scores that are not floating-point vectors,
@@ -464,8 +476,7 @@ def exchange(
     usable = torch.stack(moments).isfinite().all()
     inverted = moments[2] <= moments[0]
     allowed = usable & ~inverted if skip_inverted else usable
-    if rule == "em" and mixture is None:
-        mixture = fit_mixture(scores, n_off)
+    mixture = fit_mixture(scores, n_off, em) if rule == "em" else None
 
     key = log_odds = scores
     if weights == "soft" or rule in _BY_ODDS:

@@ -42,9 +42,9 @@ from corl_dare.config import DareConfig
 from corl_dare.exchange import (
     EM_STEPS,
     alignment_score,
+    em_state,
     em_steps,
     exchange,
-    fit_mixture,
     permute_rows,
     reorder,
     weight_stats,
@@ -56,7 +56,7 @@ from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
 # Steps of expectation-maximisation in one graph, which takes seconds to compile.
-EM_CHUNK = 5
+EM_CHUNK = 3
 assert EM_STEPS % EM_CHUNK == 0
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
 # where a buffer does not tell them.
@@ -397,9 +397,9 @@ class DareHook:
             weight = weight.expand(len(states)).clone()
             return batch, weight, weight_stats(weight), states
         scores, log = self.score(states, actions, rows)
-        mixture = None
+        em = None
         if self.config.rule == "em":
-            mixture = fit_mixture(scores, n_offline, self._em_steps, EM_CHUNK)
+            em = em_state(scores, n_offline, self._em_steps, EM_CHUNK)
         result = self._exchange(
             scores[:n_offline],
             scores[n_offline:],
@@ -408,7 +408,7 @@ class DareHook:
             weights=self.config.weights,
             skip_inverted=self.config.skip_inverted,
             generator=self.generator if self.config.rule == "random" else None,
-            mixture=mixture,
+            em=em,
         )
         order, lots = result.order, self.config.permute
         if lots != "none":

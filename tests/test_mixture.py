@@ -15,6 +15,7 @@ from corl_dare.exchange import (
     EM_STEPS,
     EMState,
     em_start,
+    em_state,
     em_steps,
     exchange,
     fit_mixture,
@@ -232,7 +233,7 @@ def test_chunks_of_compiled_steps_give_the_whole():
         asked.append(count)
         return em_steps(state, halves, z, count)
 
-    chunks, whole = fit_mixture(scores, 64, steps, 5), fit_mixture(scores, 64)
+    chunks, whole = em_state(scores, 64, steps, 5), em_state(scores, 64)
     assert asked == [5] * 6
     assert all(torch.equal(x, y) for x, y in zip(chunks, whole, strict=True))
 

@@ -56,7 +56,7 @@ from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
 # Steps of expectation-maximisation in one graph, which takes seconds to compile.
-EM_CHUNK = 3
+EM_CHUNK = 5
 assert EM_STEPS % EM_CHUNK == 0
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
 # where a buffer does not tell them.

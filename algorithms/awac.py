@@ -312,7 +312,10 @@ class AdvantageWeightedActorCritic:
         descend(actor_loss, self.actor_optimizer)
         for target, source in TARGETS.items():
             soft_update(getattr(self, target), getattr(self, source), self.tau)
-        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
+        return {
+            "critic_loss": critic_loss.detach(),
+            "actor_loss": actor_loss.detach(),
+        }
 
     def state_dict(self) -> Dict[str, Any]:
         """CORL's keys, and what CORL loses: optimizers, target networks, number of updates."""

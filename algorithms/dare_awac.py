@@ -322,6 +322,7 @@ class AdvantageWeightedActorCritic:
         adv: torch.Tensor,
         noise: Optional[torch.Tensor] = None,
         release: Optional[Release] = None,
+        log_dict: Optional[Dict[str, torch.Tensor]] = None,
     ) -> torch.Tensor:
         """Advantage-weighted regression, (B,); adv (B,) without gradient."""
         weights = (adv / self.awac_lambda).exp().clamp(max=self.exp_adv_max)
@@ -329,6 +330,9 @@ class AdvantageWeightedActorCritic:
         if release is not None:
             kept = release.kept
             released = self.released_losses(observations[kept:], noise[kept:])
+            if log_dict is not None:
+                average = release.average(release.keep(losses[:kept]))
+                log_dict["conservative_loss"] = average
             losses = release.mix(losses, released)
         return losses
 
@@ -361,6 +365,7 @@ class AdvantageWeightedActorCritic:
         q1_losses, q2_losses = self.q_losses(observations, actions, y)
         critic_loss = q1_losses.mean(-1) + q2_losses.mean(-1)
         descend(critic_loss, self.critic_1_optimizer, self.critic_2_optimizer)
+        log_dict: Dict[str, torch.Tensor] = {}
         actor_loss = self.policy_losses(
             observations,
             actions,
@@ -368,11 +373,16 @@ class AdvantageWeightedActorCritic:
             # The sample of pi(s) is the one under the advantage.
             noise[1],
             release,
+            log_dict,
         ).mean(-1)
         descend(actor_loss, self.actor_optimizer)
         for target, source in TARGETS.items():
             soft_update(getattr(self, target), getattr(self, source), self.tau)
-        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
+        return {
+            **log_dict,
+            "critic_loss": critic_loss.detach(),
+            "actor_loss": actor_loss.detach(),
+        }
 
     def state_dict(self) -> Dict[str, Any]:
         """CORL's keys, and what CORL loses: optimizers, target networks, number of updates."""

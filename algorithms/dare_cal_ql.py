@@ -144,6 +144,15 @@ class DareCalQLConfig(DareConfig):
         "lagrange_gap": ("literal", "weighted"),
     }
 
+    def check_multiplier(self) -> None:
+        """Refuse a multiplier that would raise the weight of the gap by what is released."""
+        if self.lagrange_gap == "literal":
+            raise ValueError(
+                f"dare.weights {self.weights} with cql_lagrange and dare.lagrange_gap literal "
+                "would release nothing, since the multiplier makes up for it; set "
+                "dare.lagrange_gap to weighted"
+            )
+
 
 @dataclass
 class TrainConfig(FinetuneConfig):
@@ -222,6 +231,8 @@ class TrainConfig(FinetuneConfig):
             raise ValueError(
                 "is_sparse_reward needs a discount below 1: r / (1 - discount)"
             )
+        if self.dare.enabled and self.dare.alike and self.cql_lagrange:
+            self.dare.check_multiplier()
         if self.dare.keep_calibration and self.compat:
             raise ValueError(
                 "dare.keep_calibration would bound online rows by upstream's return of 0; "
@@ -627,6 +638,8 @@ class CalQL:
         release: Optional[Release] = None,
     ) -> List[torch.Tensor]:
         """The conservative gaps of both critics, each (B,); predicted: Q of the data, (B,)."""
+        if release is not None and release.kept == 0:
+            return [torch.zeros_like(q) for q in predicted]
         if release is not None:  # a gap of weight 0 need not be known
             observations, next_observations, mc_returns, *predicted = (
                 x[: release.kept]
@@ -648,6 +661,8 @@ class CalQL:
         ]
         if release is not None:
             gaps = [release.keep(gap) for gap in gaps]
+            both = torch.stack(gaps).mean(0)
+            log_dict["conservative_loss"] = release.average(both)
         return gaps
 
     def _penalties(

@@ -132,6 +132,15 @@ class DareCQLConfig(DareConfig):
         "lagrange_gap": ("literal", "weighted"),
     }
 
+    def check_multiplier(self) -> None:
+        """Refuse a multiplier that would raise the weight of the gap by what is released."""
+        if self.lagrange_gap == "literal":
+            raise ValueError(
+                f"dare.weights {self.weights} with cql_lagrange and dare.lagrange_gap literal "
+                "would release nothing, since the multiplier makes up for it; set "
+                "dare.lagrange_gap to weighted"
+            )
+
 
 @dataclass
 class TrainConfig(FinetuneConfig):
@@ -202,6 +211,8 @@ class TrainConfig(FinetuneConfig):
                 f"cql_clip_diff_min {self.cql_clip_diff_min} lies above "
                 f"cql_clip_diff_max {self.cql_clip_diff_max}"
             )
+        if self.dare.enabled and self.dare.alike and self.cql_lagrange:
+            self.dare.check_multiplier()
         if self.dare.enabled and self.mixing_ratio is None:
             self.mixing_ratio = 0.5
         if self.mixing_ratio is not None:
@@ -588,6 +599,8 @@ class ContinuousCQL:
         release: Optional[Release] = None,
     ) -> List[torch.Tensor]:
         """The conservative gaps of both critics, each (B,); predicted: Q of the data, (B,)."""
+        if release is not None and release.kept == 0:
+            return [torch.zeros_like(q) for q in predicted]
         if release is not None:  # a gap of weight 0 need not be known
             observations, next_observations, *predicted = (
                 x[: release.kept] for x in (observations, next_observations, *predicted)
@@ -607,6 +620,8 @@ class ContinuousCQL:
         ]
         if release is not None:
             gaps = [release.keep(gap) for gap in gaps]
+            both = torch.stack(gaps).mean(0)
+            log_dict["conservative_loss"] = release.average(both)
         return gaps
 
     def _penalties(

@@ -409,7 +409,7 @@ class ImplicitQLearning:
         actions, _ = self._propose(policy_out, noise[:, kept:])  # (n, B', A)
         repeated = next_observations.repeat(len(actions), 1)  # (n B', S)
         q = self.q_target(repeated, actions.flatten(0, 1))
-        return q.view(len(actions), -1).amax(0)
+        return q.view(len(actions), len(next_observations)).amax(0)
 
     def _released_losses(
         self,
@@ -461,6 +461,7 @@ class ImplicitQLearning:
         adv: torch.Tensor,
         noise: Optional[torch.Tensor] = None,
         release: Optional[Release] = None,
+        log_dict: Optional[Dict[str, torch.Tensor]] = None,
     ) -> torch.Tensor:
         """Advantage-weighted regression, (B,); adv (B,) without gradient."""
         policy_out: Union[Normal, torch.Tensor] = self.actor(observations)
@@ -474,6 +475,9 @@ class ImplicitQLearning:
             released = self._released_losses(
                 observations, policy_out, noise[:1], release.kept
             )
+            if log_dict is not None:
+                kept = release.keep(losses[: release.kept])
+                log_dict["conservative_loss"] = release.average(kept)
             losses = release.mix(losses, released)
         return losses
 
@@ -519,15 +523,18 @@ class ImplicitQLearning:
         q_loss = (q1_losses.mean(-1) + q2_losses.mean(-1)) / 2
         descend(q_loss, self.q_optimizer)
         soft_update(self.q_target, self.qf, self.tau)
+        log_dict: Dict[str, torch.Tensor] = {}
         policy_loss = self.policy_losses(
             observations,
             actions,
             adv.detach(),
             noise,
             release,
+            log_dict,
         ).mean(-1)
         descend(policy_loss, self.actor_optimizer)
         return {
+            **log_dict,
             "value_loss": v_loss.detach(),
             "q_loss": q_loss.detach(),
             "actor_loss": policy_loss.detach(),

@@ -181,12 +181,7 @@ class TrainConfig(FinetuneConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.dare.enabled:
-            if self.bc_online not in (AUTO, "keep"):
-                raise ValueError(
-                    f"bc_online {self.bc_online} and dare would both release the penalty; "
-                    "set bc_online to keep, or dare.enabled to false"
-                )
-            self.bc_online = "keep"
+            self.bc_online = self.dare.only_release("bc_online", self.bc_online)
             self.dare.density_std(self.expl_noise)
             self.mixing_ratio = 0.5 if self.mixing_ratio is None else self.mixing_ratio
         if self.bc_online == AUTO:
@@ -461,6 +456,8 @@ class ReBRAC:
                 soft_update(target, source, self.tau)
             descend(actor_loss, self.actor_optimizer)
             log_dict["actor_loss"] = actor_loss.detach()
+            if release is not None:
+                log_dict["conservative_loss"] = release.average(bc_losses)
         return log_dict
 
     def state_dict(self) -> Dict[str, Any]:
@@ -529,7 +526,8 @@ def step(trainer: ReBRAC, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     if isinstance(source, DareHook):
         drawn = source.sample(config.batch_size)
-        losses = trainer.train(drawn.batch, drawn.release)
+        release = drawn.release.whole() if config.dare.alike else drawn.release
+        losses = trainer.train(drawn.batch, release)
         return {**losses, **drawn.log, **source.update_energy(drawn)}
     return trainer.train(source.sample(config.batch_size))
 
@@ -567,6 +565,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             source.pretrain(session.should_stop, session.save)
         for t in session.online(trainer.actor, explore if config.expl_noise else None):
             coefs = config.bc_coefs(t - config.offline_iterations)
+            # One weight of all rows is a factor, as in the schedule of the baseline.
+            coefs = [source.weight * c if config.dare.enabled else c for c in coefs]
             trainer.actor_bc_coef, trainer.critic_bc_coef = coefs
             losses: Dict[str, Any] = {}
             for _ in session.updates():

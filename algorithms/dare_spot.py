@@ -522,6 +522,8 @@ class SPOT:
             log_dict["actor_loss"] = actor_loss.detach()
             log_dict["neg_log_beta_mean"] = support.detach()
             log_dict["neg_log_beta_max"] = support_losses.detach().amax(-1)
+            if release is not None:
+                log_dict["conservative_loss"] = release.average(support_losses)
         return log_dict
 
     def state_dict(self) -> Dict[str, Any]:
@@ -592,11 +594,9 @@ def make_trainer(
 def hook_arguments(trainer: SPOT) -> Dict[str, Any]:
     """What the hook needs of the trainer: the log-density of its policy, and its Q."""
     width = trainer.policy_std, trainer.max_action
-    return {
-        "policy_log_prob": noisy_log_prob(trainer.actor.executed, *width),
-        "clipped_policy": True,
-        "q_function": trainer.target_q,
-    }
+    log_prob = noisy_log_prob(trainer.actor.executed, *width)
+    target_q = trainer.target_q
+    return {"policy_log_prob": log_prob, "clipped_policy": True, "q_function": target_q}
 
 
 def step(trainer: SPOT, source: Any, config: TrainConfig) -> Dict[str, Any]:

@@ -129,11 +129,7 @@ class TrainConfig(FinetuneConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.dare.enabled:
-            if self.bc_online != "keep":
-                raise ValueError(
-                    f"bc_online {self.bc_online} and dare would both release the cloning "
-                    "term; set bc_online to keep, or dare.enabled to false"
-                )
+            self.bc_online = self.dare.only_release("bc_online", self.bc_online)
             self.dare.density_std(self.expl_noise)
             self.mixing_ratio = 0.5 if self.mixing_ratio is None else self.mixing_ratio
         if self.mixing_ratio is not None:
@@ -325,6 +321,8 @@ class TD3_BC:
                 target, source = getattr(self, f"{name}_target"), getattr(self, name)
                 soft_update(target, source, self.tau)
             log_dict["actor_loss"] = actor_loss.detach()
+            if release is not None:
+                log_dict["conservative_loss"] = release.average(bc_losses)
         return log_dict
 
     def state_dict(self) -> Dict[str, Any]:

@@ -30,7 +30,8 @@ from corl.buffers import MixedBuffer
 from corl.stacked import Stack
 from corl.stacked_session import StackedBuffer, Streams
 from corl_dare.behavior import make_behavior_model
-from corl_dare.hook import DareHook, StackedHook
+from corl_dare.hook import DareHook
+from corl_dare.hook_stacked import StackedHook
 
 RATIO = {"behavior": "mixture", "guidance_scale": 0.0, "score": "policy_ratio"}
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}

@@ -344,7 +344,8 @@ def _parse(config_class: Any, argv: list[str]) -> Any:
     if values.get("resume") and "resume" not in flags:
         raise ConfigError(f"{origin}: resume is a flag, --resume RUN; take it out here")
     given = _without_preset(config_class, _nested(flags), "the command line")
-    values = _merged(values, _with_preset(config_class, given, "the command line"))
+    given = _with_preset(config_class, given, "the command line")
+    values = _merged(_without_idle(config_class, values, given, origin), given)
     return _build(config_class, _check(config_class, values, "command line"))
 
 
@@ -398,7 +399,31 @@ def _with_preset(config_class: Any, values: dict, origin: str) -> dict:
             f"{origin}: preset must be one of {', '.join(presets)}, not {name!r}"
         )
     rest = {k: v for k, v in values.items() if k != "preset"}
-    return _merged(presets[name], rest)
+    under = _without_idle(config_class, presets[name], rest, f"preset {name}")
+    return _merged(under, rest)
+
+
+def _without_idle(config_class: Any, values: dict, later: dict, origin: str) -> dict:
+    """The values without fields of a block that a later choice leaves nothing to do; says so.
+
+    A block's class may have a table `IDLE`: field -> value -> fields. Where one place says both,
+    the block itself refuses them.
+    """
+    kept = dict(values)
+    for block, kind in _field_types(config_class).items():
+        given, chosen = values.get(block), later.get(block)
+        if not isinstance(given, dict) or not isinstance(chosen, dict):
+            continue
+        for field, table in getattr(kind, "IDLE", {}).items():
+            idle = table.get(chosen.get(field), ())
+            left_out = [name for name in given if name in idle]
+            if left_out:
+                print(
+                    f"{origin}: {', '.join(f'{block}.{name}' for name in left_out)} would do "
+                    f"nothing with {block}.{field} {chosen[field]}, and is left out"
+                )
+            kept[block] = {k: v for k, v in given.items() if k not in idle}
+    return kept
 
 
 def presets_of(config: Any) -> dict[str, Any]:
@@ -680,6 +705,7 @@ def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
         if any("preset" in later for _, later in layers[number + 1 :]):
             layer = {k: v for k, v in layer.items() if k != "preset"}
         layer = _with_preset(config_class, layer, origin)
+        values = _without_idle(config_class, values, layer, "what it stands on")
         values = _merged(values, _check(config_class, layer, origin))
     return _build(config_class, values)
 

@@ -309,7 +309,13 @@ class Session:
             "bar": progress_bar,
             # `start` begins what a part does first.
             "begin": False,
+            "online_steps": self._steps_since_first_update,
+            "online_length": self.config.online_iterations,
         }
+
+    def _steps_since_first_update(self) -> int:
+        begins = self.config.offline_iterations + self.config.online_warmup
+        return max(self.run.step - begins, 0)
 
     def show(
         self,

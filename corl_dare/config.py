@@ -1,14 +1,26 @@
 """The `dare:` block of a config: DARE's fields, their checks, and the metrics that come of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Optional
 
 from corl_dare import ranges
 from corl_dare.behavior import KINDS
-from corl_dare.exchange import ALIGNMENTS, RULES, WEIGHTS
+from corl_dare.exchange import ALIGNMENTS, PERMUTATIONS, RULES, WEIGHTS
 
 SCORES = ("reference", "likelihood", "policy_ratio")
-# Every metric that `DareHook.sample` and `DareHook.update_energy` can return.
+# Weights that are the same for all rows of a batch: no score, and so no model, is needed.
+ALIKE = ("uniform", "anneal")
+# Fields that then have nothing to do.
+SCORING = (
+    *("score", "alignment", "alignment_sigma", "references", "reference_max_age"),
+    *("rule", "cap", "permute", "skip_inverted"),
+    *("behavior", "behavior_seed", "behavior_updates", "behavior_batch_size"),
+    *("behavior_lr", "behavior_width", "sampler_steps"),
+    *("guidance_scale", "energy_beta", "energy_lr", "energy_updates"),
+    *("energy_update_freq", "energy_batch_states", "support_actions", "q_scale"),
+)
+# Every metric that `DareHook.sample` and `DareHook.update_energy` can return, and the one that a
+# trainer adds.
 LOGS = (
     "exchanged",
     "separation_point",
@@ -24,9 +36,21 @@ LOGS = (
     "refused",
     "references_clipped",
     "energy_loss",
+    "weight_mean",
+    "weight_zeros",
+    "weight_ones",
+    "em_share_off",
+    "em_share_on",
+    "em_statistic",
+    # Mean of the conservative term over the rows, by their weights; see `Release.average`.
+    "conservative_loss",
 )
-# Those that have no value in a batch whose exchange was refused.
+# Those that have no value in a batch whose exchange was refused, or whose weights are all 0.
 UNDEFINED = (
+    "em_share_off",
+    "em_share_on",
+    "em_statistic",
+    "conservative_loss",
     "separation_point",
     "score_off_mean",
     "score_off_std",
@@ -97,9 +121,16 @@ class DareConfig:
     references: int = 1  # reference actions per row; the paper takes 1
     reference_max_age: int = 0  # updates a cached reference may serve; 0: always fresh
     # Exchange
-    rule: str = "threshold"  # threshold (paper), posterior, direct, share, random
+    rule: str = "threshold"  # threshold (paper), posterior, em, direct, share, random
     cap: Optional[int] = None  # n, most pairs exchanged per batch; none: no cap
-    weights: str = "hard"  # hard: 1 and 0; soft: posterior P(offline-like | d)
+    # hard: 1 and 0; soft: the rule's P(offline-like | d). Without any score: uniform: `weight`;
+    # anneal: from 1 down to `weight`
+    weights: str = "hard"
+    weight: float = 0.5  # uniform: of every row; anneal: the least
+    # anneal: online steps until it would be 0, from the first update on; none: all of them
+    anneal_steps: Optional[int] = None
+    # By lot, who has the weights of the rule: none, half (among rows as drawn), batch (all rows)
+    permute: str = "none"
     # Exchange nothing when online rows score below offline ones
     skip_inverted: bool = False
     # Behavior model (paper: diffusion, 600k updates of 4096 rows)
@@ -127,7 +158,8 @@ class DareConfig:
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "score": SCORES,
         "rule": RULES,
-        "weights": WEIGHTS,
+        "weights": WEIGHTS + ALIKE,
+        "permute": PERMUTATIONS,
         "alignment": ALIGNMENTS,
         "behavior": tuple(KINDS),
         "q_scale": ("returns", "literal"),
@@ -137,6 +169,8 @@ class DareConfig:
         **dict.fromkeys(("references", "sampler_steps", "support_actions"), "[1, 1e4]"),
         **dict.fromkeys(("behavior_batch_size", "energy_batch_states"), "[1, 1e6]"),
         **dict.fromkeys(("behavior_updates", "energy_update_freq"), "[1, 1e9]"),
+        "weight": "[0, 1]",
+        "anneal_steps": "[1, 1e9]",
         **dict.fromkeys(("cap", "reference_max_age", "energy_updates"), "[0, 1e9]"),
         **dict.fromkeys(("behavior_lr", "energy_lr"), "(0, inf)"),
         **dict.fromkeys(("alignment_sigma", "energy_beta"), "(0, inf)"),
@@ -144,18 +178,40 @@ class DareConfig:
         "behavior_seed": "[0, 4294967295]",
         "guidance_scale": "[0, inf)",
     }
+    # Field -> value -> fields that then have nothing to do. Whoever reads a config from several
+    # places may leave out what an earlier place says of them.
+    IDLE: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
+        "weights": dict.fromkeys(ALIKE, SCORING)
+    }
 
     def __post_init__(self) -> None:
         self._check_choices()
         ranges.check(self.RANGES, vars(self), "dare.")
+        self._check_weights()
         self._check_combinations()
+
+    @property
+    def alike(self) -> bool:
+        """Do all rows of a batch have the same weight, so that nothing is scored?"""
+        return self.weights in ALIKE
+
+    def weight_after(self, steps: int, length: int) -> float:
+        """The weight of all rows after so many online steps of `length`, for weights `ALIKE`."""
+        if self.weights == "uniform":
+            return self.weight
+        length = self.anneal_steps or max(length, 1)
+        return max(self.weight, 1.0 - max(steps, 0) / length)
 
     def not_stacked(self) -> str:
         """Why the hooks of several seeds cannot work as one, or ""."""
+        if self.alike:
+            return ""
         if self.enabled and (self.guided or self.score == "reference"):
             return "dare.score reference and guidance sample actions for each seed"
         if self.enabled and self.rule == "random":
             return "dare.rule random draws for each seed"
+        if self.enabled and self.permute != "none":
+            return f"dare.permute {self.permute} draws for each seed"
         return ""
 
     def _check_choices(self) -> None:
@@ -166,12 +222,36 @@ class DareConfig:
                     f"not {getattr(self, field)!r}"
                 )
 
-    def _check_combinations(self) -> None:
-        if self.weights == "soft" and (self.rule != "threshold" or self.cap is not None):
+    def _check_weights(self) -> None:
+        idle: tuple[str, ...] = SCORING if self.alike else ("weight", "anneal_steps")
+        if self.weights == "uniform":
+            idle += ("anneal_steps",)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in idle or value == field.default:
+                continue
+            why = "gives all rows one weight without a score"
+            fix = "set dare.weights to hard or soft"
+            if field.name not in SCORING:
+                why, fix = "has no schedule", "set dare.weights to anneal"
+                if not self.alike:
+                    why = "takes the weights from scores"
+                    fix = "set dare.weights to uniform or anneal"
             raise ValueError(
-                "dare.weights soft weighs each row by its own score, so dare.rule and dare.cap "
-                "would do nothing; set them to threshold and null, or dare.weights to hard"
+                f"dare.weights {self.weights} {why}, so dare.{field.name} {value} would do "
+                f"nothing; leave it out (its default is {field.default}), or {fix}"
             )
+        rules = "threshold", "em", "share"
+        if self.weights == "soft" and (self.rule not in rules or self.cap is not None):
+            raise ValueError(
+                "dare.weights soft weighs each row by its own probability, so dare.rule "
+                f"{self.rule} and dare.cap {self.cap} would do nothing; set them to threshold, em "
+                "or share and to null, or dare.weights to hard"
+            )
+
+    def _check_combinations(self) -> None:
+        if self.alike:
+            return
         if self.rule == "share" and self.score != "policy_ratio":
             raise ValueError(
                 f"dare.rule share needs log-density ratios, not dare.score {self.score}; "
@@ -191,7 +271,7 @@ class DareConfig:
     @property
     def guided(self) -> bool:
         """Does anything need the energy network?"""
-        return self.score == "reference" and self.guidance_scale > 0
+        return not self.alike and self.score == "reference" and self.guidance_scale > 0
 
     @property
     def scales_q(self) -> bool:
@@ -213,6 +293,19 @@ class NoisyDareConfig(DareConfig):
     policy_std: Optional[float] = None
 
     RANGES: ClassVar[dict[str, str]] = DareConfig.RANGES | {"policy_std": "(0, inf)"}
+
+    def only_release(self, field: str, value: str) -> str:
+        """`keep`, the value of an algorithm's own schedule with which DARE alone releases.
+
+        Raises:
+            ValueError: the value is another one, and not `auto`.
+        """
+        if value not in ("auto", "keep"):
+            raise ValueError(
+                f"{field} {value} and dare would both release the conservative loss; set "
+                f"{field} to keep, or dare.enabled to false"
+            )
+        return "keep"
 
     def density_std(self, exploration_noise: float) -> float:
         """The std of the policy's density, of the largest action.

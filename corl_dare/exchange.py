@@ -42,15 +42,21 @@ Shapes: B rows, K references per row, A action dimension, N_off and N_on rows pe
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 
 ALIGNMENTS = ("gaussian_kl", "distance", "log_distance", "kernel", "softmax_kl")
-RULES = ("threshold", "posterior", "direct", "share", "random")
+RULES = ("threshold", "posterior", "em", "direct", "share", "random")
 WEIGHTS = ("hard", "soft")
+PERMUTATIONS = ("none", "half", "batch")
 SQUARED_DISTANCE_MIN = 1e-12  # floor of log_distance: float32 cannot tell such actions
+EM_STEPS = 30  # of the rule em
+EM_SHARES = (0.75, 0.25)  # where P(A | half) begins: at 1 and 0 it would stay
+EM_STD_MIN = 0.05  # least std of A and B, in units of that of all scores
+# The two shares differ if the likelihood says so at 1 %: a quantile of chi2, one degree.
+EM_GATE = 6.63
 
 
 # ---------------------------------------------------------------- scores
@@ -218,6 +224,162 @@ def _certain(offline: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.where(offline, certain, -certain)
 
 
+# ---------------------------------------------------------------- a mixture of both halves
+
+
+class Mixture(NamedTuple):
+    """Two Gaussians A and B of all rows, of which each half has a share of its own.
+
+    log_odds: (N_off + N_on,) log-odds of being of A, offline-like, nats; each with the
+        share of the row's own half. Where the shares are not told apart every row is of
+        its own half, which is inf or -inf: see `fit_mixture`.
+    share_off, share_on: P(A | half), 0-d.
+    statistic: twice what two shares gain in log-likelihood over one common share, for
+        these A and B; 0-d.
+    """
+
+    log_odds: torch.Tensor
+    share_off: torch.Tensor
+    share_on: torch.Tensor
+    statistic: torch.Tensor
+
+    def stats(self) -> dict[str, torch.Tensor]:
+        """What is worth a log, 0-d each."""
+        return {
+            "em_share_off": self.share_off,
+            "em_share_on": self.share_on,
+            "em_statistic": self.statistic,
+        }
+
+
+class EMState(NamedTuple):
+    """Where the expectation-maximisation stands; everything in float64.
+
+    log_ratio: (N,) log of density A / density B, nats.
+    share: (2,) P(A | half), offline first.
+    """
+
+    log_ratio: torch.Tensor
+    share: torch.Tensor
+
+
+def fit_mixture(
+    scores: torch.Tensor, n_off: int, state: EMState | None = None
+) -> Mixture:
+    """Fit A, B and both shares by expectation-maximisation (Dempster et al. 1977).
+
+    Scores are standardised by the mean and the standard deviation of all of them. A and
+    B begin with the moments of the offline and of the online half, their shares at 3/4
+    and 1/4. `EM_STEPS` steps follow (`em_steps`). It climbs the likelihood times a prior
+    Beta(2, 2) of each share, so that no share becomes 0 or 1.
+
+    The shares are not told apart where the statistic is below `EM_GATE`, where the offline
+    half has no larger share of A than the online one, or where a half has one row.
+
+    Args:
+        scores: (N_off + N_on,), offline rows first.
+        n_off: N_off.
+        state: of `em_state` on these scores; None: it is made here.
+    """
+    log_ratio, share = state or em_state(scores, n_off)
+    offline = torch.arange(len(scores), device=scores.device) < n_off
+    own = torch.where(offline, share[0], share[1])  # (N,)
+    # The likelihood that one common share would have at its best.
+    common = misplaced_share(log_ratio, strength=0.0)
+    gain = _log_likelihoods(log_ratio, own) - _log_likelihoods(log_ratio, common)
+    statistic = 2.0 * gain.sum()
+    told_apart = (statistic >= EM_GATE) & (share[0] > share[1])
+    if min(n_off, len(scores) - n_off) < 2:
+        told_apart = torch.zeros_like(told_apart)
+    in_place = _certain(offline, log_ratio)
+    log_odds = torch.where(told_apart, log_ratio + own.logit(), in_place)
+    return Mixture(log_odds, share[0], share[1], statistic)
+
+
+def em_state(
+    scores: torch.Tensor,
+    n_off: int,
+    steps: Callable[..., EMState] | None = None,
+    chunk: int = EM_STEPS,
+) -> EMState:
+    """Where `EM_STEPS` steps on scores (N_off + N_on,) end, offline rows first.
+
+    Args:
+        steps: `em_steps`, perhaps compiled; it is called with `chunk` steps at a time,
+            since a graph of all of them takes long to compile.
+        chunk: a divisor of `EM_STEPS`.
+    """
+    make = steps or em_steps
+    z, halves, log_ratio = em_start(scores, n_off)
+    share = torch.stack([torch.full_like(z[0], start) for start in EM_SHARES])
+    state = EMState(log_ratio, share)
+    for _ in range(EM_STEPS // chunk):
+        state = make(state, halves, z, chunk)
+    return state
+
+
+def em_start(
+    scores: torch.Tensor, n_off: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the steps begin with, in float64: see `em_steps`.
+
+    Returns:
+        Standardised scores (N,), the rows' halves (2, N), and log density A / density B (N,)
+        of the Gaussians with the moments of the halves.
+    """
+    rows = scores.detach().double()
+    # Centred first, so that equal scores have a deviation of exactly 0.
+    rows = rows - rows[0]
+    std, mean = torch.std_mean(rows, correction=0)
+    z = (rows - mean) / torch.where(std > 0, std, 1.0)
+    off = (torch.arange(len(z), device=z.device) < n_off).to(z.dtype)
+    halves = torch.stack([off, 1.0 - off])
+    return z, halves, _gaussians(halves, halves, z)[0]
+
+
+def em_steps(
+    state: EMState, halves: torch.Tensor, z: torch.Tensor, count: int
+) -> EMState:
+    """So many steps of expectation-maximisation.
+
+    Args:
+        halves: (2, N), 1 where a row is of the offline half, and of the online half. Or
+            ones (1, N): then all rows have one share in common, `state.share` (1,).
+        z: (N,), standardised scores.
+    """
+    sizes = halves.sum(1)
+    for _ in range(count):
+        log_odds = state.log_ratio + state.share.logit() @ halves
+        # Of A, and of B: one minus a probability near 1 has lost its digits.
+        belongs = torch.stack([log_odds, -log_odds]).sigmoid()
+        log_ratio, counts = _gaussians(belongs, halves, z)
+        state = EMState(log_ratio, (counts[0] + 1.0) / (sizes + 2.0))
+    return state
+
+
+def _gaussians(
+    belongs: torch.Tensor, halves: torch.Tensor, z: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussians A and B of rows that belong to them (2, N): their log-ratio (N,), nats.
+
+    And how many rows of each half belong to them (2, halves). Neither of them can be left
+    without rows: near its mean it is at least a 500th as dense as the other one.
+    """
+    moments = torch.stack([z, z.square()])
+    sums = belongs @ torch.cat([halves, moments]).T  # (2, 4)
+    counts = sums[:, :-2]
+    mean, square = (sums[:, -2:] / counts.sum(1, keepdim=True)).unbind(1)
+    variance = (square - mean.square()).clamp(min=EM_STD_MIN**2)
+    nats = (z - mean.unsqueeze(1)).square() / variance.unsqueeze(1)
+    nats = 0.5 * (nats + variance.log().unsqueeze(1))
+    return nats[1] - nats[0], counts
+
+
+def _log_likelihoods(log_ratio: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Log of the mixture's density of each row (N,), over that of B, nats."""
+    return torch.logaddexp(log_ratio + share.log(), torch.log1p(-share))
+
+
 # ---------------------------------------------------------------- the exchange
 
 
@@ -237,6 +399,8 @@ class Exchange(NamedTuple):
             empirical distribution functions; from 0 (equal) to 1 (separated).
         inverted: 1 if the online rows do not score higher on average, else 0.
         refused: 1 if nothing is exchanged because a score is not finite, else 0.
+        weight_mean, weight_zeros, weight_ones: see `weight_stats`.
+        em_share_off, em_share_on, em_statistic: of the rule em alone, see `Mixture`.
     """
 
     order: torch.Tensor
@@ -253,6 +417,8 @@ def exchange(
     weights: str = "hard",
     skip_inverted: bool = False,
     generator: torch.Generator | None = None,
+    permute: str = "none",
+    em: EMState | None = None,
 ) -> Exchange:
     """Swap misplaced rows between the offline and the online half of a batch (Eq. 8-10).
 
@@ -263,6 +429,10 @@ def exchange(
         posterior: offline rows with P(offline-like | d) < 1/2, least likely first, for
             online rows with P >= 1/2, most likely first. Unlike tau it knows that
             Gaussians of different width meet twice.
+        em (ours): as posterior, with the probabilities of `fit_mixture`: two Gaussians
+            fitted to all rows, of which each half has a share of its own. Swaps nothing
+            where the likelihood does not tell the two shares apart, or where the
+            offline half has the smaller one.
         direct (the paper's ablation): the N_off lowest scores of all rows become
             offline-like; on a tie rows stay where they are.
         share (ours): for scores that are a log-density ratio log pi(a|s) - log nu(a|s),
@@ -278,35 +448,46 @@ def exchange(
     Args:
         scores_off, scores_on: alignment scores (N_off,), (N_on,); no gradient flows.
         cap: n, most pairs to swap; None: no cap; 0: nothing is swapped.
-        rule: threshold, posterior, direct, share or random.
+        rule: threshold, posterior, em, direct, share or random.
         weights: hard, 1 for the first N_off rows and 0 for the others; or soft,
-            P(offline-like | d) by the fits to the halves as drawn, whatever rule and cap say:
-            they only order the rows then.
+            P(offline-like | d) as the rule has it, whatever the cap says. Rules without a
+            probability of their own take that of the fits to the halves as drawn.
         skip_inverted: swap nothing, with hard weights, if the online mean is not above the
             offline mean. There the rule, as the paper has it, swaps nearly everything.
-        generator: of the random rule, on the device of the scores.
+        generator: of the rule random and of `permute`, on the device of the scores.
+        permute: the control for whether it matters *which* rows have the weights that
+            the rule gave: half shuffles them among the rows of each half as drawn, batch
+            among all rows. The weights stay as they are and the rows move.
+        em: of `em_state` on these scores, for the rule em; None: it is made here.
 
     Raises:
         ValueError: an empty half or scores that are not floating-point vectors,
-            unknown rule or weights, cap not an integer of at least 0, random without a
-            generator.
+            unknown rule, weights or permute, cap not an integer of at least 0, random
+            or permute without a generator.
     """
     _check_scores(scores_off, "scores_off")
     _check_scores(scores_on, "scores_on")
-    _check_choices(cap, rule, weights, generator)
-    n_off, n_on, device = len(scores_off), len(scores_on), scores_off.device
+    _check_choices(cap, rule, weights, permute, generator)
+    n_off, device = len(scores_off), scores_off.device
+    n_on = len(scores_on)
     scores = torch.cat([scores_off, scores_on]).detach()  # (N_off + N_on,)
     moments = *fit_gaussian(scores[:n_off]), *fit_gaussian(scores[n_off:])
-    tau = separation_point(*moments)
     # A score that is not finite makes a moment not finite.
     usable = torch.stack(moments).isfinite().all()
     inverted = moments[2] <= moments[0]
-    values, index = scores.sort(stable=True)
+    allowed = usable & ~inverted if skip_inverted else usable
+    mixture = fit_mixture(scores, n_off, em) if rule == "em" else None
 
+    key = log_odds = scores
+    if weights == "soft" or rule in _BY_ODDS:
+        log_odds = _log_odds_of_rule(rule, scores, n_off, moments, mixture)
+    if rule in ("posterior", "em"):
+        key = -log_odds
+    tau = separation_point(*moments)
+    values, index = scores.sort(stable=True)
     # Offline rows leave from the highest key down, online rows from the lowest up, so a
     # rule only has to say how many of them are misplaced.
-    key = -_log_odds(scores, *moments) if rule == "posterior" else scores
-    leaves_off, leaves_on = _misplaced(rule, key, tau, index, n_off)
+    leaves_off, leaves_on = _misplaced(rule, key, log_odds, tau, index, n_off)
     if rule == "random":
         rank_off = torch.randperm(n_off, generator=generator, device=device)
         rank_on = torch.randperm(n_on, generator=generator, device=device)
@@ -316,27 +497,16 @@ def exchange(
 
     p, q = leaves_off.sum(), leaves_on.sum()
     pairs = min(n_off, n_on, n_off if cap is None else cap)  # M can be no larger
-    count = torch.minimum(p, q).clamp(max=pairs)
-    allowed = usable & ~inverted if skip_inverted else usable
-    count = torch.where(allowed, count, 0)
-
-    x, y = rank_off[:pairs], rank_on[:pairs] + n_off
-    swapped = torch.arange(pairs, device=device) < count
-    rows = torch.arange(n_off + n_on, device=device)
-    order = rows.scatter(0, x, torch.where(swapped, y, x))
-    order = order.scatter(0, y, torch.where(swapped, x, y))
-
-    weight = (rows < n_off).to(scores.dtype)
+    count = torch.where(allowed, torch.minimum(p, q).clamp(max=pairs), 0)
+    order = _swap(rank_off[:pairs], rank_on[:pairs] + n_off, count, n_off + n_on)
+    weight = (torch.arange(n_off + n_on, device=device) < n_off).to(scores.dtype)
     if weights == "soft":
-        soft = posterior_offline(scores[order], *moments)
+        soft = log_odds[order].sigmoid().to(scores.dtype)
         weight = torch.where(allowed, soft, weight)
     stats = {
         "exchanged": count,
         "separation_point": tau,
-        "score_off_mean": moments[0],
-        "score_off_std": moments[1],
-        "score_on_mean": moments[2],
-        "score_on_std": moments[3],
+        **dict(zip(_MOMENTS, moments, strict=True)),
         "candidates_off": p,
         "candidates_on": q,
         # Swaps undo themselves, so `order` is also where a row went.
@@ -344,12 +514,87 @@ def exchange(
         "amplitude_after": _amplitude(values, order[index] < n_off, n_off),
         "inverted": inverted,
         "refused": ~usable,
+        **weight_stats(weight),
     }
+    if mixture is not None:
+        stats |= mixture.stats()
+    if permute != "none":
+        order = permute_rows(order, n_off, permute, generator)
     return Exchange(order, weight, {k: v.to(scores.dtype) for k, v in stats.items()})
 
 
+# Rules that decide by log-odds of their own.
+_BY_ODDS = ("posterior", "em", "share")
+_MOMENTS = ("score_off_mean", "score_off_std", "score_on_mean", "score_on_std")
+
+
+def _log_odds_of_rule(
+    rule: str,
+    scores: torch.Tensor,
+    n_off: int,
+    moments: tuple[torch.Tensor, ...],
+    mixture: Mixture | None,
+) -> torch.Tensor:
+    """Log-odds of being offline-like (N_off + N_on,), nats, as a rule sees them.
+
+    Rules without odds of their own have those of the fits to the halves as drawn.
+    """
+    if mixture is not None:
+        return mixture.log_odds
+    if rule != "share":
+        return _log_odds(scores, *moments)
+    off, on = scores[:n_off], -scores[n_off:]  # log-odds of being misplaced
+    leaves_off = off + misplaced_share(off).logit()
+    leaves_on = on + misplaced_share(on).logit()
+    return torch.cat([-leaves_off, leaves_on])
+
+
+def _swap(
+    x: torch.Tensor, y: torch.Tensor, count: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """The order (rows,) in which the first `count` rows of x and y have changed places."""
+    swapped = torch.arange(len(x), device=x.device) < count
+    order = torch.arange(rows, device=x.device)
+    order = order.scatter(0, x, torch.where(swapped, y, x))
+    return order.scatter(0, y, torch.where(swapped, x, y))
+
+
+def permute_rows(
+    order: torch.Tensor, n_off: int, among: str, generator: torch.Generator | None
+) -> torch.Tensor:
+    """An order (N_off + N_on,) in which every row has been put at the place of another by lot.
+
+    Args:
+        order: of `exchange`; rows count in the stacked batch, offline rows first.
+        among: half, rows that were drawn from the same buffer; batch, all rows.
+    """
+    sizes = [n_off, len(order) - n_off] if among == "half" else [len(order)]
+    lots = [
+        torch.randperm(size, generator=generator, device=order.device) for size in sizes
+    ]
+    other = torch.cat([lots[0], *(lot + n_off for lot in lots[1:])])
+    return other[order]
+
+
+def weight_stats(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What two releases must share to be compared, 0-d each, of weights (B,).
+
+    weight_mean: mean; weight_zeros, weight_ones: shares of exactly 0 and exactly 1.
+    """
+    return {
+        "weight_mean": weight.mean(),
+        "weight_zeros": (weight == 0).to(weight.dtype).mean(),
+        "weight_ones": (weight == 1).to(weight.dtype).mean(),
+    }
+
+
 def _misplaced(
-    rule: str, key: torch.Tensor, tau: torch.Tensor, index: torch.Tensor, n_off: int
+    rule: str,
+    key: torch.Tensor,
+    log_odds: torch.Tensor,
+    tau: torch.Tensor,
+    index: torch.Tensor,
+    n_off: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which offline rows (N_off,) and which online rows (N_on,) a rule calls misplaced.
 
@@ -357,19 +602,18 @@ def _misplaced(
     marks are in the order of the scores.
 
     Args:
-        key: (N_off + N_on,), minus the log-odds for `posterior`, else the scores.
+        key: (N_off + N_on,), the higher the more a row looks online.
+        log_odds: (N_off + N_on,), of being offline-like; read for `_BY_ODDS` alone.
         index: the order that sorts the scores.
     """
-    if rule == "posterior":
-        return key[:n_off] > 0, key[n_off:] <= 0
+    if rule in ("posterior", "em"):
+        return log_odds[:n_off] < 0, log_odds[n_off:] >= 0
     if rule == "direct":
         # The sort is stable and offline rows come first, so on a tie they stay.
         return index[n_off:] < n_off, index[:n_off] >= n_off
     if rule == "share":
-        off, on = key[:n_off], -key[n_off:]  # log-odds of being misplaced
-        leaves_off = off + misplaced_share(off).logit() > 0
-        leaves_on = on + misplaced_share(on).logit() > 0
-        return leaves_off, leaves_on
+        # A row stays where nothing tells it apart.
+        return log_odds[:n_off] < 0, log_odds[n_off:] > 0
     return key[:n_off] >= tau, key[n_off:] < tau
 
 
@@ -446,14 +690,24 @@ def _check_scores(scores: torch.Tensor, name: str) -> None:
 
 
 def _check_choices(
-    cap: int | None, rule: str, weights: str, generator: torch.Generator | None
+    cap: int | None,
+    rule: str,
+    weights: str,
+    permute: str,
+    generator: torch.Generator | None,
 ) -> None:
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r} is not one of {', '.join(WEIGHTS)}")
+    if permute not in PERMUTATIONS:
+        raise ValueError(f"permute {permute!r} is not one of {', '.join(PERMUTATIONS)}")
     whole = isinstance(cap, int) and not isinstance(cap, bool)
     if cap is not None and not (whole and cap >= 0):
         raise ValueError(f"cap must be an integer of at least 0, or None, not {cap!r}")
     if rule == "random" and generator is None:
         raise ValueError("rule 'random' needs a generator; pass a torch.Generator")
+    if permute != "none" and generator is None:
+        raise ValueError(
+            f"permute {permute!r} needs a generator; pass a torch.Generator"
+        )

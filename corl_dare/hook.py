@@ -22,14 +22,12 @@ with a hook sees the baseline's rows.
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from corl_dare.behavior import (
@@ -41,49 +39,28 @@ from corl_dare.behavior import (
 )
 from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
-from corl_dare.exchange import alignment_score, exchange, reorder
+from corl_dare.exchange import (
+    EM_STEPS,
+    alignment_score,
+    em_state,
+    em_steps,
+    exchange,
+    permute_rows,
+    reorder,
+    weight_stats,
+)
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
+from corl_dare.release import Release
 from corl_dare.rows import SlotCache, draw, draw_rows, storage, upload
 from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
+# Steps of expectation-maximisation in one graph, which takes seconds to compile.
+EM_CHUNK = 5
+assert EM_STEPS % EM_CHUNK == 0
 # The numbers of the rows of a batch in the offline and in the online buffer, as drawn; None
 # where a buffer does not tell them.
 Rows = list[Any]
-
-
-class Release(NamedTuple):
-    """Which rows of a batch keep their conservative loss.
-
-    weight: (B,), 1 keeps, 0 releases, anything between is a soft release.
-    kept: number of leading rows of weight 1 where all others have weight 0, so that a loss of
-        weight 0 need not be computed; None with soft weights.
-    """
-
-    weight: torch.Tensor
-    kept: int | None = None
-
-    def keep(self, conservative: torch.Tensor) -> torch.Tensor:
-        """weight * conservative, (B,), of conservative losses per row.
-
-        Args:
-            conservative: (kept,), of the rows that are kept; (B,) with soft weights.
-        """
-        if self.kept is None:
-            return self.weight * conservative
-        # Padded, so that sums over a batch keep their order.
-        return F.pad(conservative, (0, len(self.weight) - self.kept))
-
-    def mix(self, conservative: torch.Tensor, released: torch.Tensor) -> torch.Tensor:
-        """weight * conservative + (1 - weight) * released, (B,), of losses per row.
-
-        Args:
-            conservative: (B,).
-            released: (B - kept,), of the rows that are not kept; (B,) with soft weights.
-        """
-        if self.kept is None:
-            return self.weight * conservative + (1.0 - self.weight) * released
-        return self.keep(conservative[: self.kept]) + F.pad(released, (self.kept, 0))
 
 
 class Drawn(NamedTuple):
@@ -216,7 +193,7 @@ class DareHook:
             `draw(n)` and `gather(rows)`, or with CORL's private storage, tells them; any other
             one works with `reference_max_age` 0 and without guidance.
         config: DARE's fields.
-        behavior: behavior model on raw states, frozen.
+        behavior: behavior model on raw states, frozen; None for weights without a score.
         policy_log_prob: (states (B, S) as in the buffers, actions (B, A)) -> (B,), the current
             policy's log-density in nats; for `score: policy_ratio`.
         q_function: (states (B, S) as in the buffers, actions (B, A)) -> (B,), the Q that the
@@ -235,6 +212,9 @@ class DareHook:
             it uses. Default: they are launched kernel by kernel.
         bar: makes progress bars, called as `tqdm` is.
         data: what `begin` fits the behavior model on; None: it is fitted.
+        online_steps: tells how many steps the online phase has made since its first update;
+            for `weights: anneal`. Default: one for each batch that was drawn.
+        online_length: steps of the whole online phase; the default of `anneal_steps`.
 
     Raises:
         ValueError: a part that the configured score needs is missing.
@@ -245,7 +225,7 @@ class DareHook:
         offline: Any,
         online: Any,
         config: DareConfig,
-        behavior: BehaviorModel,
+        behavior: BehaviorModel | None,
         *,
         policy_log_prob: Callable[..., torch.Tensor] | None = None,
         q_function: Callable[..., torch.Tensor] | None = None,
@@ -260,7 +240,11 @@ class DareHook:
         capture: Callable[..., Callable[..., Any]] | None = None,
         bar: Callable[..., Any] = tqdm,
         data: BehaviorData | None = None,
+        online_steps: Callable[[], int] | None = None,
+        online_length: int | None = None,
     ):
+        if config.weights == "anneal" and not (config.anneal_steps or online_length):
+            raise ValueError("dare.weights anneal needs dare.anneal_steps")
         if config.score == "policy_ratio" and policy_log_prob is None:
             raise ValueError("dare.score policy_ratio needs policy_log_prob")
         if config.guided and q_function is None:
@@ -275,6 +259,7 @@ class DareHook:
         self.unnormalize = unnormalize or (lambda states: states)
         self.clipped_policy = clipped_policy
         self.device, self.seed, self.bar, self.data = device, seed, bar, data
+        self.online_steps, self.online_length = online_steps, online_length or 0
         self.generator = torch.Generator(device).manual_seed(seed)
         # Draws the rows of energy steps, on the host.
         self.row_generator = torch.Generator().manual_seed(seed)
@@ -297,6 +282,7 @@ class DareHook:
     def _make_energy(self) -> None:
         """What guidance needs: the energy network and the actions that it is trained on."""
         self.support_caches = self._make_caches(None)
+        assert self.behavior is not None
         dims = self.behavior.state_dim, self.behavior.action_dim
         self.energy = EnergyNetwork(*dims, seed=self.seed).to(self.device)
         self.energy_optimizer = torch.optim.Adam(
@@ -314,10 +300,12 @@ class DareHook:
     ) -> None:
         """The functions of tensors that a batch needs, as they are or as graphs."""
         self._exchange, self._density_scores = exchange, self.density_scores
+        self._em_steps = em_steps
         self._guided_samples = self.guided_samples
         self._energy_update = self.energy_update
         if compile is not None:
             self._density_scores = compile(self.density_scores)
+            self._em_steps = compile(em_steps)
             if self.config.rule != "random":  # a graph takes no generator
                 self._exchange = compile(exchange)
         if capture is None:
@@ -352,19 +340,51 @@ class DareHook:
         offline_rows, offline = draw(self.offline, n_offline)
         online_rows, online = draw(self.online, batch_size - n_offline)
         rows = [offline_rows, online_rows]
-        batch, weight, log, states = self.arrange(offline, online, rows)
-        self.refused = self.refused + log["refused"]
-        log = {**log, "refused": self.refused}
+        weight = self._weight_tensor(offline[0])
+        batch, weight, log, states = self.arrange(offline, online, rows, weight)
+        log = self._count_refused(log)
         return Drawn(batch, self._release(weight, n_offline), log, states, rows)
 
+    @property
+    def weight(self) -> float:
+        """The weight of all rows now; 1 where rows have weights of their own."""
+        if not self.config.alike:
+            return 1.0
+        # The batch that is being drawn counts for the steps after it.
+        steps = self.online_steps() if self.online_steps else self.samples - 1
+        return self.config.weight_after(steps, self.online_length)
+
+    def _weight_tensor(self, like: torch.Tensor) -> torch.Tensor | None:
+        # A number would be part of a graph.
+        return like.new_full((), self.weight) if self.config.alike else None
+
+    def _count_refused(self, log: Log) -> Log:
+        if "refused" not in log:
+            return log
+        self.refused = self.refused + log["refused"]
+        return {**log, "refused": self.refused}
+
     def _release(self, weight: torch.Tensor, n_offline: int) -> Release:
-        return Release(weight, n_offline if self.config.weights == "hard" else None)
+        if not self.config.alike:
+            return Release(weight, n_offline if self.config.weights == "hard" else None)
+        # What stays the same during a run: each number has a graph of its own.
+        fixed = self.config.weight if self.config.weights == "uniform" else None
+        if self.config.weight == 1.0 or fixed == 0.0:
+            return Release(weight, int(self.config.weight) * weight.shape[-1])
+        return Release(weight)
 
     @torch.no_grad()
     def arrange(
-        self, offline: list[torch.Tensor], online: list[torch.Tensor], rows: Rows
+        self,
+        offline: list[torch.Tensor],
+        online: list[torch.Tensor],
+        rows: Rows,
+        weight: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor, Log, torch.Tensor]:
         """Score and exchange two halves of a batch; takes nothing else but what is cached.
+
+        Args:
+            weight: 0-d, of all rows; then nothing is scored and no row moves.
 
         Returns:
             The batch with its offline-like rows first, the weights of its rows (B,), metrics, and
@@ -373,7 +393,13 @@ class DareHook:
         batch = [torch.cat(halves) for halves in zip(offline, online, strict=True)]
         n_offline = len(offline[0])
         states, actions = batch[0], batch[1]
+        if weight is not None:
+            weight = weight.expand(len(states)).clone()
+            return batch, weight, weight_stats(weight), states
         scores, log = self.score(states, actions, rows)
+        em = None
+        if self.config.rule == "em":
+            em = em_state(scores, n_offline, self._em_steps, EM_CHUNK)
         result = self._exchange(
             scores[:n_offline],
             scores[n_offline:],
@@ -382,8 +408,12 @@ class DareHook:
             weights=self.config.weights,
             skip_inverted=self.config.skip_inverted,
             generator=self.generator if self.config.rule == "random" else None,
+            em=em,
         )
-        batch = reorder(batch, result.order)
+        order, lots = result.order, self.config.permute
+        if lots != "none":
+            order = permute_rows(order, n_offline, lots, self.generator)
+        batch = reorder(batch, order)
         return batch, result.weight, {**result.stats, **log}, states
 
     def score(
@@ -405,6 +435,7 @@ class DareHook:
     ) -> torch.Tensor:
         """Scores (B,) of the densities, nats: -log nu(a|s), or log pi(a|s) - log nu(a|s)."""
         raw = self.unnormalize(states)
+        assert self.behavior is not None
         if self.config.score == "likelihood":
             return -self.behavior.log_prob(raw, actions)
         bound = self.max_action if self.clipped_policy else math.inf
@@ -466,6 +497,7 @@ class DareHook:
             if guided and energy is not None:
                 options["scale"] = self.config.guidance_scale
                 options["guidance"] = lambda x, t, s: energy_gradient(energy, x, t, s)
+        assert self.behavior is not None
         with torch.no_grad():
             raw = self.unnormalize(states)
             return self.behavior.sample(raw, n, self.generator, **options)
@@ -587,6 +619,7 @@ class DareHook:
             bar=self.bar,
             should_stop=should_stop,
         )
+        assert self.behavior is not None
         # In place: compiled graphs hold these tensors.
         self.behavior.load_state_dict(fitted.state_dict())
         self.data = None
@@ -625,6 +658,7 @@ class DareHook:
         return self.seed if own is None else own
 
     def _behavior_file(self, data: BehaviorData) -> Path:
+        assert self.behavior is not None
         return cached_file(
             self.behavior,
             len(data.states),
@@ -637,6 +671,7 @@ class DareHook:
         )[0]
 
     def _fit_steps(self, batch: list[torch.Tensor], count: int) -> None:
+        assert self.behavior is not None
         fit(
             self.behavior.requires_grad_(True),
             *batch,
@@ -703,89 +738,6 @@ class DareHook:
             self.energy_optimizer.param_groups[0]["capturable"] = self._on_gpu
 
 
-class _Holder(torch.nn.Module):
-    """A network that `functional_call` can put other tensors into, whatever is called of it."""
-
-    def __init__(self, network: torch.nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        return function(*args)
-
-
-class StackedHook(DareHook):
-    """The hooks of N seeds, whose batches (N, B, ...) are exchanged in one go.
-
-    Every seed keeps a hook of its own for its state; the first one's exchange runs under
-    `torch.vmap`, so scores need a density and the rule no generator.
-
-    Args:
-        members: one hook per seed, alike but for the seed.
-        offline, online: buffers of all seeds: `draw(n)` gives (N, n), `gather` (N, n, ...).
-        over_seeds: turns a function of one seed's policy and of tensors into one of all seeds.
-        capture: on a GPU, turns that into one launch, see `DareHook`.
-
-    Raises:
-        ValueError: what is configured draws random numbers for each seed.
-    """
-
-    def __init__(
-        self,
-        members: Sequence[DareHook],
-        offline: Any,
-        online: Any,
-        over_seeds: Callable[..., Callable[..., Any]],
-        capture: Callable[..., Callable[..., Any]] | None = None,
-    ):
-        first = members[0]
-        if why := first.config.not_stacked():
-            raise ValueError(f"the hooks of several seeds cannot be stacked: {why}")
-        # What a hook has besides is the first member's.
-        vars(self).update(vars(first))
-        self.members, self.offline, self.online = list(members), offline, online
-        self.refused = torch.stack([hook.refused for hook in members])
-        self._over_seeds, self._capture_all = over_seeds, capture
-        self._arranged: Callable[..., Any] | None = None
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def _bind(self) -> Callable[..., Any]:
-        """`arrange` of all seeds. Made late, when the behavior models are fitted."""
-        # The mass beyond a bound is computed seed by seed, and torch would say so.
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        first, holder = self.members[0], _Holder(self.members[0].behavior)
-        holders = [_Holder(hook.behavior) for hook in self.members]
-        for name, tensor in holder.state_dict().items():
-            others = [other.state_dict()[name] for other in holders]
-            self._tensors[name] = torch.stack([tensor, *others[1:]])
-
-        def of_one(tensors: dict[str, torch.Tensor], offline: Any, online: Any) -> Any:
-            args = first.arrange, (offline, online, [None, None])
-            return torch.func.functional_call(holder, tensors, args)
-
-        of_all = self._over_seeds(of_one)
-        return of_all if self._capture_all is None else self._capture_all(of_all)
-
-    def sample(self, batch_size: int) -> Drawn:
-        """The batches of all seeds; see `DareHook.sample`."""
-        if self._arranged is None:
-            self._arranged = self._bind()
-        self.samples += 1
-        n_offline = int(batch_size * self.mixing_ratio)
-        offline_rows, offline = draw(self.offline, n_offline)
-        online_rows, online = draw(self.online, batch_size - n_offline)
-        batch, weight, log, states = self._arranged(self._tensors, offline, online)
-        self.refused = self.refused + log["refused"]
-        log = {**log, "refused": self.refused}
-        release = self._release(weight, n_offline)
-        return Drawn(batch, release, log, states, [offline_rows, online_rows])
-
-    def spread(self) -> None:
-        """Give every member its counts."""
-        for hook, refused in zip(self.members, self.refused, strict=True):
-            hook.samples, hook.refused = self.samples, refused.clone()
-
-
 def prepare(
     config: DareConfig,
     offline: Any,
@@ -813,7 +765,7 @@ def prepare(
         q_scale: factor on Q, or a function that tells it and is asked only where it matters.
         begin: False leaves the fit to a later `hook.begin()`.
         seeds, over_seeds: for several seeds in one process: the arguments that each has of its
-            own, such as buffers and seed, and a function, see `StackedHook`.
+            own, such as buffers and seed, and a function, see `hook_stacked.StackedHook`.
         options: the other arguments of `DareHook`.
 
     Raises:
@@ -824,7 +776,12 @@ def prepare(
         capture = options.pop("capture", None)
         options |= {"cache_dir": cache_dir, "q_scale": q_scale, "begin": begin}
         hooks = [prepare(config, **{**options, **own}) for own in seeds]
+        # It is a `DareHook`, so its file imports this one.
+        from corl_dare.hook_stacked import StackedHook
+
         return StackedHook(hooks, offline, online, over_seeds, capture)
+    if config.alike:
+        return DareHook(offline, online, config, None, **options)
     seed, device = options.get("seed", 0), options.get("device", "cpu")
     unnormalize = options.get("unnormalize") or (lambda x: x)
     if (states is None) != (actions is None):

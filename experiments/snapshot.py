@@ -159,7 +159,8 @@ def restore(files: RunFiles) -> RestoredRun:
     trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
     trainer.actor.eval()
     hook = None
-    if "hook" in state["parts"]:
+    # Weights without a score have nothing to show.
+    if "hook" in state["parts"] and not config.dare.alike:
         hook = prepare(
             config.dare,
             offline,

@@ -42,7 +42,7 @@ from benchmarks.exchange_accuracy.rows import (
     split,
 )
 from benchmarks.exchange_accuracy.scores import make_scores, score_rows
-from benchmarks.exchange_accuracy.settings import RULES, SHARES, Settings
+from benchmarks.exchange_accuracy.settings import CONTROLS, RULES, SHARES, Settings
 from benchmarks.exchange_accuracy.store import Store, check_same
 from corl_dare import behavior, exchange, guidance
 
@@ -202,7 +202,9 @@ coarse = st.lists(st.integers(-2, 2).map(float), min_size=2, max_size=20)
 
 
 @properties
-@given(coarse, st.randoms(use_true_random=False), st.sampled_from(RULES[1:]))
+@given(
+    coarse, st.randoms(use_true_random=False), st.sampled_from((*RULES[1:], *CONTROLS))
+)
 def test_measures_equal_counting(values, random, rule):
     values = values[: len(values) // 2 * 2]
     scores = torch.tensor([values], dtype=D)
@@ -537,6 +539,7 @@ def test_the_command_writes_every_cell(tiny):
     assert len(pairs) == 4 and {c["share"] for c in rollout} == set(SHARES)
     assert {c["rule"] for c in rollout} == {
         *RULES,
+        *CONTROLS,
         "estimated share",
         "known share",
     }

@@ -102,10 +102,11 @@ def hooks(**fields):
         {"score": "policy_ratio"},
         {"score": "policy_ratio", "weights": "soft", "cap": None},
         {"score": "policy_ratio", "rule": "share"},
+        {"score": "policy_ratio", "rule": "em", "weights": "soft"},
         {"kind": "diffusion", "guidance_scale": 2.0, "energy_batch_states": 8},
         {"kind": "diffusion", "guidance_scale": 2.0, "reference_max_age": 2},
     ],
-    ids=["ratio", "soft", "share", "guided", "cached"],
+    ids=["ratio", "soft", "share", "em", "guided", "cached"],
 )
 def test_a_hook_of_graphs_draws_and_decides_as_without(fields):
     logs = []

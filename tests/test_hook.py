@@ -325,7 +325,7 @@ def test_q_scale_brings_returns_to_a_span_of_1000():
         ({"weights": "soft", "cap": 0}, "dare.weights soft weighs each row by its own"),
         (
             {"weights": "soft", "rule": "random"},
-            "so dare.rule and dare.cap would do noth",
+            "so dare.rule random and dare.cap None would do noth",
         ),
         ({"alignment": "gausian_kl"}, "dare.alignment must be one of gaussian_kl"),
         (

@@ -24,5 +24,6 @@ rows. Every size is a flag and part of the result. Scores and rules that the hoo
     store      the files of numbers, one per seed
     report     the tables of a folder of such files
     figures    its figures
+    mixture    the rule em on drawn numbers instead of rows, a command of its own
     aging      deterministic policies and their own older rows, a command of its own
 """

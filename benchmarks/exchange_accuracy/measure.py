@@ -11,7 +11,12 @@ import torch
 from benchmarks.exchange_accuracy.models import Models
 from benchmarks.exchange_accuracy.rows import Rows
 from benchmarks.exchange_accuracy.scores import Score, make_scores
-from benchmarks.exchange_accuracy.settings import RATIO_RULES, RULES, Settings
+from benchmarks.exchange_accuracy.settings import (
+    CONTROLS,
+    RATIO_RULES,
+    RULES,
+    Settings,
+)
 from corl_dare import exchange
 
 # Bins of the calibration error.
@@ -64,9 +69,12 @@ def decide(
 ) -> torch.Tensor:
     """Order (R, 2N) of the exchanged rows, as that of `exchange`, for scores (R, 2N).
 
-    Two rules are not named as in the hook:
+    Some rules are not named as in the hook:
         estimated share: the rule `share` of the hook.
         known share: the Bayes decision with the true share; the best there is.
+        pooled em: not in the hook, see `pooled_odds`.
+        lot in each half, lot over all rows: threshold with `permute` half and batch. The first
+            half of the order are the rows that have its weight 1.
 
     Raises:
         ValueError: unknown rule, or one that needs a ratio and gets another score.
@@ -85,11 +93,35 @@ def decide(
             prior = exchange.misplaced_share(log_odds.view(-1, 2, n))
         log_odds = log_odds + prior.logit().repeat_interleave(n, 1)
         return swap(log_odds)
+    if rule == "pooled em":
+        odds = torch.vmap(lambda row: pooled_odds(row, n))(scores)
+        return swap(torch.cat([-odds[:, :n], odds[:, n:]], 1))
+    if rule.startswith("lot"):
+        among = "half" if rule == "lot in each half" else "batch"
+        generator = torch.Generator().manual_seed(0)
+        orders = decide(scores, "threshold")
+        return torch.stack(
+            [exchange.permute_rows(order, n, among, generator) for order in orders]
+        )
     cap = 32 if rule == "threshold, cap 32" else None
     name = rule.split(",")[0]
     return torch.vmap(lambda off, on: exchange.exchange(off, on, cap, name).order)(
         scores[:, :n], scores[:, n:]
     )
+
+
+def pooled_odds(scores: torch.Tensor, n_off: int) -> torch.Tensor:
+    """Log-odds of being offline-like (N,) by a mixture that knows no halves, nats.
+
+    Two Gaussians and one free share, fitted to all scores by the steps of the rule em. They begin
+    with the moments of the halves, and with equal shares. There is no test whether the halves
+    differ.
+    """
+    z, _, log_ratio = exchange.em_start(scores, n_off)
+    state = exchange.EMState(log_ratio, torch.full_like(z[:1], 0.5))
+    all_rows = torch.ones_like(z).unsqueeze(0)
+    state = exchange.em_steps(state, all_rows, z, exchange.EM_STEPS)
+    return state.log_ratio + state.share.logit()
 
 
 def swap(log_odds: torch.Tensor) -> torch.Tensor:
@@ -242,7 +274,7 @@ def evaluate(
         d = d[batches.index]  # (R, 2N)
         means = d.view(len(d), 2, -1).mean(2)
         inverted = (means[:, 1] <= means[:, 0]).double().mean().item()
-        rules = RULES + (RATIO_RULES if score.ratio else ())
+        rules = RULES + CONTROLS + (RATIO_RULES if score.ratio else ())
         rules += ("known share",) if score.name == "oracle ratio" else ()
         for rule in rules:
             numbers = outcome(decide(d, rule, score.ratio, share), batches.online)

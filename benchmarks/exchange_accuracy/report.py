@@ -7,7 +7,12 @@ import statistics
 from pathlib import Path
 
 from benchmarks.exchange_accuracy import figures
-from benchmarks.exchange_accuracy.settings import RATIO_RULES, RULES, SHARES
+from benchmarks.exchange_accuracy.settings import (
+    CONTROLS,
+    RATIO_RULES,
+    RULES,
+    SHARES,
+)
 from benchmarks.exchange_accuracy.store import Store, arrow
 
 
@@ -128,7 +133,7 @@ def exchange_tables(store: Store) -> str:
     ):
         rows = []
         for score in store.scores:
-            for rule in (*RULES[1:], *RATIO_RULES, "known share"):
+            for rule in (*RULES[1:], *CONTROLS, *RATIO_RULES, "known share"):
                 where = {"setting": "rollout", "score": score, "rule": rule}
                 columns = "exchanged", "precision", "recall", "purity_off"
                 row = [mean("exchange", c, share=0.3, **where) for c in columns]
@@ -164,6 +169,8 @@ def curves(store: Store) -> list[tuple[str, str]]:
     return [
         *((score, "threshold") for score in store.scores),
         ("policy ratio", "posterior"),
+        ("policy ratio", "em"),
+        ("oracle ratio", "em"),
         ("policy ratio", "estimated share"),
         ("oracle ratio", "estimated share"),
         ("oracle ratio", "known share"),
@@ -176,7 +183,7 @@ def identical_table(store: Store) -> str:
         "## Identical policies\n\nBoth halves come from one policy: the right answer is to "
         "exchange nothing. Pairs M of 128, mean over the policies.\n\n"
     )
-    rules = (*RULES[1:], *RATIO_RULES)
+    rules = (*RULES[1:], *CONTROLS, *RATIO_RULES)
     rows = []
     for score in store.scores:
         where = {"setting": "rollout", "score": score, "share": 0.0}

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 LEVELS = ("random", "medium", "expert")
 # Share of misplaced rows in each half. At 0.9 the two halves have changed places.
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9)
-RULES = ("none", "threshold", "threshold, cap 32", "posterior", "direct")
+RULES = ("none", "threshold", "threshold, cap 32", "posterior", "em", "direct")
+# What they are compared with: a mixture with one share, fitted to all rows by EM, and who has the
+# weights of `threshold` by lot, among the rows of each half as drawn and among all.
+CONTROLS = ("pooled em", "lot in each half", "lot over all rows")
 # Rules for scores that are a log-density ratio.
 RATIO_RULES = ("estimated share",)
 

@@ -124,7 +124,8 @@ def _drop_of(summary: Mapping[str, Any]) -> str:
     back = f"not back within {found.budget:,} steps"
     if found.recovery is not None:
         back = f"back after {found.recovery:,} steps"
+    side = "below" if found.depth >= 0 else "above"
     return (
-        f"drop at the switch: {found.depth:.1f} below {found.before:.1f} (lowest mean of "
-        f"{drop.WINDOW} evaluations, at online step {found.depth_step:,}), {back}\n"
+        f"after the switch at {found.before:.1f}: lowest mean of {drop.WINDOW} evaluations "
+        f"{abs(found.depth):.1f} {side} that, at online step {found.depth_step:,}; {back}\n"
     )

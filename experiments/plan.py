@@ -165,6 +165,17 @@ def plan(
     return ordered
 
 
+def planned_cells(sweep: Sweep) -> list[tuple[str, str, int]]:
+    """(label in the store, task, seed) of every cell but the offline ones, in their order."""
+    return [
+        (_file_name(_label(method, overrides)), task, seed)
+        for method in sweep.methods
+        for overrides, task, seed in itertools.product(
+            method.combinations(), sweep.tasks, sweep.seeds
+        )
+    ]
+
+
 def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
     """The cells of some methods, in the order of their names, after the models that they need.
 

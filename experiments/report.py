@@ -208,7 +208,8 @@ def command_line(argv: Sequence[str] | None = None) -> None:
 
 def _write_command(results: Path) -> None:
     """All experiments below `results`, or `results` itself if it is one."""
-    folders = [results] if (results / "runs").is_dir() else []
+    own = (results / "runs").is_dir() or (results / "experiment.yaml").is_file()
+    folders = [results] if own else []
     found = [p for p in results.glob("*/runs") if p.is_dir()]
     folders += sorted({p.parent for p in [*found, *results.glob("*/experiment.yaml")]})
     if not folders:

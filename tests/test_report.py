@@ -733,7 +733,7 @@ def planned(tmp_path, monkeypatch):
 
 
 def test_a_page_of_a_sweep_is_there_before_its_first_run(planned, no_pictures):
-    report.write_report(planned)
+    report.command_line(["write", str(planned)])
     text = text_of(planned)
     assert "**0 of 24 cells of the sweep are in.**" in text
     assert "No runs yet of: ours, half,dare.cap=0, half,dare.cap=3, lot." in text

@@ -9,6 +9,7 @@ import wiring
 from helpers import assert_equal
 from short_runs import assert_same_weights, checkpoint_of, folder_of, run, stop_after
 from short_runs import noisy_block as block
+from test_hot_loop import HostReads
 from torch.distributions import Normal
 
 from algorithms import (
@@ -187,6 +188,15 @@ def test_the_policy_is_asked_in_evaluation_mode_every_so_many_draws():
     for _ in range(7):
         weighted.sample(4)
     assert modes == [False] * 3 and weighted.actor.training
+
+
+def test_between_two_looks_at_the_rows_nothing_is_read_on_the_host():
+    weighted, walks = make(20, refresh=5)
+    for draw in range(5):
+        with HostReads() as reads:
+            weighted.sample(4)
+        assert bool(reads.calls) is (draw == 0)
+        weighted.buffer.add_transition(*walks.row())
 
 
 def test_a_policy_that_diverged_ends_the_run():

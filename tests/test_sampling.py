@@ -31,16 +31,18 @@ TASK = "hopper-medium-v2"
 
 
 class Walks:
-    """Rows of walks of random lengths, one after the other, with states that nobody meets twice."""
+    """Rows of walks of random lengths, one after the other."""
 
     def __init__(self, seed=0):
         self.rng = np.random.default_rng(seed)
-        self.left, self.state, self.walk = 0, None, -1
+        self.left, self.state = 0, None
 
     def row(self):
         if self.left == 0:
-            self.left, self.state = self.rng.integers(1, 5), self.rng.normal(size=S)
-            self.terminal, self.walk = self.rng.random() < 0.5, self.walk + 1
+            self.left, self.terminal = self.rng.integers(1, 5), self.rng.random() < 0.5
+            # A walk may begin where the last one ended: then only a terminal tells them apart.
+            if self.state is None or self.rng.random() < 0.5:
+                self.state = self.rng.normal(size=S)
         self.left -= 1
         before, self.state = self.state, self.rng.normal(size=S)
         action = self.rng.normal(size=A)

@@ -54,6 +54,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 
 COLUMNS = ["critic_loss", "actor_loss"]
 # Attributes of the trainer and keys of CORL's checkpoints.
@@ -367,6 +368,16 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: AdvantageWeightedActorCritic) -> Fit:
+    """How well rows fit the policy, for `sampling: on_policy`."""
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        policy = trainer.actor.policy(states)
+        return standard_log_prob(actions, policy.mean, policy.stddev)
+
+    return fit
+
+
 def step(
     trainer: AdvantageWeightedActorCritic, source: Any, config: TrainConfig
 ) -> Dict[str, Any]:
@@ -384,6 +395,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer))
         source = session.mixed
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),

@@ -63,6 +63,7 @@ from corl.finetune import (  # noqa: F401
 )
 from corl.finetune import modify_reward_linear as modify_reward  # noqa: F401
 from corl.finetune import modify_reward_linear_online as modify_reward_online  # noqa: F401
+from corl.sampling import Fit, standard_log_prob
 
 LOG_STD_MIN = -20.0
 LOG_STD_MAX = 2.0
@@ -771,6 +772,19 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: CalQL) -> Fit:
+    """How well rows fit the policy before its squashing, for `sampling: on_policy`."""
+    actor = trainer.actor
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        mean, log_std = actor._parameters_of(states)
+        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+        inside = (actions / actor.max_action).clamp(-ALMOST_ONE, ALMOST_ONE)
+        return standard_log_prob(inside.atanh(), mean, std)
+
+    return fit
+
+
 def step(trainer: CalQL, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     return trainer.train(source.sample(config.batch_size))
@@ -784,6 +798,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         if config.load_model and config.compat:
             trainer.detach_multipliers()
+        session.weigh_rows(trainer.actor, policy_fit(trainer))
         source = session.mixed
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),

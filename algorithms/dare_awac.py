@@ -61,6 +61,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, DareConfig
 from corl_dare.hook import (
     DareHook,
@@ -434,6 +435,16 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: AdvantageWeightedActorCritic) -> Fit:
+    """How well rows fit the policy, for `sampling: on_policy`."""
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        policy = trainer.actor.policy(states)
+        return standard_log_prob(actions, policy.mean, policy.stddev)
+
+    return fit
+
+
 def hook_arguments(trainer: AdvantageWeightedActorCritic) -> Dict[str, Any]:
     """What the hook needs of the trainer: the log-density of its policy, and its Q."""
     actor = trainer.actor
@@ -465,6 +476,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer))
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)

@@ -71,6 +71,7 @@ from corl.finetune import (  # noqa: F401
 )
 from corl.finetune import modify_reward_linear as modify_reward  # noqa: F401
 from corl.finetune import modify_reward_linear_online as modify_reward_online  # noqa: F401
+from corl.sampling import Fit, standard_log_prob
 from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, DareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, prepare
 
@@ -809,6 +810,19 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: ContinuousCQL) -> Fit:
+    """How well rows fit the policy before its squashing, for `sampling: on_policy`."""
+    actor = trainer.actor
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        mean, log_std = actor._parameters_of(states)
+        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+        inside = (actions / actor.max_action).clamp(-ALMOST_ONE, ALMOST_ONE)
+        return standard_log_prob(inside.atanh(), mean, std)
+
+    return fit
+
+
 def hook_arguments(trainer: ContinuousCQL) -> Dict[str, Any]:
     """What the hook needs of the trainer: the log-density of its policy, and its Q."""
     return {
@@ -834,6 +848,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         if config.load_model and config.compat:
             trainer.detach_multipliers()
+        session.weigh_rows(trainer.actor, policy_fit(trainer))
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)

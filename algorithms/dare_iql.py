@@ -69,6 +69,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, DareConfig
 from corl_dare.hook import (
     DareHook,
@@ -147,6 +148,7 @@ class TrainConfig(FinetuneConfig):
     actor_lr: float = 3e-4  # actor learning rate
     # Not in CORL
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
     # DARE
     dare: DareIQLConfig = dataclasses.field(default_factory=DareIQLConfig)
@@ -157,6 +159,7 @@ class TrainConfig(FinetuneConfig):
         "beta": "[0, inf)",
         "iql_tau": "(0, 1)",
         **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
+        "policy_std": "(0, inf)",
         **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
         "mixing_ratio": "(0, 1)",
     }
@@ -165,6 +168,7 @@ class TrainConfig(FinetuneConfig):
         "actor_lr_online",
         "expl_noise",
         "noise_clip",
+        "policy_std",
         "dare",
     }
     QUICK_START: ClassVar[str] = "configs/iql/quick_start.yaml"
@@ -176,6 +180,8 @@ class TrainConfig(FinetuneConfig):
             self.mixing_ratio = 0.5
         if self.dare.score == "policy_ratio" and self.iql_deterministic:
             raise ValueError("dare.score policy_ratio needs a policy with a density")
+        if self.iql_deterministic:
+            self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 
@@ -594,6 +600,19 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: ImplicitQLearning, config: TrainConfig) -> Fit:
+    """How well rows fit the policy, for `sampling: on_policy`."""
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        policy = trainer.actor(states)
+        if isinstance(policy, Normal):
+            return standard_log_prob(actions, policy.mean, policy.stddev)
+        std = config.density_std() * trainer.max_action
+        return standard_log_prob(actions, policy * trainer.max_action, std)
+
+    return fit
+
+
 def hook_arguments(trainer: ImplicitQLearning) -> Dict[str, Any]:
     """What the hook needs of the trainer: the log-density of its policy, and its Q."""
     return {
@@ -618,6 +637,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)

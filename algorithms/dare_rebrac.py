@@ -58,6 +58,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, NoisyDareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, noisy_log_prob, prepare
 
@@ -126,6 +127,7 @@ class TrainConfig(FinetuneConfig):
     reset_opts: bool = False  # upstream's option; only false
     # Not in CORL
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     bc_online: str = "auto"  # the policy's penalty online: keep, drop, anneal (upstream)
     critic_bc_online: str = "drop"  # the target's penalty online: keep, drop (upstream)
     # anneal: online steps until the share would be 0; none: online_iterations
@@ -141,6 +143,7 @@ class TrainConfig(FinetuneConfig):
         "tau": "(0, 1]",
         "policy_freq": "[1, 1e9]",
         "mixing_ratio": "(0, 1)",
+        "policy_std": "(0, inf)",
         "bc_end": "[0, 1]",
         "bc_anneal_steps": "[1, 1e9]",
     }
@@ -150,6 +153,7 @@ class TrainConfig(FinetuneConfig):
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
+        "policy_std",
         "expl_noise",
         "bc_online",
         "critic_bc_online",
@@ -182,10 +186,11 @@ class TrainConfig(FinetuneConfig):
         super().__post_init__()
         if self.dare.enabled:
             self.bc_online = self.dare.only_release("bc_online", self.bc_online)
-            self.dare.density_std(self.expl_noise)
+            self.dare.density_std(self.density_std())
             self.mixing_ratio = 0.5 if self.mixing_ratio is None else self.mixing_ratio
         if self.bc_online == AUTO:
             self.bc_online = "anneal"
+        self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
         if self.normalize_reward and not self.env.startswith("antmaze"):
@@ -196,6 +201,11 @@ class TrainConfig(FinetuneConfig):
         for field in ("use_calibration", "reset_opts"):
             if getattr(self, field):
                 raise ValueError(f"{field} is not in this file; set {field} to false")
+
+    def density_std(self) -> float:
+        """That of the block `dare`, where it has one."""
+        own = self.dare.policy_std if self.dare.enabled else None
+        return super().density_std() if own is None else own
 
     def bc_coefs(self, steps: int) -> Tuple[float, float]:
         """Weights of the policy's and the target's penalty after so many online steps."""
@@ -500,7 +510,7 @@ def make_trainer(
             device=device,
             policy_noise=config.policy_noise * max_action,
             noise_clip=config.noise_clip * max_action,
-            policy_std=config.dare.density_std(config.expl_noise) * max_action,
+            policy_std=config.density_std() * max_action,
         ),
         max_action=max_action,
         actor=actor,
@@ -513,6 +523,12 @@ def make_trainer(
     if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
+
+
+def policy_fit(trainer: ReBRAC, config: TrainConfig) -> Fit:
+    """How well rows fit the policy with its noise, for `sampling: on_policy`."""
+    actor, std = trainer.actor, config.density_std() * trainer.max_action
+    return lambda states, actions: standard_log_prob(actions, actor(states), std)
 
 
 def hook_arguments(trainer: ReBRAC) -> Dict[str, Any]:
@@ -538,6 +554,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)

@@ -65,6 +65,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, NoisyDareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, noisy_log_prob, prepare
 
@@ -123,6 +124,7 @@ class TrainConfig(FinetuneConfig):
     actor_dropout: float = 0.0  # dropout behind the actor's hidden layers, in learning
     lambd_cool_steps: Optional[int] = None  # online steps until 0; none: all
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     dare: NoisyDareConfig = dataclasses.field(default_factory=NoisyDareConfig)
 
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
@@ -141,9 +143,11 @@ class TrainConfig(FinetuneConfig):
         "actor_dropout": "[0, 1)",
         "lambd_cool_steps": "[1, 1e9]",
         "mixing_ratio": "(0, 1)",
+        "policy_std": "(0, inf)",
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
+        "policy_std",
         "expl_noise",
         "lambd_cool",
         "lambd_end",
@@ -163,11 +167,17 @@ class TrainConfig(FinetuneConfig):
                     "lambd_cool true and dare would both release; leave lambd_cool out"
                 )
             self.lambd_cool, self.mixing_ratio = False, self.mixing_ratio or 0.5
-            self.dare.density_std(self.expl_noise)
+            self.dare.density_std(self.density_std())
         if self.lambd_cool is None:
             self.lambd_cool = True
+        self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
+
+    def density_std(self) -> float:
+        """That of the block `dare`, where it has one."""
+        own = self.dare.policy_std if self.dare.enabled else None
+        return super().density_std() if own is None else own
 
     def vae_updates(self) -> int:
         """Updates of the VAE before the offline phase."""
@@ -571,7 +581,7 @@ def make_trainer(
             device=device,
             policy_noise=config.policy_noise * max_action,
             noise_clip=config.noise_clip * max_action,
-            policy_std=config.dare.density_std(config.expl_noise) * max_action,
+            policy_std=config.density_std() * max_action,
         ),
         max_action=max_action,
         actor=actor,
@@ -589,6 +599,12 @@ def make_trainer(
             trainer._vae_update, [trainer.vae_optimizer]
         )
     return trainer
+
+
+def policy_fit(trainer: SPOT, config: TrainConfig) -> Fit:
+    """How well rows fit the policy with its noise, for `sampling: on_policy`."""
+    actor, std = trainer.actor.executed, config.density_std() * trainer.max_action
+    return lambda states, actions: standard_log_prob(actions, actor(states), std)
 
 
 def hook_arguments(trainer: SPOT) -> Dict[str, Any]:
@@ -614,6 +630,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)

@@ -56,6 +56,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, NoisyDareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, noisy_log_prob, prepare
 
@@ -96,6 +97,7 @@ class TrainConfig(FinetuneConfig):
     actor_lr: float = 3e-4  # actor learning rate
     qf_lr: float = 3e-4  # critics learning rate
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     bc_online: str = "keep"  # the behavior cloning term online: keep, drop, anneal
     bc_end: float = 0.0  # anneal: the least weight of that term
     bc_anneal_steps: int = 400000  # anneal: online steps until its weight would be 0
@@ -108,6 +110,7 @@ class TrainConfig(FinetuneConfig):
         "alpha": "[0, inf)",
         **dict.fromkeys(("actor_lr", "qf_lr"), "(0, inf)"),
         "mixing_ratio": "(0, 1)",
+        "policy_std": "(0, inf)",
         "bc_end": "[0, 1]",
         "bc_anneal_steps": "[1, 1e9]",
     }
@@ -116,6 +119,7 @@ class TrainConfig(FinetuneConfig):
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
+        "policy_std",
         "expl_noise",
         "bc_online",
         "bc_end",
@@ -130,10 +134,16 @@ class TrainConfig(FinetuneConfig):
         super().__post_init__()
         if self.dare.enabled:
             self.bc_online = self.dare.only_release("bc_online", self.bc_online)
-            self.dare.density_std(self.expl_noise)
+            self.dare.density_std(self.density_std())
             self.mixing_ratio = 0.5 if self.mixing_ratio is None else self.mixing_ratio
+        self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
+
+    def density_std(self) -> float:
+        """That of the block `dare`, where it has one."""
+        own = self.dare.policy_std if self.dare.enabled else None
+        return super().density_std() if own is None else own
 
     def bc_weight(self, steps: int) -> float:
         """Weight of the behavior cloning term after so many environment steps."""
@@ -362,7 +372,7 @@ def make_trainer(
             device=device,
             policy_noise=config.policy_noise * max_action,
             noise_clip=config.noise_clip * max_action,
-            policy_std=config.dare.density_std(config.expl_noise) * max_action,
+            policy_std=config.density_std() * max_action,
         ),
         max_action=max_action,
         actor=actor,
@@ -375,6 +385,12 @@ def make_trainer(
     if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer
+
+
+def policy_fit(trainer: TD3_BC, config: TrainConfig) -> Fit:
+    """How well rows fit the policy with its noise, for `sampling: on_policy`."""
+    actor, std = trainer.actor, config.density_std() * trainer.max_action
+    return lambda states, actions: standard_log_prob(actions, actor(states), std)
 
 
 def hook_arguments(trainer: TD3_BC) -> Dict[str, Any]:
@@ -402,6 +418,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
         if config.dare.enabled:
             session.show(PANELS, MEANS, UNDEFINED)

@@ -54,6 +54,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 
 EXP_ADV_MAX = 100.0
 LOG_STD_MIN = -20.0
@@ -94,6 +95,7 @@ class TrainConfig(FinetuneConfig):
     actor_lr: float = 3e-4  # actor learning rate
     # Not in CORL
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
 
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
@@ -102,6 +104,7 @@ class TrainConfig(FinetuneConfig):
         "beta": "[0, inf)",
         "iql_tau": "(0, 1)",
         **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
+        "policy_std": "(0, inf)",
         **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
         "mixing_ratio": "(0, 1)",
     }
@@ -110,11 +113,14 @@ class TrainConfig(FinetuneConfig):
         "actor_lr_online",
         "expl_noise",
         "noise_clip",
+        "policy_std",
     }
     QUICK_START: ClassVar[str] = "configs/iql/quick_start.yaml"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.iql_deterministic:
+            self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 
@@ -449,6 +455,19 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: ImplicitQLearning, config: TrainConfig) -> Fit:
+    """How well rows fit the policy, for `sampling: on_policy`."""
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        policy = trainer.actor(states)
+        if isinstance(policy, Normal):
+            return standard_log_prob(actions, policy.mean, policy.stddev)
+        std = config.density_std() * trainer.max_action
+        return standard_log_prob(actions, policy * trainer.max_action, std)
+
+    return fit
+
+
 def step(trainer: ImplicitQLearning, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     return trainer.train(source.sample(config.batch_size))
@@ -460,6 +479,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
 
         def explore(action: np.ndarray) -> np.ndarray:

@@ -52,6 +52,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 
 COLUMNS = ["critic_loss", "q_min", "actor_loss", "bc_mse_policy"]
 COLUMNS += ["actor_bc_coef", "critic_bc_coef"]
@@ -116,6 +117,7 @@ class TrainConfig(FinetuneConfig):
     reset_opts: bool = False  # upstream's option; only false
     # Not in CORL
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     bc_online: str = "auto"  # the policy's penalty online: keep, drop, anneal (upstream)
     critic_bc_online: str = "drop"  # the target's penalty online: keep, drop (upstream)
     # anneal: online steps until the share would be 0; none: online_iterations
@@ -130,6 +132,7 @@ class TrainConfig(FinetuneConfig):
         "tau": "(0, 1]",
         "policy_freq": "[1, 1e9]",
         "mixing_ratio": "(0, 1)",
+        "policy_std": "(0, inf)",
         "bc_end": "[0, 1]",
         "bc_anneal_steps": "[1, 1e9]",
     }
@@ -139,6 +142,7 @@ class TrainConfig(FinetuneConfig):
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
+        "policy_std",
         "expl_noise",
         "bc_online",
         "critic_bc_online",
@@ -169,6 +173,7 @@ class TrainConfig(FinetuneConfig):
         super().__post_init__()
         if self.bc_online == AUTO:
             self.bc_online = "anneal"
+        self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
         if self.normalize_reward and not self.env.startswith("antmaze"):
@@ -482,6 +487,12 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: ReBRAC, config: TrainConfig) -> Fit:
+    """How well rows fit the policy with its noise, for `sampling: on_policy`."""
+    actor, std = trainer.actor, config.density_std() * trainer.max_action
+    return lambda states, actions: standard_log_prob(actions, actor(states), std)
+
+
 def step(trainer: ReBRAC, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     return trainer.train(source.sample(config.batch_size))
@@ -493,6 +504,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
 
         def explore(action: np.ndarray) -> np.ndarray:

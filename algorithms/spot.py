@@ -59,6 +59,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 
 COLUMNS = ["critic_loss", "actor_loss", "neg_log_beta_mean", "neg_log_beta_max", "lambd"]
 # Attributes of the trainer and keys of CORL's checkpoints.
@@ -113,6 +114,7 @@ class TrainConfig(FinetuneConfig):
     actor_dropout: float = 0.0  # dropout behind the actor's hidden layers, in learning
     lambd_cool_steps: Optional[int] = None  # online steps until 0; none: all
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
 
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         **dict.fromkeys(("expl_noise", "policy_noise", "noise_clip"), "[0, inf)"),
@@ -130,9 +132,11 @@ class TrainConfig(FinetuneConfig):
         "actor_dropout": "[0, 1)",
         "lambd_cool_steps": "[1, 1e9]",
         "mixing_ratio": "(0, 1)",
+        "policy_std": "(0, inf)",
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
+        "policy_std",
         "expl_noise",
         "lambd_cool",
         "lambd_end",
@@ -146,6 +150,7 @@ class TrainConfig(FinetuneConfig):
         super().__post_init__()
         if self.lambd_cool is None:
             self.lambd_cool = True
+        self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 
@@ -558,6 +563,12 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: SPOT, config: TrainConfig) -> Fit:
+    """How well rows fit the policy with its noise, for `sampling: on_policy`."""
+    actor, std = trainer.actor.executed, config.density_std() * trainer.max_action
+    return lambda states, actions: standard_log_prob(actions, actor(states), std)
+
+
 def step(trainer: SPOT, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     return trainer.train(source.sample(config.batch_size))
@@ -569,6 +580,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
 
         def explore(action: np.ndarray) -> np.ndarray:

@@ -50,6 +50,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 
 COLUMNS = ["critic_loss", "actor_loss", "bc_weight"]
 # Attributes of the trainer and keys of CORL's checkpoints.
@@ -86,6 +87,7 @@ class TrainConfig(FinetuneConfig):
     actor_lr: float = 3e-4  # actor learning rate
     qf_lr: float = 3e-4  # critics learning rate
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     bc_online: str = "keep"  # the behavior cloning term online: keep, drop, anneal
     bc_end: float = 0.0  # anneal: the least weight of that term
     bc_anneal_steps: int = 400000  # anneal: online steps until its weight would be 0
@@ -97,6 +99,7 @@ class TrainConfig(FinetuneConfig):
         "alpha": "[0, inf)",
         **dict.fromkeys(("actor_lr", "qf_lr"), "(0, inf)"),
         "mixing_ratio": "(0, 1)",
+        "policy_std": "(0, inf)",
         "bc_end": "[0, 1]",
         "bc_anneal_steps": "[1, 1e9]",
     }
@@ -105,6 +108,7 @@ class TrainConfig(FinetuneConfig):
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",
+        "policy_std",
         "expl_noise",
         "bc_online",
         "bc_end",
@@ -115,6 +119,7 @@ class TrainConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 
@@ -348,6 +353,12 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: TD3_BC, config: TrainConfig) -> Fit:
+    """How well rows fit the policy with its noise, for `sampling: on_policy`."""
+    actor, std = trainer.actor, config.density_std() * trainer.max_action
+    return lambda states, actions: standard_log_prob(actions, actor(states), std)
+
+
 def step(trainer: TD3_BC, source: Any, config: TrainConfig) -> Dict[str, Any]:
     """One update on a fresh batch of the source; returns its metrics."""
     return trainer.train(source.sample(config.batch_size))
@@ -359,6 +370,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
 
         def explore(action: np.ndarray) -> np.ndarray:

@@ -342,12 +342,20 @@ class Evaluator:
         return getattr(config, config.COMPAT_EVAL_SEED if config.compat else "eval_seed")
 
     def evaluate(
-        self, run: runs.Run, actor: Actor, step: int, phase: str
+        self,
+        run: runs.Run,
+        actor: Actor,
+        step: int,
+        phase: str,
+        episodes: Optional[int] = None,
     ) -> Dict[str, float]:
-        """Write the episodes down; returns the metrics of this evaluation."""
+        """Write the episodes down; returns the metrics of this evaluation.
+
+        `episodes` is their number, by default `n_episodes`.
+        """
         config = self.config
         played, self.played = self.played, None
-        rest = actor, self.device, config.n_episodes, self.seed
+        rest = actor, self.device, episodes or config.n_episodes, self.seed
         if config.eval_together:
             played = played or eval_together([self.env, *self.more], *rest)
         returns, success = played or eval_actor(self.env, *rest)

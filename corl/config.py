@@ -95,6 +95,12 @@ class FinetuneConfig:
     # Not in CORL
     utd: int = 1  # updates per environment step online
     online_warmup: int = 0  # online steps before the first online update (PEX: 5000)
+    sampling: str = "uniform"  # rows of online batches: uniform, on_policy (ARB)
+    sampling_temperature: float = 5.0  # on_policy: the higher, the more uniform
+    sampling_refresh: int = 1000  # on_policy: updates between two looks at all rows
+    sampling_unit: str = "trajectory"  # on_policy: what has one weight, or transition
+    eval_early: Optional[str] = None  # further online evaluations, at steps 1000,2000
+    eval_switch: int = 0  # episodes of one more evaluation at the switch; 0: none
     eval_together: bool = False  # episodes side by side: faster, other float32 rounding
     compat: bool = False  # reproduce upstream's known faults (see the file header)
     dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
@@ -119,7 +125,11 @@ class FinetuneConfig:
         "offline_iterations": "[0, 1e9]",
         "online_iterations": "[0, 1e9]",
         "online_warmup": "[0, 1e9]",
+        # The authors' smallest temperature; below it weights vanish in float32.
+        "sampling_temperature": "[0.2, inf)",
+        "sampling_refresh": "[1, 1e9]",
         "n_episodes": "[1, 1e6]",
+        "eval_switch": "[0, 1e6]",
         # The memory of the machine bounds them, too; see `training_data.check_memory`.
         **dict.fromkeys(("buffer_size", "batch_size"), "[1, 1e10]"),
         "dataset_rows": "[2, 1e9]",
@@ -139,6 +149,8 @@ class FinetuneConfig:
         "env_backend": ("gymnasium", "d4rl"),
         "wandb_mode": ("disabled", "offline", "online"),
         "seeds_as": ("auto", "stacked", "processes"),
+        "sampling": ("uniform", "on_policy"),
+        "sampling_unit": ("trajectory", "transition"),
     }
     # Files and folders that a run needs again: its config.yaml has them as absolute paths.
     PATHS: ClassVar[tuple[str, ...]] = ("checkpoints_path", "dataset_path", "load_model")
@@ -146,7 +158,11 @@ class FinetuneConfig:
     # one offline model. A field that is missing here costs a model that could have been shared;
     # one too many would share what must not be.
     ONLINE: ClassVar[frozenset] = frozenset(
-        {"online_iterations", "online_warmup", "utd", "load_model"}
+        {
+            *("online_iterations", "online_warmup", "utd", "load_model"),
+            *("sampling", "sampling_temperature", "sampling_refresh", "sampling_unit"),
+            *("eval_early", "eval_switch"),
+        }
     )
     # These change no result.
     BOOKKEEPING: ClassVar[frozenset] = frozenset(
@@ -181,6 +197,12 @@ class FinetuneConfig:
                     f"{field} {getattr(self, field)!r} is not one of {', '.join(allowed)}"
                 )
         self._check_eval_together()
+        self.early_evaluations()
+        if self.sampling == "on_policy" and self.compat:
+            raise ValueError(
+                "sampling on_policy is not in upstream's files, which compat reproduces; set one "
+                "of them back"
+            )
         try:
             tasks.task(self.env)
         except ValueError as error:
@@ -206,10 +228,45 @@ class FinetuneConfig:
                 f"random stream, not {self.env_backend}; set it to false"
             )
 
+    def early_evaluations(self) -> tuple[int, ...]:
+        """The online steps that `eval_early` names.
+
+        Raises:
+            ValueError: it names something else.
+        """
+        found: list[int] = []
+        for part in (self.eval_early or "").replace(" ", "").split(","):
+            if part and not re.fullmatch(r"[1-9]\d{0,9}", part, re.ASCII):
+                raise ValueError(
+                    f"eval_early must be online steps like 1000,2000, not "
+                    f"{shown(self.eval_early)}"
+                )
+            found += [int(part)] if part else []
+        return tuple(found)
+
+    def density_std(self) -> float:
+        """Std that gives a policy without noise a density, of the largest action.
+
+        For algorithms with the fields `policy_std` and `expl_noise`.
+
+        Raises:
+            ValueError: rows are weighted by that density, and there is none.
+        """
+        own, noise = vars(self)["policy_std"], vars(self)["expl_noise"]
+        std = noise if own is None else own
+        if self.sampling == "on_policy" and not std > 0:
+            raise ValueError(
+                "sampling on_policy needs a policy with a density, and this one acts without "
+                "noise; set policy_std"
+            )
+        return std
+
     def not_stacked(self) -> str:
         """Why the seeds of this config cannot be stacked, or ""; a block of fields may say so."""
         if self.compat:
             return "compat is for single runs"
+        if self.sampling == "on_policy":
+            return "sampling on_policy weighs the rows of each seed"
         if getattr(self, "actor_dropout", 0.0):
             return "actor_dropout draws its masks inside the network"
         blocks = [

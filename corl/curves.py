@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from corl import files
+from corl import drop, files
 
 # Of Okabe and Ito's palette, which the color-blind can tell apart.
-BLUE = "#0072B2"
+BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
 def read_csv(path: Path) -> dict[str, list[str]]:
@@ -57,7 +57,9 @@ def plot_curves(
     figure = Figure(figsize=(7, 2.5 * count + 0.7), layout="constrained")
     axes = np.atleast_1d(figure.subplots(count, sharex=True))
     _draw_phases(axes, config, label)
-    _draw_scores(axes[0], read_csv(folder / "evaluations.csv"))
+    evaluations = read_csv(folder / "evaluations.csv")
+    _draw_scores(axes[0], evaluations)
+    _draw_drop(axes[0], evaluations, config.offline_iterations)
     values = {name: numbers(metrics, name)[rows] for name in metrics if name != "phase"}
     for axis, panel in zip(axes[1:], panels, strict=True):
         _draw_panel(axis, panel, values)
@@ -128,6 +130,37 @@ def _draw_scores(axis: Any, evaluations: dict[str, list[str]]) -> None:
         options = {"ha": "center", "va": "center", "color": "#666666"}
         why = "the scores are not finite" if len(x) else "no evaluations"
         axis.text(0.5, 0.5, why, transform=axis.transAxes, **options)
+
+
+def evaluation_means(columns: Mapping[str, Sequence[str]]) -> list[list[Any]]:
+    """Rows (step, phase, mean score) of the evaluations in the columns of evaluations.csv."""
+    found: dict[tuple[int, str], list[float]] = {}
+    names = ("step", "phase", "score")
+    for step, phase, score in zip(*(columns[n] for n in names), strict=True):
+        found.setdefault((int(step), phase), []).append(float(score))
+    return [[step, phase, float(np.mean(s))] for (step, phase), s in found.items()]
+
+
+def _draw_drop(axis: Any, evaluations: dict[str, list[str]], switch: int) -> None:
+    """Mark how deep the score falls at the switch, and where it is back."""
+    means = evaluation_means(evaluations)
+    if not np.isfinite([score for *_, score in means]).all():
+        return
+    found = drop.drop_of(means, switch)
+    if found is None:
+        return
+    end = found.censored_recovery
+    level = {"color": RED, "linewidth": 1.0, "linestyle": ":"}
+    axis.plot([switch, switch + end], [found.before] * 2, **level)
+    if found.depth > 0:
+        at, lowest = switch + found.depth_step, found.before - found.depth
+        axis.plot([at, at], [found.before, lowest], color=RED, linewidth=1.2)
+        axis.plot(at, lowest, "v", color=RED, markersize=5)
+        label = f"−{found.depth:.1f} "
+        options = {"ha": "right", "va": "bottom", "color": RED, "fontsize": 8}
+        axis.text(at, lowest, label, **options)
+    if found.recovery is not None:
+        axis.plot(switch + found.recovery, found.before, "^", color=GREEN, markersize=5)
 
 
 def _draw_panel(

@@ -20,6 +20,7 @@ import torch
 from corl import (
     checkpoints,
     compiled,
+    drop,
     envs,
     files,
     finite,
@@ -27,6 +28,7 @@ from corl import (
     machine,
     pace,
     runs,
+    sampling,
     tasks,
 )
 from corl.acting import (  # noqa: F401
@@ -163,6 +165,10 @@ class Session:
         if config.compile:
             compiled.keep_graphs_in(sources.cache_folder() / "compiled")
         self._algorithm, self._columns = Path(file).stem, [*columns, *COLUMNS]
+        if config.sampling == "on_policy":
+            self._columns += sampling.COLUMNS
+        self._weighted: Dict[str, sampling.OnPolicyBuffer] = {}  # rows -> their buffer
+        self._early = frozenset(config.early_evaluations())
         self._parts: Dict[str, Any] = {}
         self._total = config.offline_iterations + config.online_iterations
         self._period = 1  # updates after which their work repeats; see `start`
@@ -284,6 +290,66 @@ class Session:
         self._make = make
         return self.keep(name, make(self.config))
 
+    def weigh_rows(self, actor: Any, fit: sampling.Fit) -> None:
+        """With `sampling: on_policy`, `mixed` and `facts` draw rows by how on-policy they are.
+
+        Where there are two buffers, each draws so by itself. Batches of the offline phase stay
+        uniform.
+
+        Args:
+            actor: in evaluation mode while `fit` is called.
+            fit: (states (B, S), actions (B, A)) as in the buffers -> how well the current policy
+                fits them, (B,); see `sampling.standard_log_prob`.
+
+        Raises:
+            ValueError: the dataset has no trajectories, and they are what has a weight.
+        """
+        config = self.config
+        if config.sampling == "uniform":
+            return
+        unit = config.sampling_unit
+        if unit == "trajectory" and self.run.dataset.get("order") == "shuffled":
+            raise ValueError(
+                f"{self.run.dataset['path']}: the rows are shuffled, so there are no "
+                "trajectories; set sampling_unit to transition"
+            )
+        steps = config.online_iterations - config.online_warmup
+        left = min(steps, self._total - self.run.step) * config.utd
+
+        def weighted(buffer: ReplayBuffer, rows: str) -> Any:
+            made = sampling.OnPolicyBuffer(
+                buffer,
+                actor,
+                fit,
+                temperature=config.sampling_temperature,
+                refresh=config.sampling_refresh,
+                unit=unit,
+                rows=rows,
+                batches=max(left, 0),
+            )
+            self._weighted[rows] = made
+            return self.keep(f"sampling_{rows}", made)
+
+        if self.online_buffer is self.offline_buffer:
+            self.mixed = weighted(self.online_buffer, "all")
+            return
+        halves = (
+            weighted(self.offline_buffer, "offline"),
+            weighted(self.online_buffer, "online"),
+        )
+        self.mixed = MixedBuffer(*halves, config.mixing_ratio)
+
+    def _rows_metrics(self) -> Dict[str, float]:
+        """How unequal the weights are, and whose rows the last batch of one buffer held."""
+        if not self._weighted:
+            return {}
+        found = [buffer.metrics for buffer in self._weighted.values() if buffer.draws]
+        shares = [metrics["effective_share"] for metrics in found]
+        metrics = {"effective_share": min(shares)} if shares else {}
+        if shares and "all" in self._weighted:
+            metrics["online_share"] = found[0]["online_share"]
+        return metrics
+
     def facts(self, config: Any = None) -> Dict[str, Any]:
         """What a plugin around the two buffers wants to know, as arguments.
 
@@ -293,8 +359,8 @@ class Session:
         compile = own and self.config.compile
         captures = compile and compiled.on_gpu(self.device)
         return {
-            "offline": self.offline_buffer,
-            "online": self.online_buffer,
+            "offline": self._weighted.get("offline", self.offline_buffer),
+            "online": self._weighted.get("online", self.online_buffer),
             "mixing_ratio": self.config.mixing_ratio,
             "unnormalize": self.normalization.undo,
             "max_action": self.sizes.max_action,
@@ -552,9 +618,24 @@ class Session:
             explore: action (A,) -> action to execute; default: the actor's own.
         """
         self._phase, self._actor = "online", actor
+        self._evaluate_at_the_switch()
         for t in self.run.steps("online", self._total):
             self._collector.step(actor, explore)
             yield t
+
+    def _evaluate_at_the_switch(self) -> None:
+        """Once, with episodes of a number of its own, before the first online step."""
+        run, config = self.run, self.config
+        done = any(phase == drop.SWITCH for _, phase, _ in run.scores)
+        first = self.goes_online and run.step == config.offline_iterations
+        if config.eval_switch and first and not done:
+            count = config.eval_switch
+            self._evaluator.evaluate(run, self._actor, run.step, drop.SWITCH, count)
+
+    def evaluates(self, step: int) -> bool:
+        """Is there an evaluation when so many iterations are done?"""
+        early = step - self.config.offline_iterations in self._early
+        return step % self.config.eval_freq == 0 or early
 
     def updates(self) -> Iterator[int]:
         """The updates that belong to this environment step: `utd`, none in the warm-up."""
@@ -585,7 +666,9 @@ class Session:
         self._stop_clock()
         config, step = self.config, self.run.step + 1
         metrics = {**metrics, **self._collector.episode}
-        evaluated = step % config.eval_freq == 0
+        if self._phase == "online":
+            metrics.update(self._rows_metrics())
+        evaluated = self.evaluates(step)
         logged = evaluated or step % config.log_freq == 0
         if logged:
             # Before the evaluation, which would take hours or fail on values that diverged.

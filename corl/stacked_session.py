@@ -252,6 +252,9 @@ class StackedSession:
         for session in self.sessions:
             session.show(*args)
 
+    def weigh_rows(self, actor: Any, fit: Any) -> None:
+        """Nothing: `not_stacked` leaves no other sampling than the uniform one."""
+
     def return_span(self) -> float:
         """See `Session.return_span`: the seeds share their dataset."""
         return self.sessions[0].return_span()
@@ -315,12 +318,13 @@ class StackedSession:
     def log(self, metrics: dict[str, Any]) -> None:
         """End a step of every seed; metrics (N,)."""
         step = self.sessions[0].run.step + 1
-        if step % self.config.eval_freq and step % self.config.log_freq:
+        evaluated = self.sessions[0].evaluates(step)
+        if not evaluated and step % self.config.log_freq:
             for session in self.sessions:
                 session._stop_clock()
             return
         self._spread()
-        if step % self.config.eval_freq == 0:
+        if evaluated:
             self._evaluate()
         for number, (session, stream) in enumerate(
             zip(self.sessions, self.streams, strict=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corl import curves, machine
+from corl import curves, drop, machine
 
 
 class Phases(NamedTuple):
@@ -41,16 +41,32 @@ def means_of(metrics: Path, means: Mapping[str, str]) -> dict[str, float | None]
     return found
 
 
+def training_score(columns: Mapping[str, Sequence[str]]) -> float | None:
+    """Mean score of the training episodes over the online phase; None where there is none.
+
+    It is the mean over the logged online steps of the score of the last finished episode, so an
+    episode counts by the time it takes. `columns` are those of metrics.csv, as text.
+    """
+    pairs = zip(columns["phase"], columns.get("train_score", ()), strict=False)
+    scores = [float(text) for phase, text in pairs if phase == "online" and text]
+    scores = [score for score in scores if math.isfinite(score)]
+    return float(np.mean(scores)) if scores else None
+
+
 def summary_of(run: Any) -> dict[str, Any]:
     """What summary.json says of a `runs.Run`.
 
     `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last four
     online evaluations. `score_last`, `score_best`: last and best online evaluation; in a run
     without any, the last three are of the offline phase. All are means over episodes,
-    D4RL-normalized. Versions and commit are those at the start of this process.
+    D4RL-normalized. `score_training`: see `training_score`. `drop`: see `drop.Drop`, None where
+    the score before is unknown or there are fewer than three online evaluations. Versions and
+    commit are those at the start of this process.
     """
     offline, _, seen = phases_of(run.scores)
     data = run.dataset
+    metrics = curves.read_csv(run.folder / "metrics.csv")
+    found = drop.drop_of(run.scores, run.config.offline_iterations)
     return {
         "algorithm": run.algorithm,
         "env": run.config.env,
@@ -59,6 +75,8 @@ def summary_of(run: Any) -> dict[str, Any]:
         "score_final": float(np.mean(seen[-4:])) if seen else None,
         "score_last": seen[-1] if seen else None,
         "score_best": max(seen) if seen else None,
+        "score_training": training_score(metrics),
+        "drop": found._asdict() if found else None,
         **means_of(run.folder / "metrics.csv", run.means),
         "updates": run.updates,
         "updates_per_second": run.updates / max(run.update_seconds, 1e-9),
@@ -91,7 +109,23 @@ def result_of(run: Any, summary: Mapping[str, Any]) -> str:
         f"{show(summary['score_final'])} (D4RL-normalized, mean of the last "
         f"{min(4, len(seen))} evaluations; last {show(summary['score_last'])}, best "
         f"{show(summary['score_best'])})\n"
+        f"{_drop_of(summary)}"
         f"dataset: {run.dataset.get('label', 'unknown')}\n"
         f"run folder: {machine.tidy_path(run.folder)}\n"
         f"curves: {machine.tidy_path(run.folder / 'curves.png')}"
+    )
+
+
+def _drop_of(summary: Mapping[str, Any]) -> str:
+    """A line about the drop at the switch, where it is known."""
+    if summary["drop"] is None:
+        return ""
+    found = drop.Drop(**summary["drop"])
+    back = f"not back within {found.budget:,} steps"
+    if found.recovery is not None:
+        back = f"back after {found.recovery:,} steps"
+    side = "below" if found.depth >= 0 else "above"
+    return (
+        f"after the switch at {found.before:.1f}: lowest mean of {drop.WINDOW} evaluations "
+        f"{abs(found.depth):.1f} {side} that, at online step {found.depth_step:,}; {back}\n"
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from corl.config import read_yaml
+from experiments.plan import planned_cells, read_sweep
+from experiments.programs import ROOT
 from experiments.store import check_rules, check_settings, online_steps, read_store
 
 EXPERIMENT_FIELDS = {
@@ -17,8 +19,15 @@ EXPERIMENT_FIELDS = {
     "baseline": str,
     "names": dict,
     "groups": list,
+    "sweep": str,
 }
-GROUP_FIELDS = {"title": str, "note": str, "labels": list, "baseline": str}
+GROUP_FIELDS = {
+    "title": str,
+    "note": str,
+    "labels": list,
+    "baseline": str,
+    "contrasts": list,
+}
 
 
 class Group(NamedTuple):
@@ -29,6 +38,8 @@ class Group(NamedTuple):
     labels: tuple[str, ...]  # those that have runs
     missing: tuple[str, ...]  # those that have none yet
     baseline: str | None
+    # Pairs of methods, (one, other), whose difference was chosen before the runs.
+    contrasts: tuple[tuple[str, str], ...] = ()
 
     @property
     def slug(self) -> str:
@@ -37,7 +48,11 @@ class Group(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """A folder of results. runs: label -> task -> seed -> stored run."""
+    """A folder of results.
+
+    runs: label -> task -> seed -> stored run.
+    planned: (label, task, seed) of the cells of its sweep; empty where it names none.
+    """
 
     folder: Path
     title: str
@@ -45,6 +60,7 @@ class Experiment(NamedTuple):
     names: dict[str, str]
     groups: list[Group]
     runs: dict[str, dict[str, dict[int, dict]]]
+    planned: list[tuple[str, str, int]]
 
     def name(self, label: str) -> str:
         """What tables and figures call a method."""
@@ -65,14 +81,17 @@ class Experiment(NamedTuple):
 def read_experiment(folder: Path | str) -> Experiment:
     """An experiment's stored runs and how `experiment.yaml` groups them.
 
-    Without that file all labels are one group, compared with the first.
+    Without that file all labels are one group, compared with the first. Where it names a sweep,
+    there need not be any runs yet.
 
     Raises:
         ValueError: no runs, unknown fields, or runs of a group that cannot be compared.
     """
     folder = Path(folder)
     records = read_store(folder)
-    if not records:
+    file = folder / "experiment.yaml"
+    values = _read_fields(file)
+    if not records and not values.get("sweep"):
         raise ValueError(
             f"{folder} holds no runs; put some in with `add RUN --to {folder}`"
         )
@@ -80,8 +99,6 @@ def read_experiment(folder: Path | str) -> Experiment:
     runs: dict[str, dict[str, dict[int, dict]]] = {}
     for r in records:
         runs.setdefault(r["label"], {}).setdefault(r["env"], {})[r["seed"]] = r
-    file = folder / "experiment.yaml"
-    values = _read_fields(file)
     groups: list[Group] = []
     mentioned: set[str] = set()
     everything = {"title": "All methods", "labels": sorted(runs)}
@@ -99,7 +116,18 @@ def read_experiment(folder: Path | str) -> Experiment:
         raise ValueError(f"{file}: baseline {values['baseline']} is in no group")
     note = (values.get("note") or "").strip()
     title = values.get("title") or folder.name
-    return Experiment(folder, title, note, values.get("names") or {}, groups, runs)
+    names = values.get("names") or {}
+    return Experiment(folder, title, note, names, groups, runs, _planned(values, file))
+
+
+def _planned(values: Mapping, file: Path) -> list[tuple[str, str, int]]:
+    """The cells of the sweep that is named, a file of the repository."""
+    if not values.get("sweep"):
+        return []
+    try:
+        return planned_cells(read_sweep(ROOT / values["sweep"]))
+    except ValueError as error:
+        raise ValueError(f"{file}: sweep: {error}") from None
 
 
 def _read_fields(file: Path) -> dict[str, Any]:
@@ -122,6 +150,12 @@ def _read_group(entry: Any, values: Mapping, runs: Mapping, file: Path) -> Group
     shown = [names.get(label, label) for label in labels]
     if len(set(shown)) < len(shown):
         raise ValueError(f"{where}: two labels have the same name; see names")
+    contrasts = entry.get("contrasts") or []
+    for pair in contrasts:
+        if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= set(labels):
+            raise ValueError(
+                f"{where}: contrasts must be pairs of its labels, like [a, b], not {pair!r}"
+            )
     present = tuple(label for label in labels if label in runs)
     baseline = entry.get("baseline") or values.get("baseline") or labels[0]
     return Group(
@@ -130,6 +164,7 @@ def _read_group(entry: Any, values: Mapping, runs: Mapping, file: Path) -> Group
         present,
         tuple(label for label in labels if label not in runs),
         baseline if baseline in present else None,
+        tuple((one, other) for one, other in contrasts),
     )
 
 

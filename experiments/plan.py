@@ -43,6 +43,7 @@ SWEEP_FIELDS = {
     "grid": dict,
     "methods": dict,
     "share_offline": bool,
+    "by_seed": bool,
     "offline_settings": dict,
 }
 METHOD_FIELDS = {
@@ -106,7 +107,11 @@ class Method:
 
 @dataclass
 class Sweep:
-    """A sweep file, checked. name: of its folder; settings, offline_settings: nested."""
+    """A sweep file, checked.
+
+    name: of its folder. settings, offline_settings: nested. by_seed: all methods of a task and
+    seed are cells that follow each other, behind the offline models that they need.
+    """
 
     path: Path
     name: str
@@ -116,12 +121,15 @@ class Sweep:
     settings: dict[str, Any]
     offline_settings: dict[str, Any]
     share_offline: bool
+    by_seed: bool
 
 
 def plan(
     path: Path | str, runs_dir: Path | str = "runs", gpu: bool = False
 ) -> list[Cell]:
-    """The cells of a sweep file, offline cells first; nothing is written.
+    """The cells of a sweep file, offline cells first or with `by_seed` before those that need them.
+
+    Nothing is written.
 
     Args:
         path: of the sweep file.
@@ -143,6 +151,11 @@ def plan(
             method.combinations(), sweep.tasks, sweep.seeds
         )
     ]
+    if sweep.by_seed:
+        # Sorting keeps the order of the methods.
+        drafts.sort(
+            key=lambda d: (sweep.tasks.index(d[2].env), sweep.seeds.index(d[2].seed))
+        )
     mode = _Mode([config for *_, config in drafts], runs_dir / sweep.name, gpu)
     cells: dict[Path, Cell] = {}
     models: dict[Path, Cell] = {}
@@ -160,9 +173,24 @@ def plan(
             raise ConfigError(f"{sweep.path}: {cell.label} is there twice")
         cells[cell.folder] = cell
     ordered = [*models.values(), *cells.values()]
+    if sweep.by_seed:
+        pairs = [(cell.model, cell) for cell in cells.values()]
+        both = (cell for pair in pairs for cell in pair if cell is not None)
+        ordered = list({cell.folder: cell for cell in both}.values())
     for cell in ordered:
         check_begun(cell)
     return ordered
+
+
+def planned_cells(sweep: Sweep) -> list[tuple[str, str, int]]:
+    """(label in the store, task, seed) of every cell but the offline ones, in their order."""
+    return [
+        (_file_name(_label(method, overrides)), task, seed)
+        for method in sweep.methods
+        for overrides, task, seed in itertools.product(
+            method.combinations(), sweep.tasks, sweep.seeds
+        )
+    ]
 
 
 def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
@@ -252,6 +280,7 @@ def read_sweep(path: Path | str) -> Sweep:
         _nested(values.get("settings", {}), f"{path}: settings"),
         _nested(values.get("offline_settings", {}), f"{path}: offline_settings"),
         values.get("share_offline", True),
+        values.get("by_seed", False),
     )
     count = sum(method.points for method in sweep.methods)
     count *= len(sweep.tasks) * len(sweep.seeds)

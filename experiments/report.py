@@ -14,6 +14,7 @@ from pathlib import Path
 
 from corl import files, machine
 from corl.arguments import Parser, errors_in_one_line, path
+from corl.drop import SWITCH
 from experiments import tables
 from experiments.groups import Experiment, Group, read_experiment
 from experiments.panels import group_figures, snapshot_picture
@@ -31,13 +32,15 @@ def write_report(folder: Path | str) -> list[Path]:
     text = [f"# {experiment.title}\n"]
     if experiment.note:
         text.append(experiment.note + "\n")
+    text.append(tables.progress_note(experiment))
     text.append(_data_note(experiment))
     for group in experiment.groups:
         text.append(_group_section(experiment, group, pictures))
     text.append(_snapshot_section(experiment, pictures))
-    text.append(
-        "## Where the numbers come from\n\n" + tables.provenance_table(experiment)
-    )
+    if experiment.runs:
+        text.append(
+            "## Where the numbers come from\n\n" + tables.provenance_table(experiment)
+        )
     text.append(
         "Raw returns of every evaluation episode, settings and versions: `runs/`. One row per "
         "run: `scores.csv`. This page, that file and `figures/` are written by `make report`.\n"
@@ -56,15 +59,21 @@ def write_report(folder: Path | str) -> list[Path]:
 def _data_note(experiment: Experiment) -> str:
     labels = experiment.data_labels(experiment.runs)
     records = list(experiment.records(experiment.runs))
+    if not records:
+        return "There are no runs yet.\n"
     note = f"Data: **{'; '.join(labels)}**. "
     if any(r["dataset"]["source"] == "self-collected" for r in records):
         note += (
             "Scores use D4RL's scale, but those on self-collected data are not D4RL scores and "
             "compare with nothing outside this page. "
         )
-    episodes = sorted({len(r["evaluations"][0]["returns"]) for r in records})
-    note += f"Episodes per evaluation: {', '.join(map(str, episodes))}.\n"
-    return note
+    evaluations = [entry for r in records for entry in r["evaluations"]]
+    episodes = sorted({len(e["returns"]) for e in evaluations if e["phase"] != SWITCH})
+    at_switch = sorted({len(e["returns"]) for e in evaluations if e["phase"] == SWITCH})
+    note += f"Episodes per evaluation: {', '.join(map(str, episodes))}"
+    if at_switch:
+        note += f"; at the switch: {', '.join(map(str, at_switch))}"
+    return note + ".\n"
 
 
 def _group_section(
@@ -75,13 +84,23 @@ def _group_section(
         text.append(group.note + "\n")
     if group.missing:
         text.append(f"No runs yet of: {', '.join(group.missing)}.\n")
+    if contrasts := tables.contrast_table(experiment, group):
+        text.append(contrasts)
+        text.append(
+            "These differences were chosen before the runs. Each is paired by seed, with Student's "
+            "interval, over the pairs that are in. A lower depth is better. The verdict is that of "
+            "the primary measure.\n"
+        )
     if not group.labels:
         return "\n".join(text)
     text.append(tables.task_table(experiment, group))
     text.append(
-        "Before: last offline evaluation. After: mean of the last four online evaluations. "
+        "Before: evaluation at the switch, or the last offline one. After: mean of the last four "
+        "online evaluations. "
         "Regret: mean of 1 − score/100 over the online evaluations. Training: mean score of the "
-        "training episodes, which sample their actions. Mean ± standard deviation over seeds. "
+        "training episodes, which explore. Depth: before minus the lowest moving mean of three "
+        "online evaluations. Recovery: online steps to the first such mean at or above before; "
+        "without one, all steps count. Mean ± standard deviation over seeds. "
         f"{_same_start(experiment, group)}\n"
     )
     tasks = tables.common_tasks(experiment, group)
@@ -189,7 +208,8 @@ def command_line(argv: Sequence[str] | None = None) -> None:
 
 def _write_command(results: Path) -> None:
     """All experiments below `results`, or `results` itself if it is one."""
-    folders = [results] if (results / "runs").is_dir() else []
+    own = (results / "runs").is_dir() or (results / "experiment.yaml").is_file()
+    folders = [results] if own else []
     found = [p for p in results.glob("*/runs") if p.is_dir()]
     folders += sorted({p.parent for p in [*found, *results.glob("*/experiment.yaml")]})
     if not folders:

@@ -16,6 +16,8 @@ import numpy as np
 from corl import files, rewards
 from corl.config import FinetuneConfig, expand, read_yaml
 from corl.curves import read_csv
+from corl.drop import SWITCH
+from corl.summary import training_score
 from experiments import stats
 from experiments.stored import FORMAT, NAME, Machine, Snapshot, check_stored
 from experiments.values import check_form, dump_json, flatten, plain, read_json
@@ -116,6 +118,7 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
         "config": plain(settings),
         "before": _before(evaluations, _offline_runs(summary, config)),
         "evaluations": evaluations,
+        "training": _training(folder / "metrics.csv"),
         "metrics": _thin_metrics(folder / "metrics.csv", config["offline_iterations"]),
         "updates": summary["updates"],
         "updates_per_second": _digits(summary["updates_per_second"]),
@@ -201,7 +204,7 @@ def _read_evaluations(path: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}: {phase} step {step} has a return that is no number"
             )
-    if len({len(e["returns"]) for e in found.values()}) > 1:
+    if len({len(e["returns"]) for e in found.values() if e["phase"] != SWITCH}) > 1:
         raise ValueError(f"{path}: evaluations have different numbers of episodes")
     return list(found.values())
 
@@ -222,6 +225,8 @@ def _offline_runs(summary: Mapping, config: Mapping) -> list[tuple[Path, float]]
 
 def _before(evaluations: list[dict], sources: list) -> dict[str, Any] | None:
     """The evaluation of the offline model: of this run, or of the run it was loaded from."""
+    if at_switch := [e for e in evaluations if e["phase"] == SWITCH]:
+        return at_switch[-1]
     offline = [e for e in evaluations if e["phase"] == "offline"]
     for folder, step in sources:
         if not offline and (folder / "evaluations.csv").is_file():
@@ -229,6 +234,14 @@ def _before(evaluations: list[dict], sources: list) -> dict[str, Any] | None:
             offline = [e for e in entries if e["phase"] == "offline"]
             offline = [e for e in offline if e["step"] <= step]
     return offline[-1] if offline else None
+
+
+def _training(path: Path) -> float | None:
+    """Mean score of the training episodes over the online phase, see `training_score`."""
+    try:
+        return training_score(read_csv(path))
+    except (OSError, KeyError, IndexError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}); run it again") from None
 
 
 def _thin_metrics(path: Path, switch: int) -> dict[str, list]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
+from corl.drop import SWITCH
 from experiments.values import check_form
 
 # Version of the form of a stored run.
@@ -16,9 +17,12 @@ NAME = r"\w[\w.,+=-]*"
 
 
 class Evaluation(TypedDict):
-    """One evaluation: raw returns of its episodes, and their scores."""
+    """One evaluation: raw returns of its episodes, and their scores.
 
-    phase: Literal["offline", "online"]
+    That at the switch has a number of episodes of its own.
+    """
+
+    phase: Literal["offline", "switch", "online"]
     step: int
     returns: list[float]
     scores: list[float]
@@ -90,12 +94,19 @@ class Snapshot(TypedDict):
     projection: Projection
 
 
-class _Snapshots(TypedDict, total=False):
+class _Later(TypedDict, total=False):
+    """What runs of older versions do not have."""
+
     snapshot: Snapshot
+    training: float | None
 
 
-class StoredRun(_Snapshots):
-    """A stored run. before: the last evaluation of the offline model, where it is known."""
+class StoredRun(_Later):
+    """A stored run.
+
+    before: the evaluation at the switch, else the last one of the offline model, where it is known.
+    training: mean score of the training episodes over the online phase.
+    """
 
     label: str
     algorithm: str
@@ -144,8 +155,10 @@ def _check_evaluations(record: Mapping[str, Any]) -> None:
     found = record["evaluations"]
     if not any(entry["phase"] == "online" for entry in found):
         raise ValueError("evaluations lacks an online one")
+    first = next(entry for entry in found if entry["phase"] != SWITCH)
     for i, entry in enumerate(found):
-        same = len(found[0]["returns"]), len(found[0]["returns"])
+        count = len((entry if entry["phase"] == SWITCH else first)["returns"])
+        same = count, count
         if not entry["returns"] or (len(entry["returns"]), len(entry["scores"])) != same:
             raise ValueError(
                 f"evaluations[{i}] has {len(entry['returns'])} returns and "

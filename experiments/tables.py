@@ -11,15 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from corl.drop import drop_at_the_switch
 from experiments import stats
 from experiments.groups import Experiment, Group
-from experiments.store import online_scores
+from experiments.store import online_scores, online_steps
 from experiments.values import flatten
 
 # Measures on which methods are compared -> their titles in figures.
 MEASURES = {
     "after": "final score",
     "training": "training episodes",
+}
+# Measures of a contrast, the primary one first -> their titles.
+CONTRASTED = {
+    "training": "training episodes (primary)",
+    "after": "final score",
+    "depth": "depth of the drop",
 }
 
 # ---------------------------------------------------------------- numbers of runs
@@ -29,17 +36,25 @@ def measures(record: Mapping) -> dict[str, float | None]:
     """A run's scores (D4RL-normalized): before, after (last four), last, best; its regret.
 
     training: mean over the logged online steps of the score of the last training episode.
+    depth, recovery: of the drop at the switch, see `corl.drop.Drop`. A recovery that the run did
+    not see is None, and in `censored` it is the last evaluation's step.
     """
     scores = online_scores(record)
+    before = float(np.mean(record["before"]["scores"])) if record["before"] else None
+    drop = drop_at_the_switch(before, online_steps(record), scores.tolist())
     return {
-        "before": float(np.mean(record["before"]["scores"]))
-        if record["before"]
-        else None,
+        "before": before,
         "after": stats.final_score(scores),
         "last": float(scores[-1]),
         "best": float(scores.max()),
         "regret": stats.regret(scores),
-        "training": _metric_mean(record, "train_score"),
+        # Older versions stored its bins alone.
+        "training": record["training"]
+        if "training" in record
+        else _metric_mean(record, "train_score"),
+        "depth": drop.depth if drop else None,
+        "recovery": drop.recovery if drop else None,
+        "censored": drop.censored_recovery if drop else None,
         "exchanged": _metric_mean(record, "exchanged"),
     }
 
@@ -148,9 +163,9 @@ def _seeds(by_seed: Mapping[int, Any]) -> str:
 
 
 def task_table(experiment: Experiment, group: Group) -> str:
-    """Per task and method: scores before, after, last, best; regret, training, exchange count."""
+    """Per task and method: scores before, after, last, best; regret, training, drop, exchanges."""
     header = ["task", "method", "seeds", "before → after", "last", "best", "regret"]
-    header += ["training", "pairs exchanged"]
+    header += ["training", "depth", "recovery", "pairs exchanged"]
     tasks = sorted({env for label in group.labels for env in experiment.runs[label]})
     rows = []
     for env in tasks:
@@ -163,9 +178,93 @@ def task_table(experiment: Experiment, group: Group) -> str:
             both = f"{_spread(column['before'])} → {_spread(column['after'])}"
             rest = [_spread(column["last"]), _spread(column["best"])]
             rest += [_spread(column["regret"], 3), _spread(column["training"])]
+            rest += [_spread(column["depth"]), _recovery(found)]
             rest += [_spread(column["exchanged"])]
             rows.append([env, experiment.name(label), _seeds(by_seed), both, *rest])
     return _table(header, rows)
+
+
+def _recovery(found: Sequence[Mapping[str, float | None]]) -> str:
+    """Thousands of steps until the score was back, and how many runs did not see it."""
+    known = [m["censored"] for m in found if m["censored"] is not None]
+    if not known:
+        return "–"
+    lost = len(known) - sum(m["recovery"] is not None for m in found)
+    text = _spread([steps / 1000 for steps in known]) + "k"
+    return f"{text} ({lost} of {len(known)} not back)" if lost else text
+
+
+def contrast_table(experiment: Experiment, group: Group) -> str:
+    """The differences that the group was made for, per task and over all; empty without any."""
+    rows = []
+    for one, other in group.contrasts:
+        names = f"{experiment.name(one)} − {experiment.name(other)}"
+        tasks = sorted(_tasks(experiment, one) & _tasks(experiment, other))
+        if not tasks:
+            rows.append([names, "–", "0", *["no runs yet"] * len(CONTRASTED), "–"])
+        for shown in [[task] for task in tasks] + ([tasks] if len(tasks) > 1 else []):
+            cells, so, pairs = [], "–", 0
+            for measure in CONTRASTED:
+                cell, verdict, count = _contrast(experiment, one, other, shown, measure)
+                cells.append(cell)
+                if measure == next(iter(CONTRASTED)):
+                    so, pairs = verdict, count
+            where = shown[0] if len(shown) == 1 else f"mean of {len(shown)} tasks"
+            rows.append([names, where, str(pairs), *cells, so])
+    if not rows:
+        return ""
+    heads = [f"{title} [95 %]" for title in CONTRASTED.values()]
+    return _table(["difference", "task", "pairs", *heads, "so"], rows)
+
+
+def _tasks(experiment: Experiment, label: str) -> set[str]:
+    return set(experiment.runs.get(label, {}))
+
+
+def _contrast(
+    experiment: Experiment, one: str, other: str, tasks: Sequence[str], measure: str
+) -> tuple[str, str, int]:
+    """Mean paired difference with its interval, what it says, and the number of pairs."""
+    known = [
+        [
+            {seed: value for seed, value in by_seed.items() if value is not None}
+            for by_seed in _values(experiment, label, tasks, measure)
+        ]
+        for label in (one, other)
+    ]
+    x, y = paired(*known)
+    count = sum(map(len, x))
+    if not all(map(len, x)):
+        return "no pairs", "cannot be told", count
+    estimate = stats.mean_difference(x, y)
+    return _interval(estimate), _verdict(estimate), count
+
+
+def _verdict(estimate: stats.Estimate) -> str:
+    """What an interval of a difference says."""
+    if math.isnan(estimate.low):
+        return "cannot be told: one seed"
+    if estimate.low > 0:
+        return "better"
+    return "worse" if estimate.high < 0 else "inside the interval"
+
+
+def progress_note(experiment: Experiment) -> str:
+    """How many cells of the sweep are in, and of which methods some are missing; "" without one."""
+    if not experiment.planned:
+        return ""
+    stored = {
+        (r["label"], r["env"], r["seed"]) for r in experiment.records(experiment.runs)
+    }
+    there = [cell for cell in experiment.planned if cell in stored]
+    note = f"**{len(there)} of {len(experiment.planned)} cells of the sweep are in.**"
+    counts = []
+    for label in dict.fromkeys(label for label, *_ in experiment.planned):
+        whole = sum(cell[0] == label for cell in experiment.planned)
+        found = sum(cell[0] == label for cell in there)
+        if found < whole:
+            counts.append(f"{experiment.name(label)} {found} of {whole}")
+    return note + (f" Not complete: {', '.join(counts)}." if counts else "") + "\n"
 
 
 def aggregate_table(
@@ -210,14 +309,7 @@ def _difference_cells(
     if not all(len(v) for v in x):
         return ["no common seeds", chance, "cannot be told"]
     estimate = stats.mean_difference(x, y)
-    verdict = "inside the interval"
-    if math.isnan(estimate.low):
-        verdict = "cannot be told: one seed"
-    elif estimate.low > 0:
-        verdict = "better"
-    elif estimate.high < 0:
-        verdict = "worse"
-    return [_interval(estimate), chance, verdict]
+    return [_interval(estimate), chance, _verdict(estimate)]
 
 
 def settings_table(experiment: Experiment, group: Group) -> str:
@@ -288,6 +380,7 @@ def scores_csv(experiment: Experiment) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = ("before", "after", "last", "best", "regret", "training", "exchanged")
+    names += ("depth", "recovery")
     head = ["label", "env", "seed", *names, "dataset_source", "dataset_sha256", "commit"]
     writer.writerow(head)
     for record in experiment.records(sorted(experiment.runs)):

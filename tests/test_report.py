@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from algorithms import dare_iql, iql
 from corl import curves, machine, runs
 from corl.config import parse_config
-from experiments import figures, report, snapshot
+from experiments import figures, groups, report, snapshot
 from experiments.groups import read_experiment
 from experiments.panels import differences, tenths
 from experiments.store import METRICS, NOT_SETTINGS, POINTS, add, read_run, read_store
@@ -640,6 +640,7 @@ def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
     report.write_report(experiment)
     text = text_of(experiment)
     before, after, last, best, regret = [], [], [], [], []
+    depth, recovery = [], []
     for seed in range(3):
         path = experiment / f"runs/dare/hopper-medium-v2-s{seed}.json"
         record = json.loads(path.read_text())
@@ -651,11 +652,21 @@ def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
         last.append(phases["online"][-1])
         best.append(max(phases["online"]))
         regret.append(1 - sum(phases["online"]) / 5 / 100)
+        online = phases["online"]
+        moving = [sum(online[i : i + 3]) / 3 for i in range(3)]
+        depth.append(before[-1] - min(moving))
+        # Evaluations at steps 10, 20, ...; the first mean is known at 30.
+        back = [30 + 10 * i for i in range(3) if moving[i] >= before[-1]]
+        recovery.append(back[0] if back else None)
 
     def shown(values, digits=1):
         mean = sum(values) / 3
         std = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
         return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+    def lost(recovery):
+        count = recovery.count(None)
+        return f" ({count} of 3 not back)" if count else ""
 
     both = text.split("## Alone")[0]
     row = row_of(both.replace("\\|", "/"), "hopper-medium-v2", "DARE / IQL")
@@ -666,8 +677,141 @@ def test_tables_hold_what_the_raw_returns_give(experiment, no_pictures):
         shown(best),
         shown(regret, 3),
         "–",  # no training episodes were made up
+        shown(depth),
+        shown([(step or 50) / 1000 for step in recovery]) + "k" + lost(recovery),
         "50.0 ± 0.0",  # the made-up exchange counts are 30, 40, ..., 70
     ]
+
+
+def test_recoveries_that_a_run_did_not_see_count_to_its_end(
+    make_run, tmp_path, no_pictures
+):
+    """The made-up runs start at about 33, and gain -10 or +10 points online."""
+    for label, gain in (("down", -10.0), ("up", 10.0)):
+        made = [make_run(name=label, seed=seed, gain=gain) for seed in range(2)]
+        add(made, tmp_path / "x")
+    report.write_report(tmp_path / "x")
+    text = text_of(tmp_path / "x")
+    assert row_of(text, "hopper-medium-v2", "down")[9] == "0.1 ± 0.0k (2 of 2 not back)"
+    assert row_of(text, "hopper-medium-v2", "up")[9] == "0.0 ± 0.0k"
+    with open(tmp_path / "x/scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["recovery"] for row in rows] == ["", "", "30", "30"]
+    assert [float(row["depth"]) > 0 for row in rows] == [True, True, False, False]
+
+
+SWEEP = """
+config: configs/iql/{task}.yaml
+methods:
+  ours: {algorithm: algorithms/dare_iql.py}
+  half: {algorithm: algorithms/dare_iql.py, grid: {dare.cap: [0, 3]}}
+  lot: {algorithm: algorithms/dare_iql.py}
+tasks: [hopper-medium-v2, walker2d-medium-v2]
+seeds: [0, 1, 2]
+"""
+CONTRASTS = {
+    "sweep": "plan.yaml",
+    "groups": [
+        {
+            "title": "All",
+            "labels": ["ours", "half,dare.cap=0", "half,dare.cap=3", "lot"],
+            "contrasts": [["ours", "half,dare.cap=0"], ["ours", "lot"]],
+        }
+    ],
+}
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """The folder of an experiment that names its sweep, and has no runs yet."""
+    monkeypatch.setattr(groups, "ROOT", tmp_path)
+    (tmp_path / "plan.yaml").write_text(SWEEP)
+    folder = tmp_path / "results" / "trial"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(CONTRASTS))
+    return folder
+
+
+def test_a_page_of_a_sweep_is_there_before_its_first_run(planned, no_pictures):
+    report.command_line(["write", str(planned)])
+    text = text_of(planned)
+    assert "**0 of 24 cells of the sweep are in.**" in text
+    assert "No runs yet of: ours, half,dare.cap=0, half,dare.cap=3, lot." in text
+    assert row_of(text, "ours − lot")[1:4] == ["–", "0", "no runs yet"]
+    assert len((planned / "scores.csv").read_text().splitlines()) == 1
+
+
+def test_a_contrast_is_paired_by_the_seeds_that_are_in(planned, make_run, no_pictures):
+    gains = {"ours": (5.0, 6.0, 7.0), "half,dare.cap=0": (0.0, 0.0, 1.0), "lot": (3.0,)}
+    for label, by_seed in gains.items():
+        for env in ("hopper-medium-v2", "walker2d-medium-v2"):
+            if env == "walker2d-medium-v2" and label == "lot":
+                continue
+            for seed, gain in enumerate(by_seed):
+                metrics = {"train_score": 20.0 + 2 * gain}
+                options = {"env": env, "seed": seed, "metrics": metrics}
+                add([make_run(name=label, gain=gain, **options)], planned)
+    report.write_report(planned)
+    text = text_of(planned)
+    assert (
+        "**13 of 24 cells of the sweep are in.** Not complete: half,dare.cap=3 0" in text
+    )
+    hopper = row_of(text, "ours − half,dare.cap=0", "hopper-medium-v2")
+    # Differences 10, 12 and 12; t of two degrees of freedom is 4.303.
+    half = 4.3027 * (4 / 3) ** 0.5 / 3**0.5
+    primary = f"{34 / 3:.1f} [{34 / 3 - half:.1f}, {34 / 3 + half:.1f}]"
+    assert hopper[2:4] == ["3", primary] and hopper[6] == "better"
+    half /= 2  # of the scores, half as large
+    final = f"{17 / 3:.1f} [{17 / 3 - half:.1f}, {17 / 3 + half:.1f}]"
+    assert hopper[4] == final
+    # The same offline part, so the depths differ as the scores do.
+    depth = f"{-17 / 3:.1f} [{-17 / 3 - half:.1f}, {-17 / 3 + half:.1f}]"
+    assert hopper[5] == depth
+    both = row_of(text, "ours − half,dare.cap=0", "mean of 2 tasks")
+    assert both[2] == "6" and both[3].startswith(f"{34 / 3:.1f} [")
+    lot = row_of(text, "ours − lot", "hopper-medium-v2")
+    assert lot[2:4] == ["1", "4.0 [no interval]"]
+    assert lot[6] == "cannot be told: one seed"
+
+
+def test_the_evaluation_at_the_switch_is_kept_and_is_the_score_before(
+    make_run, tmp_path, no_pictures
+):
+    folder = make_run()
+    rows = (folder / "evaluations.csv").read_text().splitlines(keepends=True)
+    switch = [f"20,switch,{i},{i * 30.0},{float(i)}\n" for i in range(5)]
+    # A run from a loaded model has it first.
+    (folder / "evaluations.csv").write_text("".join([rows[0], *switch, *rows[1:]]))
+    (path,) = add([folder], tmp_path / "x")
+    record = json.loads(path.read_text())
+    assert record["before"]["scores"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert record["before"]["phase"] == "switch" and len(record["evaluations"]) == 8
+    report.write_report(tmp_path / "x")
+    text = text_of(tmp_path / "x")
+    assert "Episodes per evaluation: 3; at the switch: 5." in text
+    assert row_of(text, "hopper-medium-v2", "iql")[3].startswith("2.0 → ")
+    record["evaluations"][1]["scores"].append(1.0)
+    path.write_text(dump_json(record))
+    with pytest.raises(ValueError, match="damaged"):
+        read_store(tmp_path / "x")
+
+
+def test_the_mean_of_training_episodes_is_that_of_the_logged_online_rows(
+    make_run, tmp_path
+):
+    folder = make_run(metrics={})
+    text = (folder / "metrics.csv").read_text().splitlines()
+    column = text[0].split(",").index("train_score")
+    scores = iter(["7", "8", "", "nan", "10", "20", "60"])
+    lines = [text[0]]
+    for line in text[1:]:
+        cells = line.split(",")
+        cells[column] = next(scores)
+        lines.append(",".join(cells))
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    # Two offline rows, and three of the five online ones have a number.
+    assert read_run(folder)["training"] == 30.0
+    assert read_run(make_run(name="none"))["training"] is None
 
 
 def test_a_difference_inside_the_interval_is_called_that(experiment, no_pictures):
@@ -808,6 +952,11 @@ def test_what_cannot_be_compared_is_not(
         ("names: {a: 5}", "names must give each label a text"),
         ("groups: [{title: x, labels: [a, b], baseline: c}]", "c is not in labels"),
         ("baseline: c", "baseline c is in no group"),
+        ("sweep: nowhere.yaml", "experiment.yaml: sweep: config file"),
+        (
+            "groups: [{title: x, labels: [a, b], contrasts: [[a, c]]}]",
+            "contrasts must be pairs of its labels, like [a, b], not ['a', 'c']",
+        ),
         (
             "groups: [{title: x y, labels: [a]}, {title: X-Y, labels: [a]}]",
             "group 'X-Y': another group's figures have the name x-y, too",

@@ -758,6 +758,7 @@ def test_wandb_is_not_imported_unless_it_is_asked_for(here, monkeypatch):
 
 SUMMARY = set(
     "algorithm env seed score_offline score_final score_last score_best "
+    "score_training drop "
     "updates updates_per_second wall_seconds dataset versions commit machine".split()
 )
 

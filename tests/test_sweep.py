@@ -269,6 +269,24 @@ def test_a_plan_is_methods_times_overrides_times_tasks_times_seeds(store):
     assert not Path("runs").exists(), "a plan writes nothing"
 
 
+def test_seed_by_seed_all_methods_start_together_after_their_models(store):
+    tasks = {"tasks": ["b-v2", "a-v2"], "seeds": [1, 0]}
+    cells, by_method = plan(store(by_seed=True, **tasks)), plan(store(**tasks))
+    assert {c.folder for c in cells} == {c.folder for c in by_method}
+    methods = list(dict.fromkeys(c.method for c in by_method if not c.is_model))
+    assert len(methods) > 1
+    runs = [(c.task, c.seed, c.method) for c in cells if not c.is_model]
+    places = [("b-v2", 1), ("b-v2", 0), ("a-v2", 1), ("a-v2", 0)]
+    assert runs == [(*place, method) for place in places for method in methods]
+    begun = set()
+    for before, cell in zip([None, *cells], cells, strict=False):
+        assert cell.model is None or cell.model.folder in begun
+        # A model stands right before a cell of its own task and seed.
+        if before is not None and before.is_model:
+            assert (before.task, before.seed) == (cell.task, cell.seed)
+        begun.add(cell.folder)
+
+
 def test_methods_share_an_offline_model_unless_their_offline_settings_differ(store):
     methods = {
         **METHODS,
@@ -519,6 +537,8 @@ def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp
         "algorithms/iql.py",
         "algorithms/cal_ql.py",
         "algorithms/cql.py",
+        "algorithms/td3_bc.py",
+        "algorithms/rebrac.py",
     }
     count = len(families) * len(values["tasks"]) * len(values["seeds"])
     assert len(models) == count

@@ -177,6 +177,16 @@ def _traced_adam(state: dict, group: dict, pairs: list) -> None:
 
 
 @torch.no_grad()
+def begin_anew(*optimizers: torch.optim.Optimizer) -> None:
+    """Adam is as before its first step; those of stacked seeds begin anew for all of them."""
+    for optimizer in optimizers:
+        for moments in getattr(optimizer, "stacked", optimizer).state.values():
+            # In place: compiled graphs hold these tensors.
+            for moment in moments.values():
+                moment.zero_()
+
+
+@torch.no_grad()
 def soft_update(target: torch.nn.Module, source: torch.nn.Module, tau: float) -> None:
     """Move a target network by tau towards its source: (1 - tau) target + tau source."""
     # Two products and a sum, as upstream: a fused lerp rounds differently.

@@ -11,3 +11,6 @@ A rival is a module of this package with one function:
 
 The explanation says what makes a difference that is more than rounding; it is empty where none is.
 """
+
+# (name, {parameter: largest difference}, explanation)
+Case = tuple[str, dict[str, float], str]

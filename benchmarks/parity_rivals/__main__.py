@@ -16,7 +16,6 @@ RIVALS = {
     "edis": "liuxhym/EDIS",
     "ssar": "QinwenLuo/SSAR",
 }
-Case = tuple[str, dict[str, float], str]
 
 
 def commit_of(checkout: Path) -> str:
@@ -26,7 +25,7 @@ def commit_of(checkout: Path) -> str:
     return done.stdout.strip() or "unknown"
 
 
-def lines_of(found: list[Case]) -> list[str]:
+def lines_of(found: list[package.Case]) -> list[str]:
     """What the report says of some cases."""
     lines = []
     for name, differences, explanation in found:

@@ -167,7 +167,8 @@ def test_the_policy_explores_in_collection_and_not_in_evaluation(name, recorded)
             np.testing.assert_array_equal(step.action, step.act.mean)
         else:
             assert step.act.training
-            assert (step.action != step.act.mean).all()
+            # The frozen policy of PEX acts with its mean.
+            assert name == "pex" or (step.action != step.act.mean).all()
 
 
 @every_algorithm

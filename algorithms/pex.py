@@ -38,7 +38,7 @@ from torch.distributions import Normal
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from corl import seeds
-from corl.compiled import CompiledUpdate, begin_anew, descend, soft_update
+from corl.compiled import CompiledUpdate, begin_anew, complete, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 from corl.finetune import TensorBatch
 
@@ -507,6 +507,8 @@ def make_trainer(
         v_optimizer=adam(v_network, config.vf_lr),
         max_steps=config.offline_iterations,
     )
+    # It may make no step for long, and its state is in every checkpoint.
+    complete(trainer.actor_online_optimizer)
     if config.compile is True:
         trainer._update = CompiledUpdate(trainer._update, trainer.optimizers())
     return trainer

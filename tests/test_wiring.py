@@ -648,6 +648,9 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "lambd_end": 0.9,
         "lambd_cool_steps": 3,
         "online_discount": 0.5,
+        "inv_temperature": 0.5,
+        "eval_epsilon": 0.9,
+        "clip_actions": False,
         "dare": {"cap": 1},
     }
     unread = config.ONLINE - {"load_model"}

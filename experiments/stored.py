@@ -90,12 +90,18 @@ class Snapshot(TypedDict):
     projection: Projection
 
 
-class _Snapshots(TypedDict, total=False):
+class _Optional(TypedDict, total=False):
     snapshot: Snapshot
+    cpu_seconds: float
+    generator_share: float
 
 
-class StoredRun(_Snapshots):
-    """A stored run. before: the last evaluation of the offline model, where it is known."""
+class StoredRun(_Optional):
+    """A stored run.
+
+    before: the last evaluation of the offline model, where it is known.
+    generator_share: arithmetic of a generator of rows, as a share of what its paper spends.
+    """
 
     label: str
     algorithm: str

@@ -83,12 +83,8 @@ class TrainConfig(FinetuneConfig):
     # PEX
     mixing_ratio: float = 0.5  # offline share of an online batch
     inv_temperature: float = 10.0  # eta: of Q, in the choice between the two policies
-    eval_epsilon: float = (
-        0.1  # evaluation: share of choices and of actions that are drawn
-    )
-    clip_actions: bool = (
-        False  # clip the new policy's actions to the box, also when stored
-    )
+    eval_epsilon: float = 0.1  # share of choices drawn in evaluations
+    clip_actions: bool = False  # clip what the new policy draws to the box
 
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         "tau": "(0, 1]",

@@ -46,7 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from corl import finetune, seeds
-from corl.compiled import CompiledUpdate, descend, soft_update
+from corl.compiled import CompiledUpdate, begin_anew, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 
 # CORL's names, for those who import them from here.
@@ -363,11 +363,7 @@ class SPOT:
     def start_online(self, discount: float) -> None:
         """The discount changes, and Adam begins anew for the critics and the policy."""
         self.discount = discount
-        for optimizer in self.optimizers():
-            for moments in optimizer.state.values():
-                # In place: compiled graphs hold these tensors.
-                for moment in moments.values():
-                    moment.zero_()
+        begin_anew(*self.optimizers())
 
     def target_q(
         self, observations: torch.Tensor, actions: torch.Tensor

@@ -32,6 +32,7 @@ S, A, B, TASK = 11, 3, 256, "hopper-medium-v2"
 CASES: dict[str, dict[str, Any]] = {
     "iql": {},
     "dare_iql": {},
+    "pex": {},
     "td3_bc": {},
     "dare_td3_bc": {},
     "awac": {},
@@ -75,10 +76,13 @@ class Updates:
         source = module.make_trainer(config, S, A, 1.0, "cpu").state_dict()
         self.trainer = module.make_trainer(config, S, A, 1.0, device)
         self.trainer.load_weights(source)
-        self.device, self.release = device, []
+        self.device, self.given = device, []
         if name.startswith("dare_"):
             weight = (torch.arange(B) < B // 2).float().to(device)
-            self.release = [Release(weight, B // 2)]
+            self.given = [Release(weight, B // 2)]
+        if name == "pex":
+            # Its online update, which is more than that of IQL.
+            self.given = [True]
         # IQL's update draws nothing.
         if hasattr(self.trainer, "_noise"):
             draw = self.trainer._noise
@@ -95,7 +99,7 @@ class Updates:
     def make(self, batch: list[torch.Tensor], number: int) -> dict[str, float]:
         """One update; returns its losses."""
         torch.manual_seed(number)
-        logs = self.trainer.train([x.to(self.device) for x in batch], *self.release)
+        logs = self.trainer.train([x.to(self.device) for x in batch], *self.given)
         return {key: float(value) for key, value in logs.items()}
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -35,6 +35,8 @@ class Actor(Protocol):
 class CheckedEnv(gym.Wrapper):
     """An environment that takes finite actions and hands out values that can be learned from.
 
+    It gets the part of an action that lies inside its bounds, as D4RL's environments do.
+
     `reset` and `step` raise FloatingPointError where an action is not finite, and where an
     observation or a reward has no square in float32.
 
@@ -47,6 +49,8 @@ class CheckedEnv(gym.Wrapper):
     def __init__(self, env: gym.Env, role: str, config: Any):
         super().__init__(env)
         self._name, self._config = f"the {role} environment {config.env}", config
+        space: Any = env.action_space
+        self._low, self._high = space.low, space.high
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """Begin an episode."""
@@ -61,7 +65,7 @@ class CheckedEnv(gym.Wrapper):
                 f"the policy's action in {self._name} is not finite: "
                 f"{finite.likely_cause(self._config)}"
             )
-        result = self.env.step(action)
+        result = self.env.step(np.clip(action, self._low, self._high))
         self._check(result[0], "observation")
         reward: Any = result[1]
         if not abs(reward) <= finite.LARGEST:

@@ -177,6 +177,27 @@ def _traced_adam(state: dict, group: dict, pairs: list) -> None:
 
 
 @torch.no_grad()
+def complete(optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam its state, zeros, for the parameters that it has not moved yet."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+@torch.no_grad()
+def begin_anew(*optimizers: torch.optim.Optimizer) -> None:
+    """Adam is as before its first step; those of stacked seeds begin anew for all of them."""
+    for optimizer in optimizers:
+        for moments in getattr(optimizer, "stacked", optimizer).state.values():
+            # In place: compiled graphs hold these tensors.
+            for moment in moments.values():
+                moment.zero_()
+
+
+@torch.no_grad()
 def soft_update(target: torch.nn.Module, source: torch.nn.Module, tau: float) -> None:
     """Move a target network by tau towards its source: (1 - tau) target + tau source."""
     # Two products and a sum, as upstream: a fused lerp rounds differently.
@@ -244,18 +265,14 @@ class CompiledUpdate:
         )
         if new:
             for optimizer in self.optimizers:
-                self._complete(optimizer)
+                complete(optimizer)
+                self._place(optimizer)
             self._completed = states
         return self.compiled(*args)
 
-    def _complete(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zeros where an optimizer has made no step; its counts on the device of the update."""
-        for parameter in optimizer.param_groups[0]["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+    def _place(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer's counts on the device of the update."""
+        for state in optimizer.state.values():
             if state["step"].device != self.device:
                 # torch keeps counts on the CPU, which a CUDA graph cannot read.
                 state["step"] = state["step"].to(self.device)

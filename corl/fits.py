@@ -31,6 +31,7 @@ def check_layout(state: dict[str, Any], path: Path) -> None:
     counters = {
         "wall_seconds": 0.0,
         "update_seconds": 0.0,
+        "cpu_seconds": 0.0,
         "updates": 0,
         "pretrained": 0,
         "switched": False,

@@ -50,7 +50,7 @@ OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
 CARRIED = (
     *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
-    *("return_rule", "pretrained"),
+    *("return_rule", "pretrained", "cpu_seconds"),
 )
 WRITTEN = ("config.yaml", "checkpoint.pt", "summary.json", "curves.png", *TABLES)
 # Bytes of `name`; file systems take 255 for a folder, and task, seed and time need some.
@@ -111,7 +111,7 @@ class Run:
         self.current: tuple[str, int] | None = None
         self.saved_step: int | None = None  # iterations done in checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
-        self.wall_seconds = self.update_seconds = 0.0
+        self.wall_seconds = self.update_seconds = self.cpu_seconds = 0.0
         self.updates = 0
         self.pretrained = 0  # updates done before the first step, of `Session.pretrain`
         self.return_rule = rewards.return_rule(config)  # of the dataset's return range
@@ -129,6 +129,7 @@ class Run:
             self._close(failed=True)
             raise
         self.started = time.perf_counter()
+        self.started_cpu = time.process_time()
         self._start_wandb()
 
     def _open(self) -> None:
@@ -441,6 +442,10 @@ class Run:
         """Seconds since the run began, pauses between processes left out."""
         return self.wall_seconds + time.perf_counter() - self.started
 
+    def cpu_clock(self) -> float:
+        """CPU seconds of this process since the run began, all of its threads together."""
+        return self.cpu_seconds + time.process_time() - self.started_cpu
+
     def save(self, parts: dict[str, Any]) -> None:
         """checkpoint.pt: `state_dict` of every part, the global random streams, the counters.
 
@@ -461,6 +466,7 @@ class Run:
                 **{name: getattr(self, name) for name in CARRIED},
                 "scores": [list(s) for s in self.scores],
                 "wall_seconds": self.clock(),
+                "cpu_seconds": self.cpu_clock(),
             },
             "parts": {
                 name: checkpoints.pack(part.state_dict()) for name, part in parts.items()

@@ -103,7 +103,10 @@ class Networks:
         """
 
         def of_one(tensors: dict[str, torch.Tensor], *args: Any) -> Any:
-            return functional_call(self.roofs[0], tensors, (function, args))
+            # A network may stand in two places: its tensors are put in, and taken out, once.
+            return functional_call(
+                self.roofs[0], tensors, (function, args), tie_weights=False
+            )
 
         def of_all(*args: Any) -> Any:
             dims = tuple(tree_map(_dimension, arg) for arg in args)

@@ -288,10 +288,17 @@ class StackedSession:
                 return
             yield made[0]
 
+    def _actors(self, actor: Any) -> list[Any]:
+        """Each seed's network in the place of one of the trainer of all seeds."""
+        assert self._stack is not None
+        own = vars(self._stack.trainer)
+        name = next(name for name, part in own.items() if part is actor)
+        return [getattr(member, name) for member in self._made]
+
     def offline(self, actor: Any) -> Iterator[int]:
         """See `Session.offline`."""
-        pairs = zip(self.sessions, self._made, strict=True)
-        steps = [session.offline(own.actor) for session, own in pairs]
+        pairs = zip(self.sessions, self._actors(actor), strict=True)
+        steps = [session.offline(own) for session, own in pairs]
         return self._steps(steps, draws=False)
 
     @property
@@ -307,8 +314,8 @@ class StackedSession:
 
     def online(self, actor: Any, explore: Any = None) -> Iterator[int]:
         """See `Session.online`."""
-        pairs = zip(self.sessions, self._made, strict=True)
-        steps = [session.online(own.actor, explore) for session, own in pairs]
+        pairs = zip(self.sessions, self._actors(actor), strict=True)
+        steps = [session.online(own, explore) for session, own in pairs]
         return self._steps(steps, draws=True)
 
     def updates(self) -> Iterator[int]:
@@ -339,9 +346,9 @@ class StackedSession:
         if self._evaluators is None:
             return
         jobs = []
-        for session, own in zip(self.sessions, self._made, strict=True):
+        for session in self.sessions:
             normal, seed = session.normalization, session._evaluator.seed
-            actor = evaluation.on_the_cpu(own.actor)
+            actor = evaluation.on_the_cpu(session._actor)
             jobs.append(
                 evaluation.Episodes(session.config, normal.mean, normal.std, actor, seed)
             )

@@ -81,6 +81,7 @@ def summary_of(run: Any) -> dict[str, Any]:
         "updates": run.updates,
         "updates_per_second": run.updates / max(run.update_seconds, 1e-9),
         "wall_seconds": run.clock(),
+        "cpu_seconds": run.cpu_clock(),
         "dataset": {
             "source": data.get("source"),
             "label": data.get("label"),

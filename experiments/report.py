@@ -114,6 +114,14 @@ def _group_section(
             "bootstrap over runs, too narrow for few seeds. Difference: paired by seed, mean "
             "over tasks, Student's interval; not corrected for the number of comparisons.\n"
         )
+    cost = tables.cost_table(experiment, group)
+    if cost:
+        text.append(cost)
+        text.append(
+            "Collapsed: final score below half of the offline model's. Updates and CPU time are "
+            "of a run itself, all threads together; a shared offline model is not counted. "
+            "Generator's share: its arithmetic, of what its authors spend.\n"
+        )
     for name, picture, alt in group_figures(experiment, group, tasks):
         pictures[name] = picture
         text.append(f"![{alt}](figures/{name}.png)\n")

@@ -100,7 +100,7 @@ def take_snapshot(folder: Path | str, rows: int = ROWS) -> dict[str, Any]:
         "rows": rows,
         "scores": scores,
         "advantages": advantages,
-        "action_error": error_numbers(run.trainer.actor, off, on),
+        "action_error": error_numbers(acting(run.trainer), off, on),
         "projection": projection_numbers(off, on),
     }
 
@@ -157,7 +157,7 @@ def restore(files: RunFiles) -> RestoredRun:
     sizes = task.state_dim, task.action_dim, max_action
     trainer = module.make_trainer(config, *sizes, "cpu")
     trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
-    trainer.actor.eval()
+    acting(trainer).eval()
     hook = None
     # Weights without a score have nothing to show.
     if "hook" in state["parts"] and not config.dare.alike:
@@ -175,6 +175,11 @@ def restore(files: RunFiles) -> RestoredRun:
         )
         hook.load_state_dict(checkpoints.unpack(state["parts"]["hook"]))
     return RestoredRun(trainer, offline, online, hook)
+
+
+def acting(trainer: Any) -> Any:
+    """The policy of a trainer that acts online: of several (PEX) what they are together."""
+    return getattr(trainer, "composite", trainer.actor)
 
 
 def online_buffer(files: RunFiles) -> finetune.ReplayBuffer:

@@ -41,6 +41,8 @@ METRICS = (
 NOT_SETTINGS = FinetuneConfig.BOOKKEEPING | {
     *("dataset_path", "env", "load_model", "log_freq", "seed"),
 }
+# Numbers of the summary that not every run has: older runs, other algorithms.
+LATER = ("cpu_seconds", "generator_share")
 # What to do about a damaged one.
 STORED_AGAIN = (
     "take it from git, or remove it and add the run again (experiments.report add)"
@@ -66,6 +68,8 @@ class Summary(TypedDict, total=False):
     updates: int
     updates_per_second: float
     wall_seconds: float
+    cpu_seconds: float
+    generator_share: float | None
     offline_run: str | None
 
 
@@ -124,6 +128,9 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
         "updates_per_second": _digits(summary["updates_per_second"]),
         "wall_seconds": _digits(summary["wall_seconds"]),
     }
+    for name in LATER:
+        if summary.get(name) is not None:
+            record[name] = _digits(summary[name])
     if (folder / "snapshot.json").is_file():
         record["snapshot"] = read_json(
             folder / "snapshot.json",

@@ -99,6 +99,8 @@ class _Later(TypedDict, total=False):
 
     snapshot: Snapshot
     training: float | None
+    cpu_seconds: float
+    generator_share: float
 
 
 class StoredRun(_Later):
@@ -106,6 +108,7 @@ class StoredRun(_Later):
 
     before: the evaluation at the switch, else the last one of the offline model, where it is known.
     training: mean score of the training episodes over the online phase.
+    generator_share: arithmetic of a generator of rows, as a share of what its paper spends.
     """
 
     label: str

@@ -29,6 +29,9 @@ CONTRASTED = {
     "depth": "depth of the drop",
 }
 
+# A run whose final score is below this share of the offline model's has collapsed.
+COLLAPSED = 0.5
+
 # ---------------------------------------------------------------- numbers of runs
 
 
@@ -310,6 +313,54 @@ def _difference_cells(
         return ["no common seeds", chance, "cannot be told"]
     estimate = stats.mean_difference(x, y)
     return [_interval(estimate), chance, _verdict(estimate)]
+
+
+def cost_table(experiment: Experiment, group: Group) -> str:
+    """Per method: collapsed runs, updates, CPU time, a generator's share of its paper's.
+
+    Empty if a run of the group does not say its CPU time.
+    """
+    of_label = {label: list(experiment.records([label])) for label in group.labels}
+    everything = [record for records in of_label.values() for record in records]
+    if not all("cpu_seconds" in record for record in everything):
+        return ""
+    header = ["method", "runs", "collapsed", "updates", "CPU minutes"]
+    generated = any("generator_share" in record for record in everything)
+    rows = []
+    for label, records in of_label.items():
+        minutes = [record["cpu_seconds"] / 60 for record in records]
+        row = [experiment.name(label), str(len(records)), _collapsed(records)]
+        row += [_spread([r["updates"] for r in records], 0), _spread(minutes)]
+        if generated:
+            shares = [record.get("generator_share") for record in records]
+            row.append(_range([share for share in shares if share is not None]))
+        rows.append(row)
+    return _table(header + ["generator's share"] * generated, rows)
+
+
+def _collapsed(records: Sequence[Mapping]) -> str:
+    """Tasks and seeds of the runs that ended below half of where they began."""
+    found: dict[str, dict[int, Mapping]] = {}
+    for record in records:
+        scores = measures(record)
+        before, after = scores["before"], scores["after"]
+        if before is None or after is None:
+            return "–"
+        if after < COLLAPSED * before:
+            found.setdefault(record["env"], {})[record["seed"]] = record
+    if not found:
+        return "0"
+    count = sum(map(len, found.values()))
+    places = "; ".join(f"{env} seed {_seeds(seeds)}" for env, seeds in found.items())
+    return f"{count} ({places})"
+
+
+def _range(values: Sequence[float]) -> str:
+    """A value, or the smallest and the largest, with two digits."""
+    if not values:
+        return "–"
+    ends = sorted({f"{min(values):.2g}", f"{max(values):.2g}"}, key=float)
+    return "–".join(ends)
 
 
 def settings_table(experiment: Experiment, group: Group) -> str:

@@ -89,6 +89,12 @@ CASES = {
         "--mixing_ratio 0.5 --utd 2 --online_warmup 10 --bc_online anneal "
         "--bc_anneal_steps 40 --bc_end 0.2 --policy_freq 3 --normalize_reward true",
     ),
+    "pex": ("pex", "--online_warmup 0"),
+    "pex clipped, greedy": (
+        "pex",
+        "--online_warmup 10 --utd 2 --mixing_ratio 0.25 --clip_actions true "
+        "--eval_epsilon 0 --inv_temperature 0.5 --normalize_reward true",
+    ),
     "awac": ("awac", "--awac_lambda 0.3333"),
     "awac two buffers": ("awac", "--mixing_ratio 0.25 --hidden_dim 64 --gamma 0.9"),
     "rebrac": ("rebrac", "--hidden_dim 64"),

@@ -14,6 +14,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -82,6 +83,7 @@ REBRAC_FIELDS = {
     "actor_bc_coef": 0.3,
     "critic_bc_coef": 0.1,
 }
+PEX_FIELDS = {**FIELDS, "online_warmup": 50}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -105,6 +107,7 @@ DARE = {
 DEFAULTS = {
     iql: FIELDS,
     dare_iql: FIELDS,
+    pex: PEX_FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     awac: AWAC_FIELDS,

@@ -19,6 +19,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -78,6 +79,8 @@ GRAPHS = dict.fromkeys(DELAYED, 2)  # with an update of the policy, and without
 TOLERANCE = dict.fromkeys(DELAYED, 6e-5)
 CASES = {
     "iql": (iql, {}, ()),
+    "pex": (pex, {}, ()),
+    "pex, online": (pex, {}, (True,)),
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),

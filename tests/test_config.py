@@ -24,6 +24,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -42,6 +43,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
 FAMILIES = {
     "iql": [iql, dare_iql],
+    "pex": [pex],
     "cql": [cql, dare_cql],
     "cal_ql": [cal_ql, dare_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
@@ -382,7 +384,7 @@ ARGUMENTS = {
     **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
     **dict.fromkeys(FAMILIES["awac"], {"discount": 0.5, "tau": 0.1, "awac_lambda": 0.2}),
-    **dict.fromkeys(FAMILIES["iql"], IQL_ARGUMENTS),
+    **dict.fromkeys([*FAMILIES["iql"], pex], IQL_ARGUMENTS),
 }
 
 
@@ -402,6 +404,7 @@ TD3_RATES = {"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]
 NOISY = ("td3_bc", "rebrac", "spot")
 RATES = {
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
+    pex: (IQL_RATES[0], [*IQL_RATES[1], 0.3]),
     **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
     **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
 }
@@ -413,7 +416,7 @@ def test_every_optimizer_has_its_own_learning_rate(module):
     config = module.TrainConfig(**expected, offline_iterations=77)
     trainer = module.make_trainer(config, 3, 2, 1.0, "cpu")
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers()] == rates
-    if module in FAMILIES["iql"]:
+    if module in [*FAMILIES["iql"], pex]:
         assert trainer.actor_lr_schedule.T_max == 77
 
 

@@ -124,6 +124,11 @@ actor, q, v = GaussianPolicy(4, 2, 1.0), TwinQ(4, 2), ValueFunction(4)
 adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
 trainer = ImplicitQLearning(1.0, actor, adam(actor), q, adam(q), v, adam(v))
 """,
+    "pex": """
+old, new, q, v = *(GaussianPolicy(4, 2, 1.0) for _ in range(2)), TwinQ(4, 2), ValueFunction(4)
+actor, adam = old, lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = PolicyExpansion(1.0, old, adam(old), new, adam(new), q, adam(q), v, adam(v))
+""",
     "td3_bc": """
 actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(2)]
 adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
@@ -186,10 +191,12 @@ def pasted(file, names=()):
 
 
 @pytest.mark.parametrize(
-    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"]
+    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot", "pex"]
 )
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
-    steps = pasted("corl/compiled.py", ("descend", "_traced_adam", "soft_update"))
+    steps = pasted(
+        "corl/compiled.py", ("begin_anew", "descend", "_traced_adam", "soft_update")
+    )
     make = MAKE.get(name, MAKE["cql"])
     kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
     program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN

@@ -25,6 +25,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -90,6 +91,10 @@ def updates():
         trainer = make_trainer(iql, iql_deterministic=deterministic)
         return lambda: trainer.train(batch())
 
+    def expanded(online):
+        trainer = make_trainer(pex)
+        return lambda: trainer.train(batch(), online)
+
     def dare(value):
         block = dare_iql.DareIQLConfig(value=value)
         trainer = make_trainer(dare_iql, dare=block)
@@ -137,6 +142,8 @@ def updates():
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
         "dare_cal_ql": conservative(dare_cal_ql, **maze),
         "iql": plain(False),
+        "pex": expanded(False),
+        "pex online": expanded(True),
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
     }
@@ -146,6 +153,7 @@ NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_i
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
+NAMES += ["pex", "pex online"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,6 +30,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -100,6 +101,16 @@ def test_the_actor_critics_learn_offline_and_online(
     assert summary["score_final"] > 85, summary
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     assert metrics["phase"].count("online") >= 6 and summary["updates"] == 1000
+
+
+def test_pex_learns_offline_and_online(tmp_path, monkeypatch):
+    """The new policy begins at random, and the composite never falls far below the old one."""
+    summary = run(pex, tmp_path, monkeypatch, inv_temperature=30.0)
+    assert summary["score_offline"] > 65, summary
+    assert summary["score_final"] > 85, summary
+    metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
+    shares = [float(x) for x in metrics["new_policy"] if x]
+    assert 0.3 < shares[-1] < 1.0 and summary["updates"] == 950
 
 
 @pytest.mark.parametrize(

@@ -814,6 +814,36 @@ def test_the_mean_of_training_episodes_is_that_of_the_logged_online_rows(
     assert read_run(make_run(name="none"))["training"] is None
 
 
+def test_the_costs_name_collapsed_seeds_cpu_time_and_a_generators_share(
+    make_run, tmp_path, no_pictures
+):
+    folder = tmp_path / "results" / "trial"
+    for label, gains in (("a", (0.0, -25.0, -25.0)), ("b", (0.0, 0.0, -10.0))):
+        made = [make_run(name=label, seed=s, gain=g) for s, g in enumerate(gains)]
+        for seed, run in enumerate(made):
+            extra = {"generator_share": 0.001 * (seed + 1)} if label == "b" else {}
+            change_summary(run, cpu_seconds=60.0 * (seed + 1), **extra)
+        add(made, folder)
+    report.write_report(folder)
+    rows = [line for line in text_of(folder).splitlines() if line.startswith("| ")]
+    first = next(i for i, row in enumerate(rows) if "CPU minutes" in row)
+    assert rows[first].endswith("| generator's share |")
+    costs = [[x.strip() for x in row.strip("|").split("|")] for row in rows[first:]]
+    steps = 20 + STEPS
+    assert costs[2] == [
+        *("a", "3", "2 (hopper-medium-v2 seed 1–2)"),
+        *(f"{steps} ± 0", "2.0 ± 1.0", "–"),
+    ]
+    assert costs[3] == ["b", "3", "0", f"{steps} ± 0", "2.0 ± 1.0", "0.001–0.003"]
+    # Runs of before CPU time was noted have no such table, and their pages stay.
+    path = folder / "runs/a/hopper-medium-v2-s0.json"
+    record = json.loads(path.read_text())
+    del record["cpu_seconds"]
+    path.write_text(dump_json(record))
+    report.write_report(folder)
+    assert "CPU minutes" not in text_of(folder)
+
+
 def test_a_difference_inside_the_interval_is_called_that(experiment, no_pictures):
     report.write_report(experiment)
     text = text_of(experiment).split("## Alone")[0].replace("\\|", "/")

@@ -36,6 +36,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -243,6 +244,7 @@ RUNS = {
         dare_cql,
         {"dare": cql_block(behavior_updates=5), "cql_lagrange": True},
     ),
+    "pex": (pex, {"online_warmup": 5, "utd": 2}),
     "spot": (spot, {"vae_iterations": 30, "policy_freq": 3}),
     "dare_spot": (
         dare_spot,
@@ -294,6 +296,7 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
         "rebrac",
         "dare_rebrac",
         "spot",
+        "pex",
     ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])

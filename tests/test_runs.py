@@ -506,11 +506,13 @@ def test_a_broken_run_goes_on_to_the_same_files(here):
 
 def test_time_adds_up_over_resumes(here):
     with make_run() as run:
-        run.wall_seconds = 1000.0
+        run.wall_seconds, run.cpu_seconds = 1000.0, 2000.0
         run.dataset = {"sha256": "abc"}
         run.save({})
     resumed = runs.Run(Config(resume=str(run.folder)), "iql", [])
-    assert 1000.0 <= resumed.finish()["wall_seconds"] < 1100.0
+    summary = resumed.finish()
+    assert 1000.0 <= summary["wall_seconds"] < 1100.0
+    assert 2000.0 < summary["cpu_seconds"] < 2100.0
 
 
 def test_the_config_of_a_resumed_run_still_runs_it_from_the_start(here):
@@ -759,7 +761,7 @@ def test_wandb_is_not_imported_unless_it_is_asked_for(here, monkeypatch):
 SUMMARY = set(
     "algorithm env seed score_offline score_final score_last score_best "
     "score_training drop "
-    "updates updates_per_second wall_seconds dataset versions commit machine".split()
+    "updates updates_per_second wall_seconds cpu_seconds dataset versions commit machine".split()
 )
 
 

@@ -26,6 +26,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -54,6 +55,12 @@ SPOT_ONLINE = {
     "lambd_end": 0.5,
     "lambd_cool_steps": 5,
     "online_discount": 0.7,
+}
+PEX_ONLINE = {
+    "mixing_ratio": 0.25,
+    "inv_temperature": 0.5,
+    "eval_epsilon": 0.9,
+    "clip_actions": True,
 }
 # Fields of the online phase and other values for them.
 ONLINE = {
@@ -93,6 +100,7 @@ ONLINE = {
         },
     ),
     "spot": (spot, SPOT_ONLINE),
+    "pex": (pex, PEX_ONLINE),
     "dare_spot": (
         dare_spot,
         {**SPOT_ONLINE, "lambd_cool": False, "dare": noisy_block(behavior_updates=3)},

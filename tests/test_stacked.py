@@ -16,6 +16,7 @@ from algorithms import (
     dare_rebrac,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     td3_bc,
 )
@@ -40,6 +41,8 @@ CASES = {
     "dare_iql, online": (dare_iql, {"dare": FAST}, 8, 100),
     "td3_bc": (td3_bc, {}, 2, 12),
     "dare_td3_bc, online": (dare_td3_bc, {}, 2, 12),
+    "pex, offline": (pex, {}, 2, 12),
+    "pex, online": (pex, {}, 2, 12),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
     "rebrac": (rebrac, {"hidden_dim": 64}, 2, 12),
     "dare_rebrac, online": (dare_rebrac, {"hidden_dim": 64}, 2, 12),
@@ -144,7 +147,13 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
         trainers(module, fields, seeds), [Streams(s) for s in range(seeds)]
     )
     for number, batch in enumerate(batches(module, count, seeds)):
+        if module is pex and number == count // 2:
+            # Adam begins anew for all seeds.
+            for trainer in [stack.trainer, *alone]:
+                trainer.start_online()
         together, each = releases(number, seeds, online)
+        if module is pex:
+            together, each = (online,), [(online,)] * seeds
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):
             with streams[seed]:

@@ -16,6 +16,7 @@ from algorithms import (
     dare_rebrac,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     td3_bc,
 )
@@ -34,6 +35,7 @@ CASES = {
     "iql": (iql, {}),
     "iql, two buffers": (iql, {"mixing_ratio": 0.5, "iql_deterministic": True}),
     "dare_iql": (dare_iql, {"dare": dare_block("policy_ratio", behavior_updates=3)}),
+    "pex": (pex, {"online_warmup": 0}),
     "cql": (cql, {}),
     "cal_ql": (cal_ql, {}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=3)}),

@@ -1,6 +1,7 @@
 """What the guides ask, checked: import walls, twins, configs, Makefile, README commands."""
 
 import ast
+import dataclasses
 import difflib
 import importlib
 import os
@@ -24,6 +25,7 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    pex,
     rebrac,
     spot,
     td3_bc,
@@ -68,6 +70,7 @@ TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 READERS = {  # folder of configs -> the files that read them
     "iql": (iql, dare_iql),
+    "pex": (pex,),
     "cql": (cql, dare_cql),
     "cal_ql": (cal_ql, dare_cal_ql),
     "td3_bc": (td3_bc, dare_td3_bc),
@@ -112,7 +115,7 @@ def test_imports_stay_inside_the_walls(room):
 
 def test_a_baseline_knows_nothing_of_the_plugin():
     for path in files_of("algorithms"):
-        if not hasattr(importlib.import_module(f"algorithms.{path.stem}"), "BASELINE"):
+        if not path.stem.startswith("dare_"):
             assert not any(n.startswith("corl_dare") for n in imports(path)), path
 
 
@@ -176,13 +179,13 @@ print("exchanged")
 
 
 @pytest.mark.parametrize(
-    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"]
+    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot", "pex"]
 )
 def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):
     small = "--env hopper-random-v2 --dataset_rows 1500 --offline_iterations 3 "
     small += "--online_iterations 3 --eval_freq 3 --n_episodes 1 --batch_size 8 "
     small += "--dataset_source self-collected --device cpu --buffer_size 2000 "
-    small += "--threads 1 --compile false"
+    small += "--threads 1 --compile false --online_warmup 0"
     small += " --vae_iterations 2" * (name == "spot")
     program = f"""
 import os, sys
@@ -294,6 +297,21 @@ def test_the_papers_iql_values_stand_in_the_configs():
     assert (maze.iql_tau, maze.beta, maze.dare.entropy_alpha) == (0.9, 10.0, 0.01)
     assert (maze.offline_iterations, maze.online_iterations) == (1_000_000, 200_000)
     assert maze.normalize_reward and maze.dare.cap is None
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("configs/pex/*.yaml")), ids=lambda p: p.stem
+)
+def test_pex_shares_the_offline_settings_of_iql(path):
+    ours = read_config(pex, f"pex/{path.stem}")
+    theirs = read_config(iql, f"iql/{path.stem}")
+    unread = iql.TrainConfig.ONLINE | iql.TrainConfig.BOOKKEEPING
+    for field in dataclasses.fields(iql.TrainConfig):
+        if hasattr(ours, field.name) and field.name not in unread:
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    if path.stem != "quick_start":
+        found = ours.inv_temperature, ours.mixing_ratio, ours.online_warmup
+        assert found == (10.0, 0.5, 5000)
 
 
 def test_the_papers_cql_values_stand_in_the_configs():

@@ -167,7 +167,8 @@ def test_the_policy_explores_in_collection_and_not_in_evaluation(name, recorded)
             np.testing.assert_array_equal(step.action, step.act.mean)
         else:
             assert step.act.training
-            assert (step.action != step.act.mean).all()
+            # The frozen policy of PEX acts with its mean.
+            assert name == "pex" or (step.action != step.act.mean).all()
 
 
 @every_algorithm
@@ -647,6 +648,9 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "lambd_end": 0.9,
         "lambd_cool_steps": 3,
         "online_discount": 0.5,
+        "inv_temperature": 0.5,
+        "eval_epsilon": 0.9,
+        "clip_actions": False,
         "dare": {"cap": 1},
     }
     unread = config.ONLINE - {"load_model"}

@@ -38,6 +38,7 @@ ALGORITHMS = {
     "awac": "algorithms.awac",
     "rebrac": "algorithms.rebrac",
     "spot": "algorithms.spot",
+    "pex": "algorithms.pex",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -124,6 +125,7 @@ OWN = {
     "dare_rebrac": {**REBRAC, "bc_online": "keep"},
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
+    "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {
@@ -395,20 +397,13 @@ def watch_trainer(trainer: Any, record: Record) -> None:
                 record.calls.append((name, plain(args), plain(output)))
 
         network.register_forward_hook(seen, with_kwargs=True)
-    actor, act, train = trainer.actor, trainer.actor.act, trainer.train
+    actor, train = trainer.actor, trainer.train
+    for acting in {actor, getattr(trainer, "composite", actor)}:
+        watch_actor(acting, record)
 
-    def recorded_act(state, *args, **kwargs):
-        mode, action = actor.training, act(state, *args, **kwargs)
-        actor.eval()
-        mean = act(state, *args, **kwargs)
-        actor.train(mode)
-        record.act = SimpleNamespace(
-            training=mode, state=np.array(state), action=action, mean=mean
-        )
-        return action
-
-    def recorded_train(batch, release=None):
+    def recorded_train(batch, *given):
         record.calls = []
+        release = given[0] if given and isinstance(given[0], tuple) else None
         weight, kept = release or (None, None)
         before = SimpleNamespace(
             batch=[field.clone() for field in batch],
@@ -423,13 +418,30 @@ def watch_trainer(trainer: Any, record: Record) -> None:
             actor_training=actor.training,
             stream=stream_of(trainer),
         )
-        logs = train(batch) if release is None else train(batch, release)
+        logs = train(batch, *given)
         fields = {**vars(before), "calls": record.calls}
         record.calls = []
         record.add("update", logs={k: v.item() for k, v in logs.items()}, **fields)
         return logs
 
-    actor.act, trainer.train = recorded_act, recorded_train
+    trainer.train = recorded_train
+
+
+def watch_actor(actor: Any, record: Record) -> None:
+    """Record what it answers, and what it would answer without exploration."""
+    act = actor.act
+
+    def recorded_act(state, *args, **kwargs):
+        mode, action = actor.training, act(state, *args, **kwargs)
+        actor.eval()
+        mean = act(state, *args, **kwargs)
+        actor.train(mode)
+        record.act = SimpleNamespace(
+            training=mode, state=np.array(state), action=action, mean=mean
+        )
+        return action
+
+    actor.act = recorded_act
 
 
 def stream_of(trainer: Any) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ import yaml
 
 import corl.ranges
 import corl_dare.ranges
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
+from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql, pex
 from corl import machine
 from corl.config import FinetuneConfig, parse_config
 from corl.data import sources
@@ -86,6 +86,10 @@ FIELDS = [
     ((dare_iql,), "dare.backup_actions", COUNT),
     ((dare_iql,), "dare.policy dare.value", ["best", "", "none"]),
     ((dare_cal_ql,), "dare.keep_calibration", NO_SWITCH),
+    ((pex,), "inv_temperature", NOT_NEGATIVE),
+    ((pex,), "eval_epsilon", SHARE),
+    ((pex,), "mixing_ratio", ["0", "1", "0.3", "none", *SHARE]),
+    ((pex,), "clip_actions", NO_SWITCH),
 ]
 INSTANCES = [
     (module, field, value)

@@ -150,6 +150,10 @@ class DareConfig:
         ranges.check(self.RANGES, vars(self), "dare.")
         self._check_combinations()
 
+    def needs_offline_rows(self) -> bool:
+        """Must a batch hold some offline rows?"""
+        return self.enabled
+
     def not_stacked(self) -> str:
         """Why the hooks of several seeds cannot work as one, or ""."""
         if self.enabled and (self.guided or self.score == "reference"):

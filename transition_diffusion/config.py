@@ -39,9 +39,7 @@ class EdisConfig:
     sampler_steps: int = 128  # noise levels of the sampler
     generation_batch_size: int = 1000  # rows generated at once
     model_terminals: bool = False  # generate terminals, too; else no row is one
-    normalize_rewards: bool = (
-        False  # rewards to standard deviation 1, as the other columns
-    )
+    normalize_rewards: bool = False  # rewards to standard deviation 1
     # Energies, which go on over all refreshes
     energies: str = "consistent"  # consistent; public: as the authors' code trains them
     energy_updates: int = 20  # steps of each energy per refresh
@@ -50,9 +48,8 @@ class EdisConfig:
     energy_levels: int = 8  # noise levels at which consistent energies learn
     negatives: int = 10  # samples of the model per online row
     # Guidance
-    guidance: str = (
-        "constant"  # factor of the gradients: constant (code); exact: times sigma
-    )
+    # The gradients' factor is constant (code) over noise levels, or exact: times sigma
+    guidance: str = "constant"
     state_scale: float = 1.0  # factor of the state energy (code: ope_clip)
     action_scale: float = 0.2  # factor of the policy energy (code: pe_clip)
     next_state_scale: float = 0.2  # factor of the transition energy (code: te_clip)

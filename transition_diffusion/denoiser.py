@@ -17,7 +17,7 @@ FREQUENCIES = 8
 
 
 class NoiseFeatures(nn.Module):
-    """c = ln(sigma) / 4 as [c, sin 2 pi f c, cos 2 pi f c] with fixed f: (B,) -> (B, 17)."""
+    """c = ln(sigma) / 4 as [c, sin 2 pi f c, cos 2 pi f c] with fixed random f."""
 
     frequencies: torch.Tensor
 
@@ -26,13 +26,14 @@ class NoiseFeatures(nn.Module):
         self.register_buffer("frequencies", torch.randn(FREQUENCIES))
 
     def forward(self, c: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, 17)"""
         c = c.unsqueeze(-1)
         angles = 2.0 * math.pi * c * self.frequencies
         return torch.cat((c, angles.sin(), angles.cos()), -1)
 
 
 class Denoiser(nn.Module):
-    """Noised events (B, D) and their noise levels (B,) -> estimates of the events (B, D).
+    """Estimates of events from noised ones and their noise levels.
 
     c_skip x + c_out F(c_in x, ln(sigma) / 4), EDM's Table 1. F is a residual MLP with ReLU.
 
@@ -63,6 +64,7 @@ class Denoiser(nn.Module):
         return self.last(F.relu(h))
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """(B, D) and (B,) -> (B, D)"""
         s = sigma.unsqueeze(-1)
         scale = (s.square() + 1.0).rsqrt()
         answer = self.network(scale * x, sigma.log() / 4.0)

@@ -145,10 +145,19 @@ class Energies(nn.Module):
 class ConsistentEnergies(Energies):
     """Normalized coordinates and the sampler's schedule on both sides.
 
-    A network sees what it is for: s, (s, a, s') or (s, a), and ln(sigma) / 4.
+    A network sees what it is for: s, (s, a, s') or (s, a), scaled to standard deviation 1 as a
+    denoiser's input is, and ln(sigma) / 4.
     """
 
+    def energy(
+        self, kind: str, events: torch.Tensor, time: torch.Tensor
+    ) -> torch.Tensor:
+        """Energies (...) of noised events (..., D) at ln(sigma) / 4."""
+        scale = ((8.0 * time).exp() + 1.0).rsqrt().unsqueeze(-1)
+        return super().energy(kind, scale * events, time)
+
     def columns(self, kind: str) -> list[int]:
+        """Those that the energy is about."""
         everything = list(range(self.layout.width))
         parts = [self.layout.state]
         if kind != "state":
@@ -164,6 +173,7 @@ class ConsistentEnergies(Energies):
     def losses(
         self, kind: str, positives: torch.Tensor, denoise: Denoise, normal: Normal
     ) -> torch.Tensor:
+        """InfoNCE at every level of `taught`; negatives of one trajectory per anchor and K."""
         z, mask = self.normalizer(positives), self.condition_of(kind)
         b, d = z.shape
         anchors = z.repeat_interleave(self.negatives, 0)
@@ -191,6 +201,8 @@ class ConsistentEnergies(Energies):
         return contrastive_losses(positive, negative).flatten()
 
     def guide(self, scales: dict[str, float], exact: bool) -> Guide:
+        """The pull at the place and the noise level of each slope."""
+
         def slope(z: torch.Tensor, sigma: float, i: int) -> torch.Tensor:
             time = z.new_full((), math.log(sigma) / 4.0)
             return (sigma if exact else 1.0) * self.gradient(z, time, scales)
@@ -207,6 +219,7 @@ class PublicEnergies(Energies):
     """
 
     def columns(self, kind: str) -> list[int]:
+        """All but a terminal, which the authors' energies do not know."""
         return list(range(2 * self.layout.state_dim + self.layout.action_dim + 1))
 
     def _negatives(
@@ -222,6 +235,7 @@ class PublicEnergies(Energies):
     def losses(
         self, kind: str, positives: torch.Tensor, denoise: Denoise, normal: Normal
     ) -> torch.Tensor:
+        """InfoNCE at the authors' levels, in their groups."""
         steps = [0] if kind == "state" else list(range(0, PUBLIC_STEPS, PUBLIC_EVERY))
         levels = noise_levels(PUBLIC_STEPS)
         sigma = positives.new_tensor([levels[i] for i in steps])[:, None, None]
@@ -241,6 +255,8 @@ class PublicEnergies(Energies):
         return contrastive_losses(positive, negative).flatten()
 
     def guide(self, scales: dict[str, float], exact: bool) -> Guide:
+        """The pull before the noise of a step, from raw coordinates; `exact` is not known."""
+
         def slope(z: torch.Tensor, sigma: float, i: int) -> torch.Tensor:
             time = z.new_full((), float(i))
             return self.gradient(self.normalizer.undo(z), time, scales)

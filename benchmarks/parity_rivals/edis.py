@@ -30,7 +30,7 @@ SCALES = {"state": 2.0, "transition": 0.1, "policy": 0.3}
 Case = tuple[str, dict[str, float], str]
 ROUNDING = "float32: noise levels and sums are rounded in another order"
 # A constant added to all energies of a group changes no loss.
-NO_GRADIENT = "; the last bias has no gradient but rounding, whose sign Adam turns into a step of 1e-3"
+NO_GRADIENT = "; the last bias has no gradient but rounding, of which Adam makes 1e-3"
 
 
 # ---------------------------------------------------------------- the authors' files

@@ -310,21 +310,27 @@ class Generation:
             return torch.randn(shape, generator=stream, device=self.device)
 
         x, y = events(s.diffusion_batch_size), events(s.generation_batch_size)
-        levels, guide = noise_levels(s.sampler_steps), self._guide()
+        levels = noise_levels(s.sampler_steps)
 
         def learn() -> None:
             fit.update(x, x[:, 0], x)
 
-        def sample() -> None:
-            with torch.no_grad():
-                heun_step(fit.average, y, levels, 1, y, guide)
+        def sample(guide: Guide | None) -> Callable[[], Any]:
+            def step() -> None:
+                with torch.no_grad():
+                    heun_step(fit.average, y, levels, 1, y, guide)
+
+            step()
+            return step
 
         learn()
-        sample()
-        rows = seconds_of(sample) / (2 * len(y))
-        evaluated = s.samples * (2 * s.sampler_steps - 1)
-        evaluated += s.energy_updates * self._taught_rows()
-        each = seconds_of(learn) * s.diffusion_updates + rows * evaluated
+        # A step asks the denoiser twice.
+        free, guided = (
+            seconds_of(sample(guide)) / (2 * len(y)) for guide in (None, self._guide())
+        )
+        each = seconds_of(learn) * s.diffusion_updates
+        each += guided * s.samples * (2 * s.sampler_steps - 1)
+        each += free * s.energy_updates * self._taught_rows()
         return {f"{count} refreshes": count * each}
 
     def state_dict(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ faults: $(DEV_READY)  ## every way a run can go wrong, and how many end as they 
 bounds:  ## do the lowest and the newest versions of pyproject.toml work? gigabytes, minutes
 	$(PYTHON) scripts/check_bounds.py $(ARGS)
 
-lint: $(DEV_READY)  ## ruff and mypy: lint, imports, format, types of corl_dare and corl
+lint: $(DEV_READY)  ## ruff and mypy: lint, imports, format, types of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

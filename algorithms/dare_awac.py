@@ -117,7 +117,7 @@ class TrainConfig(FinetuneConfig):
         "learning_rate": "(0, inf)",
         "tau": "(0, 1]",
         "awac_lambda": "(0, inf)",
-        "mixing_ratio": "(0, 1)",
+        "mixing_ratio": "[0, 1)",
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",

@@ -208,7 +208,7 @@ class TrainConfig(FinetuneConfig):
         "q_n_hidden_layers": "[1, 100]",
         "reward_scale": "(0, inf)",
         "reward_bias": "(-inf, inf)",
-        "mixing_ratio": "(0, 1)",
+        "mixing_ratio": "[0, 1)",
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "cql_alpha_online",

@@ -161,7 +161,7 @@ class TrainConfig(FinetuneConfig):
         **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
         "policy_std": "(0, inf)",
         **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
-        "mixing_ratio": "(0, 1)",
+        "mixing_ratio": "[0, 1)",
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
         "mixing_ratio",

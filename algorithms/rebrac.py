@@ -131,7 +131,7 @@ class TrainConfig(FinetuneConfig):
         "hidden_dim": "[1, 1e5]",
         "tau": "(0, 1]",
         "policy_freq": "[1, 1e9]",
-        "mixing_ratio": "(0, 1)",
+        "mixing_ratio": "[0, 1)",
         "policy_std": "(0, inf)",
         "bc_end": "[0, 1]",
         "bc_anneal_steps": "[1, 1e9]",

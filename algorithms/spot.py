@@ -131,7 +131,7 @@ class TrainConfig(FinetuneConfig):
         "online_discount": "[0, 1]",
         "actor_dropout": "[0, 1)",
         "lambd_cool_steps": "[1, 1e9]",
-        "mixing_ratio": "(0, 1)",
+        "mixing_ratio": "[0, 1)",
         "policy_std": "(0, inf)",
     }
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {

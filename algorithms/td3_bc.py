@@ -98,7 +98,7 @@ class TrainConfig(FinetuneConfig):
         "policy_freq": "[1, 1e9]",
         "alpha": "[0, inf)",
         **dict.fromkeys(("actor_lr", "qf_lr"), "(0, inf)"),
-        "mixing_ratio": "(0, 1)",
+        "mixing_ratio": "[0, 1)",
         "policy_std": "(0, inf)",
         "bc_end": "[0, 1]",
         "bc_anneal_steps": "[1, 1e9]",

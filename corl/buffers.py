@@ -70,6 +70,11 @@ class ReplayBuffer:
             self._next_actions = column(action_dim)
 
     @property
+    def size(self) -> int:
+        """Rows that can be drawn."""
+        return self._size
+
+    @property
     def keeps_next_actions(self) -> bool:
         """Does a row hold the action after it?"""
         return hasattr(self, "_next_actions")
@@ -160,6 +165,22 @@ class ReplayBuffer:
         self._pointer = (self._pointer + 1) % self._buffer_size
         self._size = min(self._size + 1, self._buffer_size)
 
+    def refill(self, rows: TensorBatch) -> None:
+        """Hold rows of states, actions, rewards, next states and dones in the place of all others.
+
+        Raises:
+            ValueError: they are more than it can hold.
+        """
+        n = len(rows[0])
+        if n > self._buffer_size:
+            raise ValueError(f"{n} rows do not fit into a buffer of {self._buffer_size}")
+        for field, values in zip(self._storage(), rows, strict=False):
+            field[:n] = values
+        if hasattr(self, "_mc_returns"):
+            # As of a row that was collected.
+            self._mc_returns[:n] = 0.0 if self._compat else -math.inf
+        self._size, self._pointer = n, n % self._buffer_size
+
     def state_dict(self) -> Dict[str, Any]:
         """The rows that do not come back from the dataset."""
         # Once the ring has overwritten some of the dataset's rows, that is all of them.
@@ -208,3 +229,29 @@ class MixedBuffer:
         n_offline = int(batch_size * self.mixing_ratio)
         rows = self.offline.draw(n_offline), self.online.draw(batch_size - n_offline)
         return self._read(*(upload(part, self.offline._device) for part in rows))
+
+
+class JoinedBuffer:
+    """The rows of two buffers as if they lay in one: offline rows first, then online rows."""
+
+    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer):
+        self.offline, self.online = offline, online
+
+    @property
+    def size(self) -> int:
+        """Rows that can be drawn."""
+        return self.offline.size + self.online.size
+
+    def gather(self, indices: np.ndarray) -> TensorBatch:
+        """The rows of these numbers (B,)."""
+        first = self.offline.size
+        offline = self.offline.gather(np.minimum(indices, first - 1))
+        online = self.online.gather(np.maximum(indices - first, 0))
+        is_offline = upload(indices < first, self.offline._device).unsqueeze(-1)
+        return [
+            torch.where(is_offline, *rows) for rows in zip(offline, online, strict=True)
+        ]
+
+    def sample(self, batch_size: int) -> TensorBatch:
+        """A batch of random rows, drawn as one buffer draws them."""
+        return self.gather(np.random.randint(0, self.size, size=batch_size))

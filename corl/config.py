@@ -190,12 +190,10 @@ class FinetuneConfig:
     PRESETS: ClassVar[dict] = {}
 
     def __post_init__(self) -> None:
-        ranges.check(self.RANGES, vars(self))
-        for field, allowed in self.CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field} {getattr(self, field)!r} is not one of {', '.join(allowed)}"
-                )
+        self._check_fields(self, "")
+        for name, block in vars(self).items():
+            if dataclasses.is_dataclass(block):
+                self._check_fields(block, f"{name}.")
         self._check_eval_together()
         self.early_evaluations()
         if self.sampling == "on_policy" and self.compat:
@@ -215,6 +213,17 @@ class FinetuneConfig:
             seed_list(self.seeds)
         if self.compile is True:
             compiled.check(self.device)
+
+    @staticmethod
+    def _check_fields(values: Any, prefix: str) -> None:
+        """Raises ValueError where a number or a choice of a config or a block is none."""
+        ranges.check(getattr(values, "RANGES", {}), vars(values), prefix)
+        for field, allowed in getattr(values, "CHOICES", {}).items():
+            if getattr(values, field) not in allowed:
+                raise ValueError(
+                    f"{prefix}{field} {getattr(values, field)!r} is not one of "
+                    f"{', '.join(allowed)}"
+                )
 
     def _check_eval_together(self) -> None:
         if self.eval_together and self.compat:
@@ -278,6 +287,12 @@ class FinetuneConfig:
         """Raises ValueError where `mixing_ratio` does not cut a batch into two whole halves."""
         # A field of the algorithms that have two buffers.
         ratio = vars(self)["mixing_ratio"]
+        for name, block in vars(self).items() if ratio == 0 else ():
+            if hasattr(block, "needs_offline_rows") and block.needs_offline_rows():
+                raise ValueError(
+                    f"mixing_ratio 0 leaves no offline row in a batch, and {name} needs some; "
+                    f"give a share, or set {name}.enabled to false"
+                )
         if not (self.batch_size * ratio).is_integer():
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split by mixing_ratio {ratio}: "

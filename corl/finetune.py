@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, NamedTuple, Optional, Protocol, Tuple, Union
 
 import numpy as np
 import torch
@@ -44,7 +44,12 @@ from corl.acting import (  # noqa: F401
     set_seed,
     wrap_env,
 )
-from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch  # noqa: F401
+from corl.buffers import (  # noqa: F401
+    JoinedBuffer,
+    MixedBuffer,
+    ReplayBuffer,
+    TensorBatch,
+)
 from corl.captured import Captured
 from corl.config import ConfigError, expand, presets_of
 from corl.data import sources
@@ -77,6 +82,8 @@ from corl.training_data import (  # noqa: F401
 Other = Callable[[Any, Any], Any]
 # A run of more seconds names the presets that make it shorter.
 LONG = 3 * 3600
+# Seconds of work between two online steps that a killed process may lose.
+SAVE_SECONDS = 300.0
 # What every algorithm logs beside its losses.
 COLUMNS = ("train_return", "train_score", "train_length", "success_rate", "regret")
 
@@ -93,6 +100,27 @@ class Pretraining(NamedTuple):
     name: str
     updates: int
     update: Callable[[], Dict[str, Any]]
+
+
+class Work(Protocol):
+    """What a part does before some online steps, in pieces; see `Session.between`."""
+
+    def before(self, step: int) -> None:
+        """The online step `step`, from 0, is to be made; called again after a resume."""
+
+    def phase(self) -> Optional[Tuple[str, int, int]]:
+        """What is under way: its name, pieces done and all pieces; None where nothing is left."""
+
+    def advance(self) -> Dict[str, Any]:
+        """Make one piece; returns metrics, numbers or 0-d tensors."""
+
+    def report(self) -> str:
+        """What was done, for a line on the screen."""
+
+    def estimate_online(
+        self, seconds_of: Callable[[Callable[[], Any]], float], first: int, last: int
+    ) -> Dict[str, float]:
+        """Its name -> the seconds it will take in the online steps `first` to `last`."""
 
 
 class Sizes(NamedTuple):
@@ -180,6 +208,7 @@ class Session:
         self._other: Optional[Other] = None
         self._pretraining: Optional[Pretraining] = None
         self._presets: Dict[str, float] = {}  # estimated seconds with other presets
+        self._work: Optional[Work] = None
 
     def __enter__(self) -> "Session":
         self.run = runs.Run(self.config, self._algorithm, self._columns).__enter__()
@@ -458,6 +487,13 @@ class Session:
             each = {k: self._seconds_per_call(updates[k]) for k in left if left[k]}
             seconds.update({phase: left[phase] * each[phase] for phase in each})
             seconds = {**before, **seconds}
+            if self._work is not None and left["online"]:
+                begun = max(self.run.step - first, 0)
+                seconds.update(
+                    self._work.estimate_online(
+                        self._seconds_of, begun, self._total - first
+                    )
+                )
             if sum(seconds.values()) > LONG:
                 same = sum(before.values()) + seconds.get("offline", 0.0)
                 self._estimate_presets(same, left["online"])
@@ -606,6 +642,53 @@ class Session:
             change()
             self.run.switched = True
 
+    def between(self, work: Work) -> None:
+        """Before each online step a part does what is due then; call this before `start`.
+
+        What it changes must be in the parts' `state_dict`. It is saved every `SAVE_SECONDS`, at
+        its end and where somebody asks to stop, and a resumed run goes on from there.
+        """
+        self._work = work
+
+    def _worked(self, t: int) -> bool:
+        """Do what is due before the step t; False where somebody asked to stop in the middle.
+
+        Raises:
+            FloatingPointError: a metric is not finite.
+        """
+        work, run = self._work, self.run
+        if work is None:
+            return True
+        work.before(t - self.config.offline_iterations)
+        if work.phase() is None:
+            return True
+        saved = since = time.perf_counter()
+        while (phase := work.phase()) is not None and not run.stop_requested:
+            name, done, total = phase
+            with progress_bar(desc=name, initial=done, total=total, leave=False) as bar:
+                while done < total and not run.stop_requested:
+                    run.current = name, done + 1
+                    metrics, done = work.advance(), done + 1
+                    if done == total or done % self.config.log_freq == 0:
+                        run.read(metrics)
+                    bar.update()
+                    run.work_begun += time.perf_counter() - since
+                    since = time.perf_counter()
+                    if since - saved > SAVE_SECONDS and work.phase() is not None:
+                        self.save()
+                        saved = time.perf_counter()
+        run.current = "online", t + 1
+        if work.phase() is not None:
+            return False
+        run.work_seconds.append(run.work_begun)
+        took = machine.readable_time(run.work_begun)
+        run.work_begun = 0.0
+        run.print(
+            f"online step {t - self.config.offline_iterations}: {work.report()}, {took}"
+        )
+        self.save()
+        return True
+
     def online(
         self,
         actor: Actor,
@@ -620,6 +703,8 @@ class Session:
         self._phase, self._actor = "online", actor
         self._evaluate_at_the_switch()
         for t in self.run.steps("online", self._total):
+            if not self._worked(t):
+                return
             self._collector.step(actor, explore)
             yield t
 
@@ -637,10 +722,15 @@ class Session:
         early = step - self.config.offline_iterations in self._early
         return step % self.config.eval_freq == 0 or early
 
-    def updates(self) -> Iterator[int]:
-        """The updates that belong to this environment step: `utd`, none in the warm-up."""
+    def updates(self, count: Optional[int] = None) -> Iterator[int]:
+        """The updates that belong to this environment step: `utd`, none in the warm-up.
+
+        Args:
+            count: so many in the place of `utd`.
+        """
         online = self.run.step - self.config.offline_iterations
-        count = self.config.utd if online >= self.config.online_warmup else 0
+        warm = online >= self.config.online_warmup
+        count = (self.config.utd if count is None else count) if warm else 0
         self._count(count)
         yield from range(count)
         self._stop_clock()

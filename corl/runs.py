@@ -50,7 +50,7 @@ OLD_NAMES = {"online_buffer": "buffer"}
 # What a checkpoint carries along of the run itself.
 CARRIED = (
     *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
-    *("return_rule", "pretrained", "cpu_seconds"),
+    *("return_rule", "pretrained", "cpu_seconds", "work_seconds", "work_begun"),
 )
 WRITTEN = ("config.yaml", "checkpoint.pt", "summary.json", "curves.png", *TABLES)
 # Bytes of `name`; file systems take 255 for a folder, and task, seed and time need some.
@@ -113,6 +113,9 @@ class Run:
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = self.cpu_seconds = 0.0
         self.updates = 0
+        # Seconds of each piece of work between online steps, and of the one that is under way.
+        self.work_seconds: list[float] = []
+        self.work_begun = 0.0
         self.pretrained = 0  # updates done before the first step, of `Session.pretrain`
         self.return_rule = rewards.return_rule(config)  # of the dataset's return range
         # Returns of the last evaluation of this process, and the updates before it.

@@ -82,6 +82,8 @@ def summary_of(run: Any) -> dict[str, Any]:
         "updates_per_second": run.updates / max(run.update_seconds, 1e-9),
         "wall_seconds": run.clock(),
         "cpu_seconds": run.cpu_clock(),
+        # Of each piece of work between online steps, such as generating data.
+        **({"work_seconds": list(run.work_seconds)} if run.work_seconds else {}),
         "dataset": {
             "source": data.get("source"),
             "label": data.get("label"),

@@ -1,6 +1,7 @@
 """A dataset as it is trained on: found, rewards scaled, states normalized."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -259,24 +260,29 @@ def check_memory(config: Any, task: tasks.Task, device: str = "cpu") -> None:
     actions = task.action_dim * (1 + keeps_next_actions(config))
     row = 4 * (2 * task.state_dim + actions + 2 + keeps_mc_returns(config))
     buffers = 1 if getattr(config, "mixing_ratio", None) is None else 2
-    for field, size in {
-        "buffer_size": row * buffers,
-        "batch_size": row + 4 * HIDDEN,
-    }.items():
-        needed = getattr(config, field) * size
+    sizes = {"buffer_size": row * buffers, "batch_size": row + 4 * HIDDEN}
+    for name, block in vars(config).items():
+        if hasattr(block, "row_bytes"):
+            own = block.row_bytes(task.state_dim, task.action_dim)
+            sizes.update({f"{name}.{field}": size for field, size in own.items()})
+    for field, size in sizes.items():
+        value = attrgetter(field)(config)
+        needed = value * size
         if needed > have:
             raise ValueError(
-                f"{field} {getattr(config, field)} needs {needed / 1e9:.4g} GB of memory, and "
+                f"{field} {value} needs {needed / 1e9:.4g} GB of memory, and "
                 f"{device} has {have / 1e9:.4g} GB; set {field} to at most {have // size}"
             )
 
 
-def new_buffer(config: Any, task: tasks.Task, device: str = "cpu") -> ReplayBuffer:
-    """An empty buffer of a config's size."""
+def new_buffer(
+    config: Any, task: tasks.Task, device: str = "cpu", rows: Optional[int] = None
+) -> ReplayBuffer:
+    """An empty buffer of a config's size, or for so many rows."""
     return ReplayBuffer(
         task.state_dim,
         task.action_dim,
-        config.buffer_size,
+        config.buffer_size if rows is None else rows,
         device,
         config.compat,
         keeps_mc_returns(config),

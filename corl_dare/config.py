@@ -202,6 +202,10 @@ class DareConfig:
         length = self.anneal_steps or max(length, 1)
         return max(self.weight, 1.0 - max(steps, 0) / length)
 
+    def needs_offline_rows(self) -> bool:
+        """Must a batch hold some offline rows?"""
+        return self.enabled
+
     def not_stacked(self) -> str:
         """Why the hooks of several seeds cannot work as one, or ""."""
         if self.alike:

@@ -42,6 +42,12 @@ GUIDED = (
     "--dare.energy_batch_states 8 --dare.energy_updates 10 --dare.energy_update_freq 2 "
     "--dare.guidance_scale 2.0 "
 )
+EDIS = (
+    "--edis.refresh_every 25 --edis.samples 200 --edis.diffusion_updates 20 "
+    "--edis.diffusion_batch_size 32 --edis.width 32 --edis.depth 2 "
+    "--edis.sampler_steps 5 --edis.generation_batch_size 150 --edis.energy_updates 2 "
+    "--edis.energy_batch_size 8 --edis.energy_levels 3 --edis.negatives 4 "
+)
 # Name -> algorithm, flags beyond the common ones.
 CASES = {
     "iql": ("iql", ""),
@@ -126,6 +132,17 @@ CASES = {
     "dare_awac": ("dare_awac", f"{RATIO} --awac_lambda 0.3333"),
     "dare_awac guided": ("dare_awac", f"{GUIDED} --hidden_dim 64"),
     "dare_td3_bc": ("dare_td3_bc", RATIO),
+    "edis_iql": ("edis_iql", f"{EDIS} --mixing_ratio 0.3"),
+    "edis_iql every update, public energies": (
+        "edis_iql",
+        f"{EDIS} --edis.schedule every_update --edis.energies public "
+        "--edis.normalize_rewards true --utd 2 --online_warmup 10",
+    ),
+    "edis_cal_ql": (
+        "edis_cal_ql",
+        f"{CQL} {EDIS} --mixing_ratio 0.3 --edis.model_terminals true "
+        "--edis.guidance exact",
+    ),
     "dare_td3_bc guided": ("dare_td3_bc", f"{GUIDED} --dare.reference_max_age 3"),
 }
 

@@ -13,6 +13,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    edis_iql,
     iql,
     pex,
     rebrac,
@@ -21,6 +22,7 @@ from algorithms import (
 )
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
+from transition_diffusion.config import EdisConfig
 
 FIELDS = {
     "env": toy.TASK,
@@ -108,6 +110,7 @@ DEFAULTS = {
     iql: FIELDS,
     dare_iql: FIELDS,
     pex: PEX_FIELDS,
+    edis_iql: FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     awac: AWAC_FIELDS,
@@ -175,6 +178,25 @@ def awac_block(**fields):
 def noisy_block(**fields):
     """The block `dare:` of a short run of DARE-TD3+BC, DARE-ReBRAC or DARE-SPOT."""
     return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def edis_block(**fields):
+    """The block `edis:` of a short run: every update draws generated rows."""
+    small = {
+        "refresh_every": 10,
+        "samples": 60,
+        "diffusion_updates": 15,
+        "diffusion_batch_size": 32,
+        "width": 16,
+        "depth": 1,
+        "sampler_steps": 5,
+        "generation_batch_size": 25,
+        "energy_updates": 2,
+        "energy_batch_size": 8,
+        "energy_levels": 3,
+        "negatives": 3,
+    }
+    return EdisConfig(**{**small, **fields})
 
 
 def folder_of(tmp_path):

@@ -23,6 +23,8 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    edis_cal_ql,
+    edis_iql,
     iql,
     pex,
     rebrac,
@@ -42,10 +44,10 @@ from corl.config import (
 ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
 FAMILIES = {
-    "iql": [iql, dare_iql],
+    "iql": [iql, dare_iql, edis_iql],
     "pex": [pex],
     "cql": [cql, dare_cql],
-    "cal_ql": [cal_ql, dare_cal_ql],
+    "cal_ql": [cal_ql, dare_cal_ql, edis_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
     "awac": [awac, dare_awac],
     "rebrac": [rebrac, dare_rebrac],

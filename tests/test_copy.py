@@ -220,7 +220,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def site(tmp_path_factory):
     """What a non-editable `pip install .` of a clean copy puts into an environment."""
     copy, site = (tmp_path_factory.mktemp(name) for name in ("copy", "site"))
-    for name in ("corl", "corl_dare", "algorithms", "experiments"):
+    rooms = ("corl", "corl_dare", "transition_diffusion", "algorithms", "experiments")
+    for name in rooms:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -231,9 +232,13 @@ def site(tmp_path_factory):
     return site
 
 
-def test_an_installation_brings_both_packages_and_the_policies(site):
+def test_an_installation_brings_the_packages_and_the_policies(site):
     names = {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")}
-    assert names - {"__pycache__", "bin"} == {"corl", "corl_dare"}
+    assert names - {"__pycache__", "bin"} == {
+        "corl",
+        "corl_dare",
+        "transition_diffusion",
+    }
     for package in ("data", "standin"):
         assert (site / "corl" / package / "__init__.py").is_file()
     here, there = (x / "corl" / "standin" / "weights" for x in (ROOT, site))

@@ -15,6 +15,8 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    edis_cal_ql,
+    edis_iql,
     iql,
     rebrac,
     spot,
@@ -22,7 +24,9 @@ from algorithms import (
 )
 from corl import compiled, finetune
 
-IQL, FAMILY = [iql, dare_iql], [cql, dare_cql, cal_ql, dare_cal_ql]
+IQL = [iql, dare_iql, edis_iql]
+FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql]
+CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
 ALL = [*IQL, *FAMILY, *OTHERS]
 ARGUMENTS = {
@@ -74,7 +78,7 @@ def test_the_algorithms_own_parts_are_in_their_file(module):
     for name in ["TrainConfig", "TensorBatch", "train", *NAMES[module].split()]:
         assert hasattr(module, name), name
     assert hasattr(module, "ContinuousCQL") is (module in (cql, dare_cql))
-    assert hasattr(module, "CalQL") is (module in (cal_ql, dare_cal_ql))
+    assert hasattr(module, "CalQL") is (module in CAL_QL)
 
 
 @pytest.mark.parametrize("module", ALL)
@@ -82,7 +86,7 @@ def test_batches_of_two_buffers_are_mixed_by_the_same_class(module):
     assert module.MixedBuffer is finetune.MixedBuffer
 
 
-@pytest.mark.parametrize("module", [cal_ql, dare_cal_ql])
+@pytest.mark.parametrize("module", CAL_QL)
 def test_cal_ql_has_its_returns_to_go(module):
     assert module.get_return_to_go is finetune.get_return_to_go
     assert list(inspect.signature(module.get_return_to_go).parameters)[0] == "dataset"

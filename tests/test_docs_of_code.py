@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = [*ROOT.glob("corl_dare/**/*.py"), *ROOT.glob("corl/**/*.py")]
+PACKAGES = [
+    p
+    for room in ("corl_dare", "corl", "transition_diffusion")
+    for p in ROOT.glob(f"{room}/**/*.py")
+]
 ALGORITHMS = [*ROOT.glob("algorithms/*.py")]
 OTHERS = [
     *(p for room in ("experiments", "benchmarks") for p in ROOT.glob(f"{room}/**/*.py")),

@@ -11,6 +11,8 @@ import wiring
 from helpers import assert_equal
 from test_wiring import without_losses
 
+from corl import finetune
+
 OFFLINE, EVERY = wiring.COMMON["offline_iterations"], wiring.COMMON["eval_freq"]
 WARMUP, UTD = wiring.COMMON["online_warmup"], wiring.COMMON["utd"]
 # Moment -> kind of the event in which the run dies, its number, its fields. Checkpoints are written
@@ -25,12 +27,17 @@ MOMENTS = {
     # The row of the next step tells of an episode that ended before.
     "in the middle of an episode": ("step", 11, {"role": "train"}),
     "in the training of the energy": ("energy", 3, {}),
+    # The second refresh: 4 updates of the model, 6 of energies, 2 batches of rows.
+    "in the fit of the diffusion model": ("piece", 6 + 3, {}),
+    "in the training of three energies": ("piece", 6 + 6, {}),
+    "among the generated rows": ("piece", 6 + 11, {}),
 }
+WHO = {"energy": wiring.DARE, "piece": wiring.EDIS}
 CASES = [
     (name, moment)
     for name in wiring.ALGORITHMS
     for moment in MOMENTS
-    if name in wiring.DARE or MOMENTS[moment][0] != "energy"
+    if name in WHO.get(MOMENTS[moment][0], wiring.ALGORITHMS)
 ]
 
 
@@ -59,6 +66,8 @@ def run_and_copy(name, folder):
         return False
 
     with pytest.MonkeyPatch.context() as patch:
+        # A checkpoint after every piece of a refresh.
+        patch.setattr(finetune, "SAVE_SECONDS", 0.0)
         return wiring.run(patch, name, folder, copy, env=wiring.GOAL), copies
 
 

@@ -16,6 +16,8 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    edis_cal_ql,
+    edis_iql,
     iql,
     pex,
     rebrac,
@@ -35,7 +37,10 @@ from corl_dare.config import PRESETS, DareConfig
 
 WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]
 WITH_PRESETS += [dare_spot]
-BASELINES = [iql, cql, cal_ql, td3_bc, awac, rebrac, spot, pex]
+BASELINES = [
+    *(iql, cql, cal_ql, td3_bc, awac, rebrac, spot),
+    *(pex, edis_iql, edis_cal_ql),
+]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 # ReBRAC acts without noise, so a ratio of densities needs a width.
 ACTS_WITHOUT_NOISE = (dare_rebrac,)

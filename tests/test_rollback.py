@@ -17,6 +17,7 @@ from short_runs import (
     checkpoint_of,
     cql_block,
     dare_block,
+    edis_block,
     folder_of,
     noisy_block,
     run,
@@ -35,6 +36,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    edis_iql,
     iql,
     pex,
     rebrac,
@@ -252,6 +254,7 @@ RUNS = {
     ),
     "rebrac": (rebrac, {"mixing_ratio": 0.5, "bc_anneal_steps": 30, "policy_freq": 3}),
     "dare_rebrac": (dare_rebrac, {"dare": noisy_block(behavior_updates=5)}),
+    "edis_iql": (edis_iql, {"mixing_ratio": 0.3, "edis": edis_block()}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }

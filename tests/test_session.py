@@ -8,6 +8,7 @@ from short_runs import (
     checkpoint_of,
     cql_block,
     dare_block,
+    edis_block,
     folder_of,
     noisy_block,
     run,
@@ -25,6 +26,8 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    edis_cal_ql,
+    edis_iql,
     iql,
     pex,
     rebrac,
@@ -134,6 +137,11 @@ ONLINE = {
         },
     ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
+    "edis_iql": (edis_iql, {**IQL_ONLINE, "edis": edis_block(samples=7)}),
+    "edis_cal_ql": (
+        edis_cal_ql,
+        {"cql_alpha_online": 7.0, "mixing_ratio": 0.3, "edis": edis_block(samples=7)},
+    ),
     "dare_cal_ql": (
         dare_cal_ql,
         {

@@ -24,6 +24,8 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    edis_cal_ql,
+    edis_iql,
     iql,
     pex,
     rebrac,
@@ -38,12 +40,14 @@ ROOT = Path(__file__).parent.parent
 WALLS = {
     "corl_dare": {"corl_dare"},
     "corl": {"corl"},
-    "algorithms": {"corl", "corl_dare"},
+    "algorithms": {"corl", "corl_dare", "transition_diffusion"},
+    "transition_diffusion": {"transition_diffusion"},
     "experiments": {"corl", "experiments"},
 }
 OURS = {
     "corl",
     "corl_dare",
+    "transition_diffusion",
     "algorithms",
     "experiments",
     "benchmarks",
@@ -54,7 +58,7 @@ OURS = {
 KNOWS_THE_PLUGIN = "experiments/snapshot.py"
 # Third parties of the plugin. `corl_dare/exchange.py` and `guidance.py` need torch alone.
 ALONE = {"torch", "numpy", "safetensors", "tqdm"}
-# Lines of a baseline that its DARE file has otherwise.
+# Lines of a baseline that another file of it has otherwise.
 REMOVED = {
     "iql.py": ['    name: str = "IQL"  # first part of the run folder\'s name'],
     "cal_ql.py": ['    name: str = "Cal-QL"  # first part of the run folder\'s name'],
@@ -64,9 +68,15 @@ REMOVED = {
     "rebrac.py": ['    name: str = "ReBRAC"  # first part of the run folder\'s name'],
     "spot.py": ['    name: str = "SPOT"  # first part of the run folder\'s name'],
 }
-# The most lines that a DARE file may insert; 175 where nothing stands here.
-INSERTED = {"td3_bc.py": 65, "rebrac.py": 65, "spot.py": 65, "awac.py": 100}
-TWINS = sorted(p.name.removeprefix("dare_") for p in ROOT.glob("algorithms/dare_*.py"))
+# The most lines that another file of a baseline may insert; 175 where nothing stands here.
+INSERTED = {
+    **{"dare_td3_bc.py": 65, "dare_rebrac.py": 65, "dare_spot.py": 65},
+    **{"dare_awac.py": 100, "edis_iql.py": 95, "edis_cal_ql.py": 75},
+}
+# Files that are a baseline plus lines.
+TWINS = sorted(
+    p.name for m in ("dare", "edis") for p in ROOT.glob(f"algorithms/{m}_*.py")
+)
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 READERS = {  # folder of configs -> the files that read them
     "iql": (iql, dare_iql),
@@ -77,6 +87,8 @@ READERS = {  # folder of configs -> the files that read them
     "awac": (awac, dare_awac),
     "rebrac": (rebrac, dare_rebrac),
     "spot": (spot, dare_spot),
+    "edis_iql": (edis_iql,),
+    "edis_cal_ql": (edis_cal_ql,),
 }
 TABLE_1 = [
     *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),
@@ -131,6 +143,9 @@ def test_the_plugin_needs_only_well_kept_libraries():
         found = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
         alone = {"torch"} if path.stem in ("exchange", "guidance") else ALONE
         assert found - {"corl_dare"} <= alone, path
+    for path in files_of("transition_diffusion"):
+        found = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
+        assert found - {"transition_diffusion"} <= {"torch", "numpy"}, path
 
 
 def run_blocked(blocked, program, cwd=ROOT):
@@ -210,10 +225,15 @@ def test_without_its_run_folder_the_host_is_found_from_anywhere(tmp_path):
     assert done.returncode == 0 and "--iql_tau" in done.stdout, done.stderr
 
 
+def base_of(name):
+    return importlib.import_module(f"algorithms.{name.removesuffix('.py')}").BASELINE
+
+
 @pytest.mark.parametrize("name", TWINS)
-def test_a_dare_file_is_its_baseline_plus_lines(name):
-    baseline = (ROOT / "algorithms" / name).read_text().splitlines()
-    variant = (ROOT / "algorithms" / f"dare_{name}").read_text().splitlines()
+def test_a_twin_is_its_baseline_plus_lines(name):
+    base = f"{base_of(name)}.py"
+    baseline = (ROOT / "algorithms" / base).read_text().splitlines()
+    variant = (ROOT / "algorithms" / name).read_text().splitlines()
     matcher = difflib.SequenceMatcher(None, baseline, variant, autojunk=False)
     removed = [
         line
@@ -221,15 +241,16 @@ def test_a_dare_file_is_its_baseline_plus_lines(name):
         if tag != "equal"
         for line in baseline[i1:i2]
     ]
-    assert removed == REMOVED[name] and len(removed) <= 8
+    # A method with configs of its own has a quick start of its own.
+    own = [line for line in removed if "QUICK_START" in line] * name.startswith("edis")
+    assert removed == REMOVED[base] + own and len(removed) <= 8
     inserted = len(variant) - len(baseline) + len(removed)
     assert inserted <= INSERTED.get(name, 175)
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_a_dare_file_names_its_baseline(name):
-    module = importlib.import_module(f"algorithms.dare_{name.removesuffix('.py')}")
-    assert f"{module.BASELINE}.py" == name
+def test_a_twin_names_its_baseline(name):
+    assert base_of(name) == name.removesuffix(".py").split("_", 1)[1]
 
 
 @pytest.mark.parametrize("algorithm", READERS)

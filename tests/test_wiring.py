@@ -8,7 +8,7 @@ import pytest
 import torch
 import wiring
 from helpers import assert_equal
-from wiring import CQL, DARE, GOAL
+from wiring import CQL, DARE, EDIS, GOAL
 
 ALL = list(wiring.ALGORITHMS)
 IQL = [name for name in ALL if name.endswith("iql")]
@@ -457,7 +457,8 @@ def test_the_toy_tells_success_of_training_and_evaluation_apart(name, recorded):
 # ---------------------------------------------------------------- batches and the switch
 
 
-@every_algorithm
+# What EDIS's batches hold: test_edis.py.
+@pytest.mark.parametrize("name", [name for name in ALL if name not in EDIS])
 def test_batches_are_offline_alone_and_then_mixed(name, recorded):
     record = recorded(name)
     config, offline = record.config, record.stored("offline")
@@ -545,7 +546,9 @@ def test_checkpoints_are_written_after_every_evaluation_and_at_the_end(name, rec
     record = recorded(name)
     saved = [e.step for e in record.of("save", name="checkpoint.pt")]
     vae = [0] * (name in SPOT)  # after its phase
-    assert saved == [*vae, 4, 8, 12, 16, 20, 23]
+    # At the end of every refresh, before the online steps 0, 6 and 12.
+    refreshes = [7, 13, 19] * (name in EDIS)
+    assert saved == sorted([*vae, 4, 8, 12, 16, 20, 23, *refreshes])
     assert record.parts()["step"] == 23
     assert {p.name for p in record.folder.iterdir()} >= {
         *("config.yaml", "metrics.csv", "evaluations.csv", "summary.json"),
@@ -599,6 +602,8 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
     stops = [
         stop_after(5, "update"),
         *([stop_after(2, "energy")] if name in DARE else []),
+        # In the fit of the diffusion model, and among the rows that are made.
+        *([stop_after(2, "piece"), stop_after(3, "piece")] if name in EDIS else []),
         stop_after(1, "step", role="train"),
         stop_after(5, "update"),
     ]
@@ -610,7 +615,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
         if stop is not None:
             assert part.summary == {}
             assert part._stop is None, "it was never asked to stop"
-            collected = part.of("step", role="train")
+            collected = part.of("step", role="train") or part.of("piece")
             assert collected or len(part.of("energy")) in (0, 2), "went on for longer"
     assert_equal(whole.parts(), part.parts())
     assert whole.rows_of("evaluations.csv") == part.rows_of("evaluations.csv")
@@ -652,6 +657,7 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "eval_epsilon": 0.9,
         "clip_actions": False,
         "dare": {"cap": 1},
+        "edis": {"samples": 11},
     }
     unread = config.ONLINE - {"load_model"}
     assert unread <= other.keys()

@@ -29,6 +29,7 @@ from corl import buffers, checkpoints, curves, envs, files, finetune, machine, t
 from corl.data import sources
 from corl_dare import hook
 from corl_dare.upstream import ExchangedBuffer, dare_for_corl
+from transition_diffusion.generation import Generation
 
 ALGORITHMS = {
     "iql": "algorithms.iql",
@@ -46,13 +47,16 @@ ALGORITHMS = {
     "dare_cal_ql": "algorithms.dare_cal_ql",
     "dare_cql": "algorithms.dare_cql",
     "dare_awac": "algorithms.dare_awac",
+    "edis_iql": "algorithms.edis_iql",
+    "edis_cal_ql": "algorithms.edis_cal_ql",
 }
 DARE = (
     *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
     *("dare_rebrac", "dare_spot"),
 )
+EDIS = ("edis_iql", "edis_cal_ql")
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -145,6 +149,24 @@ COMMON_DARE = {
     "support_actions": 3,
     "entropy_alpha": 0.3,
     "backup_actions": 3,
+}
+
+# Every update draws generated rows, so that both files are one case.
+COMMON_EDIS = {
+    "schedule": "every_update",
+    "refresh_every": 6,
+    "samples": 30,
+    "diffusion_updates": 4,
+    "diffusion_batch_size": 8,
+    "diffusion_lr": 1e-3,
+    "width": 16,
+    "depth": 1,
+    "sampler_steps": 4,
+    "generation_batch_size": 20,
+    "energy_updates": 2,
+    "energy_batch_size": 6,
+    "energy_levels": 2,
+    "negatives": 3,
 }
 
 
@@ -247,6 +269,7 @@ class Record:
         energy: one step of the energy network: what its loss was given, Q of the target
             networks and of the trained ones at the same places, the weights before the step.
         save: a checkpoint was written.
+        piece: one piece of a refresh of generated rows was made.
     """
 
     def __init__(self, algorithm: str, config: Any, stop: Any = None):
@@ -274,8 +297,12 @@ class Record:
         ]
 
     def stored(self, which: str) -> dict[str, np.ndarray]:
-        """Rows of the offline or the online buffer at the end, under the dataset's names."""
-        buffer = self.buffers[0 if which == "offline" else -1]
+        """Rows of a buffer at the end, under the dataset's names.
+
+        `which` is offline, online or generated.
+        """
+        place = {"offline": 0, "generated": 2}.get(which, len(self.buffers[:2]) - 1)
+        buffer = self.buffers[place]
         rows = [f.numpy() for f in buffer.gather(np.arange(buffer._size))]
         names = "observations actions rewards next_observations terminals".split()
         more = "next_actions" if buffer.keeps_next_actions else "mc_returns"
@@ -609,12 +636,26 @@ def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> Non
 
     patch.setattr(module, "make_trainer", recorded_make)
     patch.setattr(buffer, "__init__", recorded_init)
+    advance = Generation.advance
+
+    def recorded_advance(self):
+        phase, metrics = self.phase(), advance(self)
+        record.add("piece", phase=phase)
+        return metrics
+
+    patch.setattr(Generation, "advance", recorded_advance)
     estimated = finetune.Session._estimate
     quiet = record.muting(estimated) if estimate else (lambda *args: {})
     patch.setattr(finetune.Session, "_estimate", quiet)
 
 
-def make_config(algorithm: str, folder: Path, dare: dict | None = None, **fields):
+def make_config(
+    algorithm: str,
+    folder: Path,
+    dare: dict | None = None,
+    edis: dict | None = None,
+    **fields,
+):
     """Config of the toy; fields that the algorithm lacks are left out."""
     module = importlib.import_module(ALGORITHMS[algorithm])
     values = {"env": LOCOMOTION, "runs_dir": str(folder / "runs"), **COMMON}
@@ -624,6 +665,9 @@ def make_config(algorithm: str, folder: Path, dare: dict | None = None, **fields
         known = block.__dataclass_fields__
         given = {**COMMON_DARE, **(dare or {})}
         values["dare"] = block(**{k: v for k, v in given.items() if k in known})
+    if algorithm in EDIS:
+        block = module.TrainConfig.__dataclass_fields__["edis"].default_factory
+        values["edis"] = block(**{**COMMON_EDIS, **(edis or {})})
     known = module.TrainConfig.__dataclass_fields__
     return module.TrainConfig(**{k: v for k, v in values.items() if k in known})
 

@@ -14,7 +14,16 @@ import yaml
 
 import corl.ranges
 import corl_dare.ranges
-from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql, pex
+from algorithms import (
+    cal_ql,
+    cql,
+    dare_cal_ql,
+    dare_iql,
+    edis_cal_ql,
+    edis_iql,
+    iql,
+    pex,
+)
 from corl import machine
 from corl.config import FinetuneConfig, parse_config
 from corl.data import sources
@@ -24,6 +33,7 @@ pytestmark = pytest.mark.fault("bad inputs")
 
 IQL, CQL = (iql, dare_iql), (cql, cal_ql, dare_cal_ql)
 DARE, MIXED = (dare_iql, dare_cal_ql), (cal_ql, dare_cal_ql)
+EDIS = (edis_iql, edis_cal_ql)
 ALL = (*IQL, *CQL)
 NO_INT = ["1.5", "nan", "inf", "-inf", "soon", "", "true", "0x10", "٣", "[1]", "1e400"]
 NO_FLOAT = ["nan", "low", "", "true", "0x1p-3", "٠.٥", "0,5", "1e-3e", "[0.5]", "--1"]
@@ -59,7 +69,9 @@ FIELDS = [
     (IQL, "actor_dropout", ["1", *SHARE]),
     (IQL, "beta expl_noise noise_clip", NOT_NEGATIVE),
     (IQL, "iql_deterministic", NO_SWITCH),
-    (IQL, "mixing_ratio", ["0", "1", "0.3", *[v for v in SHARE if v]]),
+    (IQL, "mixing_ratio", ["1", "0.3", *[v for v in SHARE if v]]),
+    # What DARE compares offline rows with.
+    (DARE, "mixing_ratio", ["0"]),
     (CQL, "policy_lr qf_lr", RATE),
     (CQL, "soft_target_update_rate", ["0", *SHARE]),
     (CQL, "alpha_multiplier cql_alpha cql_alpha_online", NOT_NEGATIVE),
@@ -70,7 +82,12 @@ FIELDS = [
     (CQL, "cql_clip_diff_min", ["inf", *NO_FLOAT]),
     (CQL, "cql_clip_diff_max", ["-inf", *NO_FLOAT]),
     (CQL, "cql_lagrange cql_max_target_backup backup_entropy", NO_SWITCH),
-    (MIXED, "mixing_ratio", ["0", "1", "0.3", *SHARE]),
+    (MIXED, "mixing_ratio", ["1", "0.3", *SHARE]),
+    (EDIS, "mixing_ratio", ["1", "2", "-0.1"]),
+    (EDIS, "edis.samples edis.width edis.negatives edis.refresh_every", COUNT[:4]),
+    (EDIS, "edis.diffusion_lr edis.energy_lr", RATE[:4]),
+    (EDIS, "edis.state_scale edis.action_scale", NOT_NEGATIVE[:4]),
+    (EDIS, "edis.energies edis.guidance edis.schedule", ["best", "", "none"]),
     (DARE, "dare.references dare.sampler_steps dare.support_actions", COUNT),
     (DARE, "dare.behavior_batch_size dare.energy_batch_states", COUNT),
     (DARE, "dare.behavior_updates dare.energy_update_freq", COUNT),
@@ -254,6 +271,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused(
         ("tau", "1.0", 1.0),
         ("expl_noise", "0", 0.0),
         ("actor_dropout", "0", 0.0),
+        ("mixing_ratio", "0", 0.0),
         ("mixing_ratio", "None", None),
         ("mixing_ratio", "none", None),
         ("mixing_ratio", "~", None),

@@ -63,7 +63,12 @@ TD3_FIELDS = {
     "expl_noise": 0.1,
 }
 # One buffer, no warm-up, and a coefficient and a threshold that move within a short run.
-SA_FIELDS = {"buffer_mode": "all", "online_warmup": 0, "trust_share": 0.5, "beta_lr": 1e-3}
+SA_FIELDS = {
+    "buffer_mode": "all",
+    "online_warmup": 0,
+    "trust_share": 0.5,
+    "beta_lr": 1e-3,
+}
 SA_FIELDS |= {"n_period": 20, "beta_anneal_steps": 500}
 TD3_BC_SA_FIELDS = {**TD3_FIELDS, **SA_FIELDS}
 CQL_SA_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k != "cql_alpha_online"}

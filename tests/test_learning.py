@@ -22,6 +22,7 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -33,6 +34,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl import curves
 from corl_dare import hook
@@ -73,7 +75,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql])
+@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa])
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
     fields = {}
@@ -100,6 +102,12 @@ def test_the_actor_critics_learn_offline_and_online(
     assert summary["score_final"] > 85, summary
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     assert metrics["phase"].count("online") >= 6 and summary["updates"] == 1000
+
+
+def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):
+    fields = {"buffer_mode": "part", "part_trajectories": 200, "online_warmup": 50}
+    summary = run(td3_bc_sa, tmp_path, monkeypatch, **fields)
+    assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
 
 
 @pytest.mark.parametrize(

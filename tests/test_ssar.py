@@ -462,7 +462,7 @@ def test_load_model_brings_the_coefficient_the_threshold_and_the_filter(
 ):
     """A run that only fine-tunes has the flags that the filter of the offline run gives."""
     first, second = tmp_path / "a", tmp_path / "b"
-    chosen = {"trust_by": "iql", "filter_updates": 80, "filter_tau": 0.2}
+    chosen = {"trust_by": "iql", "filter_updates": 300, "discount": 0.0}
     run(
         td3_bc_sa,
         first,

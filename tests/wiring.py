@@ -38,6 +38,8 @@ ALGORITHMS = {
     "awac": "algorithms.awac",
     "rebrac": "algorithms.rebrac",
     "spot": "algorithms.spot",
+    "td3_bc_sa": "algorithms.td3_bc_sa",
+    "cql_sa": "algorithms.cql_sa",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -51,7 +53,7 @@ DARE = (
     *("dare_rebrac", "dare_spot"),
 )
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "cql_sa")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -107,6 +109,13 @@ COMMON = {
     "lambd_end": 0.4,
     "lambd_cool_steps": 10,
     "online_discount": 0.8,
+    # SSAR
+    "buffer_mode": "half",
+    "filter_updates": 4,
+    "trust_share": 0.3,
+    "beta_lr": 1e-3,
+    "beta_anneal_steps": 10,
+    "n_period": 3,
     # AWAC
     "hidden_dim": 32,
     "learning_rate": 2e-3,
@@ -124,6 +133,7 @@ OWN = {
     "dare_rebrac": {**REBRAC, "bc_online": "keep"},
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
+    "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {

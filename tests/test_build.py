@@ -14,7 +14,15 @@ import corl_dare
 from corl import commit, machine
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("corl", "corl_dare", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = (
+    "corl",
+    "corl_dare",
+    "adaptive_regularization",
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+)
 PERSON = ("-c", "user.name=n", "-c", "user.email=e@x.org")
 SAYS = "from corl import machine; print(machine.git_commit(), machine.versions()['corl-dare'])"
 

@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "pex": {},
     "td3_bc": {},
     "dare_td3_bc": {},
+    "td3_bc_sa": {},
+    "cql_sa": {},
     "awac": {},
     "dare_awac": {},
     "spot": {},

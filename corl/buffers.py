@@ -140,6 +140,26 @@ class ReplayBuffer:
         """A batch of random rows."""
         return self.gather(self.draw(batch_size))
 
+    def rows(self) -> TensorBatch:
+        """All rows that it holds, by their places in the ring; views."""
+        return [field[: self._size] for field in self._storage()]
+
+    def take(self, source: "ReplayBuffer", rows: np.ndarray) -> None:
+        """Copy rows (n,) of another buffer into this empty one; they are part of checkpoints.
+
+        Raises:
+            ValueError: it is not empty, or too small.
+        """
+        if self._size or len(rows) > self._buffer_size:
+            raise ValueError(
+                f"{len(rows)} rows do not fit into a buffer of {self._buffer_size} that holds "
+                f"{self._size}; set buffer_size to at least {self._size + len(rows)}"
+            )
+        for field, taken in zip(self._storage(), source.gather(rows), strict=True):
+            field[: len(rows)] = taken
+        self._size = len(rows)
+        self._pointer = len(rows) % self._buffer_size
+
     def add_transition(
         self,
         state: np.ndarray,

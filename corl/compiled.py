@@ -129,17 +129,26 @@ class _StepOfAllSeeds(torch.autograd.Function):
         return loss.detach(), 0
 
 
-def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
+def descend(
+    loss: torch.Tensor,
+    *optimizers: torch.optim.Optimizer,
+    max_norm: float | None = None,
+) -> None:
     """Step every optimizer along the loss's gradient with respect to its own parameters.
 
     Only these gradients are computed, so other networks in the loss need not be frozen. A
     parameter that the loss does not depend on stays as it is. One parameter group per optimizer.
+
+    Args:
+        max_norm: a longer gradient, of all parameters together, is shortened to it. Not for
+            stacked seeds.
     """
     # `CompiledUpdate` gives its optimizers the attribute `traced_group`, and `stacked.Stack`
     # the attribute `stacked`: the optimizer of all seeds.
     marked: tuple[Any, ...] = optimizers
     compiling = torch.compiler.is_compiling()
     if not compiling and hasattr(marked[0], "stacked"):
+        assert max_norm is None, "a norm of each seed is not computed"
         stacked = [optimizer.stacked for optimizer in marked]
         _StepOfAllSeeds.apply(loss, stacked)
         return
@@ -148,7 +157,13 @@ def descend(loss: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
     traced = compiling or getattr(marked[0], "captured", False)
     groups = [o.traced_group if traced else o.param_groups[0] for o in marked]
     parameters = [parameter for group in groups for parameter in group["params"]]
-    gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if max_norm is not None:
+        norm = torch.nn.utils.get_total_norm([g for g in found if g is not None])
+        # As torch's `clip_grad_norm_`.
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        found = tuple(None if g is None else g * scale for g in found)
+    gradients = iter(found)
     for optimizer, group in zip(optimizers, groups, strict=True):
         pairs = [(parameter, next(gradients)) for parameter in group["params"]]
         if traced:

@@ -58,6 +58,7 @@ from corl.rewards import (  # noqa: F401
     LINEAR_REWARDS,
     SPAN_REWARDS,
     RewardRule,
+    episode_ends,
     get_return_to_go,
     is_locomotion,
     modify_reward,
@@ -75,6 +76,7 @@ from corl.training_data import (  # noqa: F401
     load_data,
     new_buffer,
     normalize_states,
+    require_episodes,
     reward_rule,
 )
 
@@ -267,8 +269,9 @@ class Session:
         # Here begin the random streams: networks, batches, exploration.
         set_seed(config.seed, env)
         set_env_seed(eval_env, config.eval_seed)
+        self._reward = self._reward_rule(data.reward_args)
         self._collector = OnlineCollector(
-            env, self.online_buffer, task, device, self._reward_rule(data.reward_args)
+            env, self.online_buffer, task, device, self._reward
         )
         self._evaluator = Evaluator(eval_env, config, device, self._collector, more)
         self.keep("online_buffer", self.online_buffer)
@@ -420,6 +423,28 @@ class Session:
     ) -> None:
         """Panels for curves.png, means for the summary, metrics without a value: see `runs.Run`."""
         self.run.panels, self.run.means, self.run.undefined = panels, means, undefined
+
+    def episodes(self, purpose: str) -> Tuple[np.ndarray, np.ndarray]:
+        """Number of the episode, from 0, and raw reward of each row of the dataset, (N,).
+
+        Args:
+            purpose: what needs them, for the error.
+
+        Raises:
+            ValueError: the rows are shuffled.
+        """
+        try:
+            require_episodes(self.run.dataset, purpose)
+        except ValueError as error:
+            raise ValueError(f"{self.run.dataset['path']}: {error}") from None
+        states, _, rewards, next_states, dones = (
+            field.cpu().numpy() for field in self.offline_buffer.rows()[:5]
+        )
+        rows = {"observations": states, "next_observations": next_states}
+        ends = episode_ends({**rows, "terminals": dones[:, 0]}, self.task.horizon)
+        bias = self._reward(0.0)
+        raw = (rewards[:, 0].astype(np.float64) - bias) / (self._reward(1.0) - bias)
+        return np.append(0, np.cumsum(ends)[:-1]), raw
 
     def return_span(self) -> float:
         """Largest minus smallest return of the dataset's finished episodes, as trained on.

@@ -154,27 +154,34 @@ LINEAR_REWARDS = RewardRule(
 )
 
 
+def episode_ends(dataset: Dict, horizon: int) -> np.ndarray:
+    """Which rows end an episode, bool (N,).
+
+    That is at a terminal, where the next row does not go on from this one, and after so many rows.
+    """
+    jump = dataset["observations"][1:] - dataset["next_observations"][:-1]
+    ends = np.append(np.linalg.norm(jump, axis=1) > 1e-6, True)
+    ends |= dataset["terminals"].astype(bool)
+    # The row where each stretch begins.
+    first = np.append(0, np.flatnonzero(ends)[:-1] + 1)
+    lengths = np.diff(np.append(first, len(ends)))
+    position = np.arange(len(ends)) - np.repeat(first, lengths)
+    return ends | ((position + 1) % horizon == 0)
+
+
 def get_return_to_go(dataset: Dict, task: tasks.Task, config: Any) -> np.ndarray:
     """Discounted return from every row to the end of its episode, (N,), float64.
 
-    Raw observations, rewards as trained on. An episode ends at a terminal, where the next row
-    does not go on from this one, and after the task's horizon. With `is_sparse_reward` an episode
-    whose last reward is that of failure never ends: each of its rows gets r / (1 - discount).
+    Raw observations, rewards as trained on. `episode_ends` says where an episode ends. With
+    `is_sparse_reward` an episode whose last reward is that of failure never ends: each of its rows
+    gets r / (1 - discount).
     """
     if config.is_sparse_reward and config.discount == 1:
         raise ValueError(
             "is_sparse_reward with discount 1 makes the return of an endless failure infinite; "
             "set discount below 1"
         )
-    rewards = dataset["rewards"]
-    jump = dataset["observations"][1:] - dataset["next_observations"][:-1]
-    ends = np.append(np.linalg.norm(jump, axis=1) > 1e-6, True)
-    ends |= dataset["terminals"].astype(bool)
-    first = np.append(0, np.flatnonzero(ends)[:-1] + 1)  # row where each stretch begins
-    lengths = np.diff(np.append(first, len(rewards)))
-    position = np.arange(len(rewards)) - np.repeat(first, lengths)
-    ends |= (position + 1) % task.horizon == 0
-
+    rewards, ends = dataset["rewards"], episode_ends(dataset, task.horizon)
     failure = task.ref_min * config.reward_scale + config.reward_bias
     returns = np.empty(len(rewards))
     values, lasts = rewards.tolist(), ends.tolist()

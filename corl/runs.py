@@ -99,6 +99,7 @@ class Run:
         self.panels: Sequence[Mapping[str, Any]] = []
         self.means: dict[str, str] = {}
         self.undefined: Collection[str] = ()
+        self.warnings: list[str] = []  # of this process; the summary has them
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
@@ -318,6 +319,11 @@ class Run:
         with files.writing("standard output"):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """Print a warning that the summary and the report say again."""
+        self.warnings.append(text)
+        self.print(f"warning: {text}")
 
     def steps(self, phase: str, last: int) -> Iterator[int]:
         """The iterations up to `last` that are left, 0-based, behind a progress bar.

@@ -93,6 +93,7 @@ def summary_of(run: Any) -> dict[str, Any]:
             # None: the run scaled nothing by returns.
             "return_range": data.get("return_range"),
         },
+        **({"warnings": run.warnings} if run.warnings else {}),
         **run.code,
         "machine": machine.describe(),
     }

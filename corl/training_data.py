@@ -128,7 +128,7 @@ def _prepare_rewards(
     """Scale the rewards in place and add returns-to-go; returns what online rewards need."""
     arrays, reward_args = dataset.arrays, {}
     if keeps_mc_returns(config):
-        _require_episodes(dataset.provenance, "returns-to-go")
+        require_episodes(dataset.provenance, "returns-to-go")
     if config.normalize_reward:
         reward_args = _scale_rewards(config, dataset, rule)
         _check("rewards", arrays["rewards"], "normalize_reward")
@@ -166,7 +166,7 @@ def _check(key: str, values: np.ndarray, made_by: str) -> None:
         )
 
 
-def _require_episodes(provenance: Dict[str, Any], purpose: str) -> None:
+def require_episodes(provenance: Dict[str, Any], purpose: str) -> None:
     """Raise where rows are shuffled, so that nothing that is summed over episodes exists."""
     if provenance.get("order") == "shuffled":
         raise ValueError(
@@ -189,7 +189,7 @@ def _scale_rewards(config: Any, dataset: sources.Dataset, rule: str) -> Dict[str
     """Change a dataset's rewards by the algorithm's rule; returns what online rewards need."""
     bounds = None
     if is_locomotion(config.env):
-        _require_episodes(dataset.provenance, "normalize_reward")
+        require_episodes(dataset.provenance, "normalize_reward")
         bounds = _range_of(dataset.returns) if rule == EPISODES else None
     args = reward_rule(config).offline(dataset.arrays, config.env, config, bounds)
     if "min_ret" in args:
@@ -220,7 +220,7 @@ def _trained_range(
 
     def return_range() -> Tuple[float, float]:
         try:
-            _require_episodes(provenance, "the scale of returns")
+            require_episodes(provenance, "the scale of returns")
             if rule == EPISODES:
                 low, high = _range_of(returns)
             else:

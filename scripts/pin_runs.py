@@ -126,6 +126,26 @@ CASES = {
         "dare_spot",
         f"{GUIDED} --vae_iterations 30 --vae_hidden_dim 64 --dare.reference_max_age 3",
     ),
+    "td3_bc_sa filter": (
+        "td3_bc_sa",
+        "--trust_by iql --filter_updates 20 --part_trajectories 3 --online_warmup 10 "
+        "--beta_lr 1e-4 --n_period 8 --beta_anneal_steps 40 --policy_freq_online 3",
+    ),
+    "td3_bc_sa half, paper": (
+        "td3_bc_sa",
+        "--preset paper --buffer_mode half --online_warmup 0 --beta_lr 1e-4 --n_period 8",
+    ),
+    "cql_sa": (
+        "cql_sa",
+        "--cql_n_actions 3 --part_trajectories 3 --online_warmup 10 --beta_lr 1e-4 "
+        "--n_period 8 --beta_anneal_steps 40",
+    ),
+    "cql_sa lagrange, paper": (
+        "cql_sa",
+        "--preset paper --cql_n_actions 3 --buffer_mode all --online_warmup 0 "
+        "--cql_lagrange true --cql_target_action_gap 0.8 --trust_penalty false "
+        "--actor_bc_weight 0.5 --beta_lr 1e-4 --n_period 8",
+    ),
     "cql two buffers": ("cql", f"{CQL} --mixing_ratio 0.25 --cql_lagrange true"),
     "dare_cql": ("dare_cql", f"{CQL} {RATIO} --cql_lagrange true"),
     "dare_cql guided": ("dare_cql", f"{CQL} {GUIDED} --dare.reference_max_age 3"),

@@ -6,6 +6,7 @@ import toy
 
 from algorithms import (
     awac,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -19,6 +20,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
@@ -63,6 +65,17 @@ TD3_FIELDS = {
     "alpha": 2.5,
     "expl_noise": 0.1,
 }
+# One buffer, no warm-up, and a coefficient and a threshold that move within a short run.
+SA_FIELDS = {
+    "buffer_mode": "all",
+    "online_warmup": 0,
+    "trust_share": 0.5,
+    "beta_lr": 1e-3,
+}
+SA_FIELDS |= {"n_period": 20, "beta_anneal_steps": 500}
+TD3_BC_SA_FIELDS = {**TD3_FIELDS, **SA_FIELDS}
+CQL_SA_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k != "cql_alpha_online"}
+CQL_SA_FIELDS = {**CQL_SA_FIELDS, **SA_FIELDS, "q_n_hidden_layers": 2}
 SPOT_FIELDS = {
     **{k: v for k, v in TD3_FIELDS.items() if k != "alpha"},
     "normalize_reward": False,
@@ -113,6 +126,8 @@ DEFAULTS = {
     edis_iql: FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
+    td3_bc_sa: TD3_BC_SA_FIELDS,
+    cql_sa: CQL_SA_FIELDS,
     awac: AWAC_FIELDS,
     dare_awac: AWAC_FIELDS,
     spot: SPOT_FIELDS,

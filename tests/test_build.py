@@ -14,8 +14,16 @@ import corl_dare
 from corl import commit, machine
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("corl", "corl_dare", "transition_diffusion", "pyproject.toml", "setup.py")
-SOURCES += ("README.md", "LICENSE")
+SOURCES = (
+    "corl",
+    "corl_dare",
+    "transition_diffusion",
+    "adaptive_regularization",
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+)
 PERSON = ("-c", "user.name=n", "-c", "user.email=e@x.org")
 SAYS = "from corl import machine; print(machine.git_commit(), machine.versions()['corl-dare'])"
 

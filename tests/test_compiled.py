@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from algorithms import (
     awac,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -23,6 +24,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl import compiled
 from corl_dare.exchange import exchange
@@ -73,6 +75,9 @@ def train(trainer, module, skip, count, arguments=()):
 
 
 DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot")
+DELAYED += ("td3_bc_sa",)
+# The threshold is checked in one of the updates; so it is no number in the graph.
+SA = {"beta_lr": 1e-4, "n_period": 4}
 GRAPHS = dict.fromkeys(DELAYED, 2)  # with an update of the policy, and without
 # Where a gradient is as small as Adam's epsilon, rounding is a part of the step (3e-4): seven of
 # the policy's 65536 weights in one layer are such.
@@ -83,6 +88,8 @@ CASES = {
     "pex, online": (pex, {}, (True,)),
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
+    "td3_bc_sa": (td3_bc_sa, SA, ()),
+    "cql_sa": (cql_sa, {**SA, "cql_n_actions": 3, "cql_lagrange": True}, ()),
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
     "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),

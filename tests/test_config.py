@@ -16,6 +16,7 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -30,6 +31,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl.config import (
     NOTHING,
@@ -52,6 +54,8 @@ FAMILIES = {
     "awac": [awac, dare_awac],
     "rebrac": [rebrac, dare_rebrac],
     "spot": [spot, dare_spot],
+    "td3_bc_sa": [td3_bc_sa],
+    "cql_sa": [cql_sa],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -368,6 +372,7 @@ TD3_ARGUMENTS = {
     "policy_freq": 3,
     "alpha": 1.5,
 }
+SA_ARGUMENTS = {"trust_penalty": False, "n_period": 7}
 REBRAC_ARGUMENTS = {
     **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
     "actor_bc_coef": 0.1,
@@ -381,7 +386,21 @@ SPOT_ARGUMENTS = {
     "num_samples": 2,
     "iwae": True,
 }
+TD3_BC_SA_ARGUMENTS = {
+    **{k: v for k, v in TD3_ARGUMENTS.items() if k != "alpha"},
+    **SA_ARGUMENTS,
+    "delta": 0.3,
+}
+NOT_IN_SA = ("bc_steps", "compat", "cql_alpha")
+CQL_SA_ARGUMENTS = {
+    **{k: v for k, v in CQL_ARGUMENTS.items() if k not in NOT_IN_SA},
+    **SA_ARGUMENTS,
+    "actor_bc_weight": 0.4,
+    "threshold_cap": 0.2,
+}
 ARGUMENTS = {
+    **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
+    **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
     **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
@@ -403,8 +422,13 @@ def test_the_algorithm_gets_the_fields_that_its_constructor_names(module):
 CQL_RATES = {"qf_lr": 0.1, "policy_lr": 0.3}, [0.1, 0.1, 0.3, 0.3, 0.1]
 IQL_RATES = {"qf_lr": 0.1, "vf_lr": 0.2, "actor_lr": 0.3}, [0.1, 0.2, 0.3]
 TD3_RATES = {"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]
+SA = {"beta_lr": 0.4}
+TD3_BC_SA_RATES = {**TD3_RATES[0], **SA}, [*TD3_RATES[1], 0.4]
+CQL_SA_RATES = {**CQL_RATES[0], **SA}, [*CQL_RATES[1], 0.4]
 NOISY = ("td3_bc", "rebrac", "spot")
 RATES = {
+    **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_RATES),
+    **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_RATES),
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
     pex: (IQL_RATES[0], [*IQL_RATES[1], 0.3]),
     **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
@@ -431,7 +455,11 @@ SPELLINGS = [(m, alias) for m in ALL for alias in m.TrainConfig.ALIASES]
 def test_another_spelling_is_read_and_the_field_is_stored(module, alias, tmp_path):
     name = module.TrainConfig.ALIASES[alias]
     default = getattr(module.TrainConfig(), name)
-    value = {str: "hopper-medium-v2", int: 7, float: 0.25, bool: True}[type(default)]
+    value = {str: "hopper-medium-v2", int: 7}.get(type(default))
+    if value is None:
+        value = not default if isinstance(default, bool) else default / 2
+    choices = module.TrainConfig.CHOICES.get(name, ())
+    value = next((choice for choice in choices if choice != default), value)
     file = tmp_path / "c.yaml"
     file.write_text(f"{alias}: {value}\n")
     ways = [["--config", str(file)], [f"--{alias}", str(value)]]

@@ -104,6 +104,8 @@ def test_the_hook_needs_no_host(tmp_path):
     assert done.stdout.splitlines()[-1:] == ["ok"], done.stderr
 
 
+# What an installation brings.
+PACKAGES = ("corl", "corl_dare", "transition_diffusion", "adaptive_regularization")
 HEAD = """
 import sys
 sys.modules["corl"] = sys.modules["corl_dare"] = None
@@ -116,7 +118,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Distribution, Normal, TanhTransform, TransformedDistribution
 from torch.optim.lr_scheduler import CosineAnnealingLR
-TensorBatch = List[torch.Tensor]
+from collections.abc import Sequence
+TensorBatch = Batch = List[torch.Tensor]
 """
 MAKE = {
     "iql": """
@@ -134,6 +137,22 @@ actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(2)]
 adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
 trainer = TD3_BC(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
                  adam(critics[1]), policy_freq=1)
+""",
+    "td3_bc_sa": """
+actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(2)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+beta = CoefficientNet(4, 0.4, 32)
+trainer = TD3_BC_SA(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+                    adam(critics[1]), beta, adam(beta), Threshold(1.0, 3.0, 10),
+                    policy_freq=1)
+""",
+    "cql_sa": """
+actor = TanhGaussianPolicy(4, 2, 1.0)
+critics = [FullyConnectedQFunction(4, 2) for _ in range(2)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+beta = CoefficientNet(4, 10.0, 32)
+trainer = CQL_SA(critics[0], adam(critics[0]), critics[1], adam(critics[1]), actor,
+                 adam(actor), beta, adam(beta), Threshold(1.0, 3.0, 10), target_entropy=-2.0)
 """,
     "rebrac": """
 actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(2)]
@@ -191,12 +210,19 @@ def pasted(file, names=()):
 
 
 @pytest.mark.parametrize(
-    "name", ["iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot", "pex"]
+    "name",
+    [
+        *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
+        *("pex", "td3_bc_sa", "cql_sa"),
+    ],
 )
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
     steps = pasted(
         "corl/compiled.py", ("begin_anew", "descend", "_traced_adam", "soft_update")
     )
+    if name.endswith("_sa"):
+        steps += pasted("adaptive_regularization/coefficient.py")
+        steps += pasted("adaptive_regularization/trust.py", ("split",))
     make = MAKE.get(name, MAKE["cql"])
     kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
     program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN
@@ -220,8 +246,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def site(tmp_path_factory):
     """What a non-editable `pip install .` of a clean copy puts into an environment."""
     copy, site = (tmp_path_factory.mktemp(name) for name in ("copy", "site"))
-    rooms = ("corl", "corl_dare", "transition_diffusion", "algorithms", "experiments")
-    for name in rooms:
+    for name in (*PACKAGES, "algorithms", "experiments"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -234,11 +259,7 @@ def site(tmp_path_factory):
 
 def test_an_installation_brings_the_packages_and_the_policies(site):
     names = {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")}
-    assert names - {"__pycache__", "bin"} == {
-        "corl",
-        "corl_dare",
-        "transition_diffusion",
-    }
+    assert names - {"__pycache__", "bin"} == set(PACKAGES)
     for package in ("data", "standin"):
         assert (site / "corl" / package / "__init__.py").is_file()
     here, there = (x / "corl" / "standin" / "weights" for x in (ROOT, site))

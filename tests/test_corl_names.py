@@ -8,6 +8,7 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -21,13 +22,15 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl import compiled, finetune
 
 IQL = [iql, dare_iql, edis_iql]
-FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql]
+FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa]
 CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
+OTHERS += [td3_bc_sa]
 ALL = [*IQL, *FAMILY, *OTHERS]
 ARGUMENTS = {
     "ReplayBuffer": "state_dim action_dim buffer_size device",
@@ -56,6 +59,7 @@ NAMES = {
     **dict.fromkeys([awac, dare_awac], "Actor Critic AdvantageWeightedActorCritic"),
     **dict.fromkeys([rebrac, dare_rebrac], "Actor Critic ReBRAC"),
     **dict.fromkeys([spot, dare_spot], "VAE Actor Critic SPOT"),
+    td3_bc_sa: "Actor Critic TD3_BC_SA",
 }
 
 

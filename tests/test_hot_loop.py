@@ -17,6 +17,7 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -29,6 +30,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl_dare.hook import Release
 
@@ -124,6 +126,10 @@ def updates():
         trainer = make_trainer(spot)
         return lambda: trainer.vae_train(batch())
 
+    def ssar_filter():
+        trainer = make_trainer(td3_bc_sa, trust_by="iql")
+        return lambda: trainer.chosen_by.train(batch())
+
     dropout = {"actor_dropout": 0.1}
     return {
         "spot": actor_critic(spot, **dropout),
@@ -132,6 +138,9 @@ def updates():
         "dare_spot": actor_critic(dare_spot, **dropout),
         "dare_td3_bc": actor_critic(dare_td3_bc),
         "td3_bc": actor_critic(td3_bc),
+        "td3_bc_sa": actor_critic(td3_bc_sa),
+        "cql_sa": conservative(cql_sa, **maze),
+        "ssar filter": ssar_filter(),
         "awac": actor_critic(awac),
         "rebrac": actor_critic(rebrac),
         "dare_rebrac": actor_critic(dare_rebrac),
@@ -152,6 +161,7 @@ def updates():
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
+NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 NAMES += ["pex", "pex online"]
 

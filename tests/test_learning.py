@@ -22,6 +22,7 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -34,6 +35,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl import curves
 from corl_dare import hook
@@ -74,7 +76,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql])
+@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa])
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
     fields = {}
@@ -111,6 +113,12 @@ def test_pex_learns_offline_and_online(tmp_path, monkeypatch):
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     shares = [float(x) for x in metrics["new_policy"] if x]
     assert 0.3 < shares[-1] < 1.0 and summary["updates"] == 950
+
+
+def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):
+    fields = {"buffer_mode": "part", "part_trajectories": 200, "online_warmup": 50}
+    summary = run(td3_bc_sa, tmp_path, monkeypatch, **fields)
+    assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
 
 
 @pytest.mark.parametrize(

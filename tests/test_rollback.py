@@ -29,6 +29,7 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -42,6 +43,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl import compiled, finetune
 from corl.rollback import Snapshot
@@ -241,6 +243,11 @@ RUNS = {
     "td3_bc": (td3_bc, {"bc_online": "anneal", "policy_freq": 3}),
     "dare_td3_bc": (dare_td3_bc, {"dare": noisy_block(behavior_updates=5)}),
     "awac": (awac, {"mixing_ratio": 0.5, "utd": 2}),
+    "td3_bc_sa": (
+        td3_bc_sa,
+        {"trust_by": "iql", "filter_updates": 7, "buffer_mode": "half"},
+    ),
+    "cql_sa": (cql_sa, {"buffer_mode": "part", "n_period": 3, "part_trajectories": 9}),
     "dare_awac": (dare_awac, {"dare": awac_block(behavior_updates=5)}),
     "dare_cql": (
         dare_cql,
@@ -300,6 +307,8 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
         "dare_rebrac",
         "spot",
         "pex",
+        "td3_bc_sa",
+        "cql_sa",
     ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])

@@ -19,6 +19,7 @@ from algorithms import (
     awac,
     cal_ql,
     cql,
+    cql_sa,
     dare_awac,
     dare_cal_ql,
     dare_cql,
@@ -33,6 +34,7 @@ from algorithms import (
     rebrac,
     spot,
     td3_bc,
+    td3_bc_sa,
 )
 from corl import curves, finetune
 
@@ -50,6 +52,15 @@ IQL_ONLINE = {
     "actor_lr_online": 1e-2,
     "expl_noise": 0.9,
     "noise_clip": 0.1,
+}
+SA_ONLINE = {
+    "buffer_mode": "half",
+    "mixing_ratio": 0.25,
+    "beta_anneal": "cosine",
+    "beta_anneal_steps": 5,
+    "online_trust": "all",
+    "part_rows": "trusted",
+    "part_trajectories": 3,
 }
 SPOT_ONLINE = {
     "mixing_ratio": 0.25,
@@ -104,6 +115,11 @@ ONLINE = {
     ),
     "spot": (spot, SPOT_ONLINE),
     "pex": (pex, PEX_ONLINE),
+    "td3_bc_sa": (
+        td3_bc_sa,
+        {**SA_ONLINE, "expl_noise": 0.9, "policy_freq_online": 3},
+    ),
+    "cql_sa": (cql_sa, SA_ONLINE),
     "dare_spot": (
         dare_spot,
         {**SPOT_ONLINE, "lambd_cool": False, "dare": noisy_block(behavior_updates=3)},

@@ -40,6 +40,8 @@ ALGORITHMS = {
     "rebrac": "algorithms.rebrac",
     "spot": "algorithms.spot",
     "pex": "algorithms.pex",
+    "td3_bc_sa": "algorithms.td3_bc_sa",
+    "cql_sa": "algorithms.cql_sa",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -56,7 +58,7 @@ DARE = (
 )
 EDIS = ("edis_iql", "edis_cal_ql")
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -112,6 +114,13 @@ COMMON = {
     "lambd_end": 0.4,
     "lambd_cool_steps": 10,
     "online_discount": 0.8,
+    # SSAR
+    "buffer_mode": "half",
+    "filter_updates": 4,
+    "trust_share": 0.3,
+    "beta_lr": 1e-3,
+    "beta_anneal_steps": 10,
+    "n_period": 3,
     # AWAC
     "hidden_dim": 32,
     "learning_rate": 2e-3,
@@ -130,6 +139,7 @@ OWN = {
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
+    "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {

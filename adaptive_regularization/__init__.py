@@ -1,0 +1,1 @@
+"""Selective state-adaptive regularization (SSAR): what its algorithms share. It knows no host."""

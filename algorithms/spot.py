@@ -32,6 +32,7 @@ the VAE per row.
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -571,9 +572,12 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         source = session.mixed
 
-        def explore(action: np.ndarray) -> np.ndarray:
-            bounds = config.expl_noise, config.noise_clip
-            return finetune.add_noise(action, trainer.max_action, *bounds)
+        explore = partial(
+            finetune.add_noise,
+            max_action=trainer.max_action,
+            scale=config.expl_noise,
+            clip=config.noise_clip,
+        )
 
         vae = finetune.Pretraining(
             "VAE",

@@ -242,9 +242,9 @@ class Session:
 
     def _reward_rule(self, args: Dict[str, Any]) -> Callable[[float], float]:
         if not self.config.normalize_reward:
-            return lambda reward: reward
-        rule, env = reward_rule(self.config), self.config.env
-        return lambda reward: rule.online(reward, env, **args)
+            return float
+        # It may go to another process.
+        return partial(reward_rule(self.config).online, env_name=self.config.env, **args)
 
     # -- parts ----------------------------------------------------------------------------
 
@@ -545,10 +545,14 @@ class Session:
             actor: acts, and is evaluated.
             explore: action (A,) -> action to execute; default: the actor's own.
         """
-        self._phase, self._actor = "online", actor
-        for t in self.run.steps("online", self._total):
+        for t in self.online_steps(actor):
             self._collector.step(actor, explore)
             yield t
+
+    def online_steps(self, actor: Actor) -> Iterator[int]:
+        """As `online`, for a caller that makes the environment steps."""
+        self._phase, self._actor = "online", actor
+        yield from self.run.steps("online", self._total)
 
     def updates(self) -> Iterator[int]:
         """The updates that belong to this environment step: `utd`, none in the warm-up."""

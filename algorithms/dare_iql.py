@@ -40,6 +40,7 @@ Shapes: B rows of a batch, S state dimension, A action dimension.
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union
 
 import numpy as np
@@ -651,9 +652,12 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                 ),
             )
 
-        def explore(action: np.ndarray) -> np.ndarray:
-            bounds = config.expl_noise, config.noise_clip
-            return finetune.add_noise(action, trainer.max_action, *bounds)
+        explore = partial(
+            finetune.add_noise,
+            max_action=trainer.max_action,
+            scale=config.expl_noise,
+            clip=config.noise_clip,
+        )
 
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),

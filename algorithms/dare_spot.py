@@ -38,6 +38,7 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -640,9 +641,12 @@ def train(config: TrainConfig) -> Dict[str, Any]:
                 ),
             )
 
-        def explore(action: np.ndarray) -> np.ndarray:
-            bounds = config.expl_noise, config.noise_clip
-            return finetune.add_noise(action, trainer.max_action, *bounds)
+        explore = partial(
+            finetune.add_noise,
+            max_action=trainer.max_action,
+            scale=config.expl_noise,
+            clip=config.noise_clip,
+        )
 
         vae = finetune.Pretraining(
             "VAE",

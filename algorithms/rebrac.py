@@ -24,6 +24,7 @@ Shapes: B rows of a batch, S state dimension, A action dimension.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -507,9 +508,12 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
 
-        def explore(action: np.ndarray) -> np.ndarray:
-            bounds = config.expl_noise, np.inf
-            return finetune.add_noise(action, trainer.max_action, *bounds)
+        explore = partial(
+            finetune.add_noise,
+            max_action=trainer.max_action,
+            scale=config.expl_noise,
+            clip=np.inf,
+        )
 
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),

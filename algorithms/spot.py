@@ -32,6 +32,7 @@ the VAE per row.
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -579,9 +580,12 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
 
-        def explore(action: np.ndarray) -> np.ndarray:
-            bounds = config.expl_noise, config.noise_clip
-            return finetune.add_noise(action, trainer.max_action, *bounds)
+        explore = partial(
+            finetune.add_noise,
+            max_action=trainer.max_action,
+            scale=config.expl_noise,
+            clip=config.noise_clip,
+        )
 
         vae = finetune.Pretraining(
             "VAE",

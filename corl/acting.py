@@ -140,15 +140,31 @@ def is_goal_reached(reward: float, info: Dict) -> bool:
     return bool(info["goal_achieved"] if "goal_achieved" in info else reward > 0)
 
 
-@torch.no_grad()
 def eval_actor(
     env: gym.Env, actor: Actor, device: str, n_episodes: int, seed: int
 ) -> Tuple[np.ndarray, float]:
     """Raw returns (n_episodes,) of the deterministic policy, and the share of successes."""
+    returns, successes = play_episodes(env, actor, device, range(n_episodes), seed)
+    return returns, float(np.mean(successes))
+
+
+@torch.no_grad()
+def play_episodes(
+    env: gym.Env, actor: Actor, device: str, numbers: range, seed: int
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Raw returns (n,) of the deterministic policy in some episodes, and successes (n,), 0 or 1.
+
+    Args:
+        numbers: of the episodes, in their order. All start states come from one stream, in the
+            order of the episodes, whoever plays those before.
+        seed: of that stream.
+    """
     actor.eval()
     returns, successes = [], []
-    for episode in range(n_episodes):
+    for episode in range(numbers.stop):
         state, _ = env.reset(seed=seed if episode == 0 else None)
+        if episode not in numbers:
+            continue
         total, success, done = 0.0, False, False
         while not done:
             state, reward, terminated, truncated, info = env.step(
@@ -160,7 +176,7 @@ def eval_actor(
         returns.append(total)
         successes.append(float(success))
     actor.train()
-    return np.asarray(returns), float(np.mean(successes))
+    return np.asarray(returns), np.asarray(successes)
 
 
 class _Episode:

@@ -1,7 +1,7 @@
 """Replay buffers under CORL's names."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Dict, List, Optional, Union
 
 import numpy as np
@@ -10,6 +10,11 @@ import torch
 from corl.captured import Captured
 
 TensorBatch = List[torch.Tensor]
+# Where a buffer keeps the fields of a batch, in their order; not all buffers have the last ones.
+FIELDS = (
+    *("_states", "_actions", "_rewards", "_next_states", "_dones"),
+    *("_mc_returns", "_next_actions"),
+)
 
 
 def upload(indices: np.ndarray, device: str) -> torch.Tensor:
@@ -80,15 +85,13 @@ class ReplayBuffer:
         return hasattr(self, "_next_actions")
 
     def _storage(self) -> TensorBatch:
-        fields = [
-            self._states,
-            self._actions,
-            self._rewards,
-            self._next_states,
-            self._dones,
-        ]
-        more = ("_mc_returns", "_next_actions")
-        return fields + [getattr(self, name) for name in more if hasattr(self, name)]
+        return [getattr(self, name) for name in FIELDS if hasattr(self, name)]
+
+    def place(self, fields: Sequence[torch.Tensor]) -> None:
+        """Keep the rows in these tensors (buffer_size, width), one for each field of a batch."""
+        names = [name for name in FIELDS if hasattr(self, name)]
+        for name, field in zip(names, fields, strict=True):
+            setattr(self, name, field)
 
     def _to_tensor(self, data: Union[np.ndarray, float]) -> torch.Tensor:
         return torch.as_tensor(data, dtype=torch.float32, device=self._device)
@@ -182,6 +185,10 @@ class ReplayBuffer:
                 field.numpy()[self._pointer] = value
             else:
                 field[self._pointer] = self._to_tensor(value)
+        self.advance()
+
+    def advance(self) -> None:
+        """Count a row that was written at the pointer."""
         self._pointer = (self._pointer + 1) % self._buffer_size
         self._size = min(self._size + 1, self._buffer_size)
 

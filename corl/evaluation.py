@@ -1,36 +1,43 @@
 """Processes in which the policies of several seeds are evaluated at the same time, on the CPU.
 
 A policy of one row is too small for a GPU, and an environment knows none. So a policy is copied
-to a process that plays all of its episodes, with the start states that the run itself would have.
+to processes that play its episodes, with the start states that the run itself would have.
 """
 
 import copy
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.connection import wait
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-import torch
 
-from corl import envs, tasks
-from corl.acting import CheckedEnv, eval_actor, wrap_env
+from corl import tasks
+from corl.acting import CheckedEnv, play_episodes, wrap_env
+from corl.workers import Workers, request
 
 
 class Episodes(NamedTuple):
-    """What a process needs to play the episodes of one seed."""
+    """What a process needs to play episodes of one seed."""
 
+    make: Callable[[tasks.Task, str], gym.Env]
+    task: tasks.Task
     config: Any  # of the run
     mean: Any  # of the states, (S,) or a number
     std: Any
     actor: Any  # on the CPU
     seed: int  # of the first start state
+    numbers: range  # of the episodes
+
+    def split(self, parts: int) -> list["Episodes"]:
+        """The same episodes in at most so many parts, in their order."""
+        if self.config.env_backend != "gymnasium":
+            # Its resets may draw from a stream that steps draw from, too.
+            parts = 1
+        parts = max(1, min(parts, len(self.numbers)))
+        bounds = [len(self.numbers) * part // parts for part in range(parts + 1)]
+        pairs = zip(bounds, bounds[1:], strict=False)
+        return [self._replace(numbers=self.numbers[a:b]) for a, b in pairs]
 
 
 class Evaluators:
@@ -41,22 +48,44 @@ class Evaluators:
     """
 
     def __init__(self, count: int):
-        # A fork would take the GPU's threads and locks along.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(count, context, _begin)
+        makes = [_Player] * count
+        self._workers = Workers(makes, "plays evaluation episodes")
+        self.failed: int | None = None  # number of the job that met an error
 
     def evaluate(self, jobs: Sequence[Episodes]) -> list[tuple[np.ndarray, float]]:
         """For each job the raw returns (n_episodes,) and the share of successes.
 
+        The episodes of a job are split where there are more processes than jobs.
+
         Raises:
             FloatingPointError: as of `CheckedEnv`.
-            RuntimeError: a process has died.
+            Ended: a process has ended.
         """
-        return list(self._pool.map(play, jobs))
+        workers, count = self._workers, len(self._workers.processes)
+        workers.ready()
+        found: list[list[Any]] = [[] for _ in jobs]
+        parts = [
+            (number, part)
+            for number, job in enumerate(jobs)
+            for part in job.split(count // len(jobs))
+        ]
+        for place, (_, part) in enumerate(parts):
+            workers.ask(place % count, request("play", part))
+        for place, (number, _) in enumerate(parts):
+            self.failed = number
+            found[number].append(workers.answer(place % count))
+        self.failed = None
+        results = []
+        for own in found:
+            returns, successes = (
+                np.concatenate(part) for part in zip(*own, strict=True)
+            )
+            results.append((returns, float(np.mean(successes))))
+        return results
 
     def close(self) -> None:
         """End the processes."""
-        self._pool.shutdown(cancel_futures=True)
+        self._workers.close()
 
 
 def on_the_cpu(actor: Any) -> Any:
@@ -64,27 +93,17 @@ def on_the_cpu(actor: Any) -> Any:
     return copy.deepcopy(actor).cpu()
 
 
-def play(job: Episodes) -> tuple[np.ndarray, float]:
-    """Play the episodes of a job in this process."""
-    config = job.config
-    env = CheckedEnv(_env(config.env, config.env_backend), "evaluation", config)
-    wrapped = wrap_env(env, job.mean, job.std)
-    return eval_actor(wrapped, job.actor, "cpu", config.n_episodes, job.seed)
+class _Player:
+    """Plays episodes, in a process of its own."""
+
+    def play(self, part: Episodes) -> tuple[np.ndarray, np.ndarray]:
+        """Raw returns (n,) and successes (n,), 0 or 1, of some episodes."""
+        config = part.config
+        raw = _env(part.make, part.task, config.env_backend)
+        env = wrap_env(CheckedEnv(raw, "evaluation", config), part.mean, part.std)
+        return play_episodes(env, part.actor, "cpu", part.numbers, part.seed)
 
 
 @functools.cache
-def _env(name: str, backend: str) -> gym.Env:
-    return envs.make(tasks.task(name), backend)
-
-
-def _begin() -> None:
-    """Settings of a process: one thread, no Ctrl-C of its own, and an end with its parent."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _env(make: Callable[..., gym.Env], task: tasks.Task, backend: str) -> gym.Env:
+    return make(task, backend)

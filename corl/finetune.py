@@ -280,9 +280,9 @@ class Session:
 
     def _reward_rule(self, args: Dict[str, Any]) -> Callable[[float], float]:
         if not self.config.normalize_reward:
-            return lambda reward: reward
-        rule, env = reward_rule(self.config), self.config.env
-        return lambda reward: rule.online(reward, env, **args)
+            return float
+        # It may go to another process.
+        return partial(reward_rule(self.config).online, env_name=self.config.env, **args)
 
     # -- parts ----------------------------------------------------------------------------
 
@@ -725,12 +725,17 @@ class Session:
             actor: acts, and is evaluated.
             explore: action (A,) -> action to execute; default: the actor's own.
         """
+        for t in self.online_steps(actor):
+            self._collector.step(actor, explore)
+            yield t
+
+    def online_steps(self, actor: Actor) -> Iterator[int]:
+        """As `online`, for a caller that makes the environment steps."""
         self._phase, self._actor = "online", actor
         self._evaluate_at_the_switch()
         for t in self.run.steps("online", self._total):
             if not self._worked(t):
                 return
-            self._collector.step(actor, explore)
             yield t
 
     def _evaluate_at_the_switch(self) -> None:

@@ -95,6 +95,11 @@ class Networks:
                 part.data = view
             self.tensors[name] = together.requires_grad_(tensor.requires_grad)
 
+    def together(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors (N, ...) of which these of the first seed are a part."""
+        names = {id(tensor): name for name, tensor in self.roofs[0].tensors().items()}
+        return [self.tensors[names[id(tensor)]] for tensor in tensors]
+
     def over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the first seed's networks and of tensors, for all seeds at once.
 

@@ -3,6 +3,10 @@
 An algorithm's `train` makes its one loop with it. Batches, trainer and hook are of all seeds, and
 each seed keeps a `Session` of its own, with environment, run folder, checkpoint and random streams:
 what it writes is what a run alone would write, to rounding.
+
+On a GPU the environments step together in processes, see `collectors`, and policies are evaluated
+in others. A policy that samples its actions draws there from its seed's stream on the CPU, where a
+run alone draws from the GPU's, so its exploration differs from that of a run alone.
 """
 
 import dataclasses
@@ -15,18 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from corl import compiled, evaluation, machine, pace, runs, traced
-from corl.buffers import MixedBuffer, ReplayBuffer, TensorBatch, upload
+from corl import compiled, envs, evaluation, machine, pace, runs, traced
+from corl.buffers import FIELDS, MixedBuffer, ReplayBuffer, TensorBatch, upload
 from corl.captured import Captured
 from corl.checkpoints import pack, rng_state, set_rng_state, unpack
+from corl.collectors import Collected, Collectors, Work, tensors_of
 from corl.finetune import Session
 from corl.progress import progress_bar
 from corl.stacked import Stack, of_seed
-
-FIELDS = (
-    *("_states", "_actions", "_rewards", "_next_states", "_dones"),
-    *("_mc_returns", "_next_actions"),
-)
+from corl.training_data import keeps_mc_returns, keeps_next_actions
+from corl.workers import Ended
 
 
 class Streams:
@@ -39,6 +41,15 @@ class Streams:
     def __init__(self) -> None:
         self.numpy = np.random.RandomState()
         self._take(rng_state())
+
+    @property
+    def cpu(self) -> torch.Tensor:
+        """The state of torch's stream on the CPU."""
+        return self._state["torch"]
+
+    @cpu.setter
+    def cpu(self, state: torch.Tensor) -> None:
+        self._state["torch"] = state
 
     def _take(self, state: dict[str, Any]) -> None:
         self._state = state
@@ -117,6 +128,21 @@ class StackedBuffer:
         """A batch of random rows of every seed."""
         return self.gather(self.draw(batch_size))
 
+    def add(self, rows: torch.Tensor) -> None:
+        """Write a row of every seed over its oldest; rows (N, fields side by side)."""
+        # The seeds share their dataset and make the same steps.
+        pointer = self.members[0]._pointer
+        places = [field[:, pointer] for field in self._fields]
+        widths = [field.shape[-1] for field in self._fields]
+        torch._foreach_copy_(places, rows.split(widths, dim=-1))
+        for member in self.members:
+            member.advance()
+
+
+def _acting(trainer: Any) -> Any:
+    """What acts online: the policy, where a trainer does not compose another of it."""
+    return getattr(trainer, "composite", trainer.actor)
+
 
 class StackedSession:
     """The sessions of several seeds behind the interface of one.
@@ -139,6 +165,13 @@ class StackedSession:
         self._signal: int | None = None
         self._told = self.sessions[0]  # tells of an error
         self._evaluators: evaluation.Evaluators | None = None
+        self._collectors: Collectors | None = None
+        self._collecting = False  # do the collectors have the streams?
+
+    @property
+    def in_processes(self) -> bool:
+        """Do environments and policies run in processes of their own?"""
+        return self.device != "cpu"
 
     def __enter__(self) -> "StackedSession":
         self._open, self.streams = ExitStack(), []
@@ -150,9 +183,10 @@ class StackedSession:
                 self.streams.append(Streams())
             self._stack_buffers()
             self._listen(opened)
-            if self.device != "cpu":
-                count = min(len(self.sessions), pace.available_cores(openmp=False))
-                self._evaluators = evaluation.Evaluators(count)
+            if self.in_processes:
+                most = len(self.sessions) * self.config.n_episodes
+                count = min(most, pace.available_cores(openmp=False))
+                self._evaluators = evaluation.Evaluators(max(1, count))
                 opened.callback(self._evaluators.close)
             # Only where all has gone well.
             self._open = opened.pop_all()
@@ -264,9 +298,63 @@ class StackedSession:
     def start(self, offline: Any, online: Any, **options: Any) -> None:
         """What parts do first; without an estimate of the time."""
         print(f"{len(self.sessions)} seeds stacked on {self.device}")
+        if self.in_processes and self.config.online_iterations:
+            self._make_collectors()
         for session, stream in zip(self.sessions, self.streams, strict=True):
             with stream.all():
                 session.start(offline, online, estimate=False)
+        if self._collectors is not None:
+            # What is wrong with them is said before any training.
+            with self._told_by_its_seed(self._collectors):
+                self._collectors.ready()
+
+    def _make_collectors(self) -> None:
+        """From now on the seeds' collectors are in processes."""
+        assert self._stack is not None
+        works = []
+        for session, own in zip(self.sessions, self._made, strict=True):
+            works.append(self._work(session, _acting(own)))
+            collected: Any = Collected(session._collector)
+            session._collector = session._evaluator.collector = collected
+            session.keep("collector", collected)
+        tensors = self._stack.networks.together(tensors_of(_acting(self._made[0])))
+        self._collectors = Collectors(works, tensors, self.device)
+        self._open.callback(self._collectors.close)
+
+    def _work(self, session: Session, actor: Any) -> Work:
+        config, task = session.config, self.task
+        row = ReplayBuffer(
+            task.state_dim,
+            task.action_dim,
+            buffer_size=1,
+            mc_returns=keeps_mc_returns(config),
+            next_actions=keeps_next_actions(config),
+        )
+        return Work(
+            envs.make,
+            task,
+            config,
+            session.normalization.mean,
+            session.normalization.std,
+            session._collector.reward,
+            session._collector.state_dict(),
+            evaluation.on_the_cpu(actor),
+            row,
+        )
+
+    @contextmanager
+    def _told_by_its_seed(
+        self, processes: Collectors | evaluation.Evaluators
+    ) -> Iterator[None]:
+        """An error of a process in here is told by the seed that it worked for."""
+        try:
+            yield
+        except Exception as error:
+            if processes.failed is not None:
+                self._told = self.sessions[processes.failed]
+            if isinstance(error, Ended):
+                raise RuntimeError(f"{error}; {self._way_on()}") from None
+            raise
 
     def should_stop(self) -> bool:
         """Has somebody asked the runs to stop?"""
@@ -314,9 +402,26 @@ class StackedSession:
 
     def online(self, actor: Any, explore: Any = None) -> Iterator[int]:
         """See `Session.online`."""
+        if self._collectors is not None:
+            return self._online_together(self._collectors, actor, explore)
         pairs = zip(self.sessions, self._actors(actor), strict=True)
         steps = [session.online(own, explore) for session, own in pairs]
         return self._steps(steps, draws=True)
+
+    def _online_together(
+        self, collectors: Collectors, actor: Any, explore: Any
+    ) -> Iterator[int]:
+        """`online` with all environments in processes."""
+        with self._told_by_its_seed(collectors):
+            collectors.begin(explore, [stream.cpu for stream in self.streams])
+        self._collecting = True
+        pairs = zip(self.sessions, self._actors(actor), strict=True)
+        steps = [session.online_steps(own) for session, own in pairs]
+        for step in self._steps(steps, draws=False):
+            with self._told_by_its_seed(collectors):
+                rows = collectors.step()
+            self.online_buffer.add(rows)
+            yield step
 
     def updates(self) -> Iterator[int]:
         """See `Session.updates`."""
@@ -350,15 +455,34 @@ class StackedSession:
             normal, seed = session.normalization, session._evaluator.seed
             actor = evaluation.on_the_cpu(session._actor)
             jobs.append(
-                evaluation.Episodes(session.config, normal.mean, normal.std, actor, seed)
+                evaluation.Episodes(
+                    envs.make,
+                    self.task,
+                    session.config,
+                    normal.mean,
+                    normal.std,
+                    actor,
+                    seed,
+                    range(session.config.n_episodes),
+                )
             )
-        results = self._evaluators.evaluate(jobs)
+        with self._told_by_its_seed(self._evaluators):
+            results = self._evaluators.evaluate(jobs)
         for session, result in zip(self.sessions, results, strict=True):
             session._evaluator.played = result
 
     def _spread(self) -> None:
+        """Give every seed what it writes down."""
         for part in self._parts:
             part.spread()
+        if self._collectors is None or not self._collecting:
+            return
+        states = self._collectors.states()
+        for session, own, (state, stream) in zip(
+            self.sessions, self.streams, states, strict=True
+        ):
+            session._collector.load_state_dict(state)
+            own.cpu = stream
 
     def save(self) -> None:
         """See `Session.save`."""
@@ -374,14 +498,23 @@ class StackedSession:
         """
         self.save()
         if self.should_stop():
-            folders = [machine.tidy_path(s.run.folder) for s in self.sessions]
-            self.sessions[0].run.print(
-                f"saved at step {self.sessions[0].run.step}; each seed goes on alone, equal to "
-                "rounding, with: --resume " + " or ".join(folders)
-            )
+            run = self.sessions[0].run
+            run.print(f"saved at step {run.step}; {self._each_alone()}")
             if self._signal is not None:
                 raise SystemExit(128 + self._signal)
             return {}
         for session in self.sessions:
             session.run.finish()
         return {}
+
+    def _each_alone(self) -> str:
+        folders = [machine.tidy_path(session.run.folder) for session in self.sessions]
+        ways = " or ".join(folders)
+        return f"each seed goes on alone, equal to rounding, with: --resume {ways}"
+
+    def _way_on(self) -> str:
+        """What is left of runs that failed, and how they go on."""
+        run = self.sessions[0].run
+        if run.saved_step is None:
+            return run.way_on()
+        return f"the last checkpoints are of step {run.saved_step}, {self._each_alone()}"

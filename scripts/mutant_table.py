@@ -150,10 +150,14 @@ EXPLORATION = Group(
         Mutant(DIQL, "explore if config.iql_deterministic else None", "None"),
         Mutant(
             IQL,
-            "config.expl_noise, config.noise_clip",
-            "config.noise_clip, config.expl_noise",
+            "scale=config.expl_noise,\n            clip=config.noise_clip",
+            "scale=config.noise_clip,\n            clip=config.expl_noise",
         ),
-        Mutant(DIQL, "action, trainer.max_action, *bounds", "action, 1.0, *bounds"),
+        Mutant(
+            DIQL,
+            "            max_action=trainer.max_action",
+            "            max_action=1.0",
+        ),
     ],
 )
 EVALUATION = Group(

@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = [
     p
-    for room in ("corl_dare", "corl", "transition_diffusion")
+    for room in (
+        *("corl_dare", "corl"),
+        *("transition_diffusion", "adaptive_regularization"),
+    )
     for p in ROOT.glob(f"{room}/**/*.py")
 ]
 ALGORITHMS = [*ROOT.glob("algorithms/*.py")]

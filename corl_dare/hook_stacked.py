@@ -1,5 +1,6 @@
 """`StackedHook`: the hooks of several seeds as one; `hook.prepare` makes it with `over_seeds`."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,6 @@ class StackedHook(DareHook):
         self.refused = torch.stack([hook.refused for hook in members])
         self._over_seeds, self._capture_all = over_seeds, capture
         self._arranged: Callable[..., Any] | None = None
-        self._tensors: dict[str, torch.Tensor] = {}
 
     def _bind(self) -> Callable[..., Any]:
         """`arrange` of all seeds. Made late, when the behavior models are fitted."""
@@ -62,9 +62,10 @@ class StackedHook(DareHook):
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         first, holder = self.members[0], _Holder(self.members[0].behavior)
         holders = [_Holder(hook.behavior) for hook in self.members]
+        together = {}
         for name, tensor in holder.state_dict().items():
             others = [other.state_dict()[name] for other in holders]
-            self._tensors[name] = torch.stack([tensor, *others[1:]])
+            together[name] = torch.stack([tensor, *others[1:]])
 
         def of_one(
             tensors: dict[str, torch.Tensor], offline: Any, online: Any, weight: Any
@@ -72,7 +73,8 @@ class StackedHook(DareHook):
             args = first.arrange, (offline, online, [None, None], weight)
             return torch.func.functional_call(holder, tensors, args)
 
-        of_all = self._over_seeds(of_one)
+        # The models are frozen: a graph may hold them, and nothing is copied at a call.
+        of_all = functools.partial(self._over_seeds(of_one), together)
         return of_all if self._capture_all is None else self._capture_all(of_all)
 
     def sample(self, batch_size: int) -> Drawn:
@@ -85,9 +87,7 @@ class StackedHook(DareHook):
         online_rows, online = draw(self.online, batch_size - n_offline)
         # Of all seeds alike: it has no dimension.
         weight = self._weight_tensor(offline[0])
-        batch, weight, log, states = self._arranged(
-            self._tensors, offline, online, weight
-        )
+        batch, weight, log, states = self._arranged(offline, online, weight)
         log = self._count_refused(log)
         release = self._release(weight, n_offline)
         return Drawn(batch, release, log, states, [offline_rows, online_rows])

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 
 class Release(NamedTuple):
@@ -25,8 +24,10 @@ class Release(NamedTuple):
         """
         if self.kept is None:
             return self.weight * conservative
-        # Padded, so that sums over a batch keep their order.
-        return F.pad(conservative, (0, self.weight.shape[-1] - self.kept))
+        # All rows are there, so that sums over a batch keep their order. Not padded: in one update
+        # torch 2.11 fused padding and mean on a GPU into a sum over rows that are not kept.
+        skipped = conservative.new_zeros(self.weight.shape[-1] - self.kept)
+        return torch.cat((conservative, skipped))
 
     def mix(self, conservative: torch.Tensor, released: torch.Tensor) -> torch.Tensor:
         """weight * conservative + (1 - weight) * released, (B,), of losses per row.
@@ -37,7 +38,7 @@ class Release(NamedTuple):
         """
         if self.kept is None:
             return self.weight * conservative + (1.0 - self.weight) * released
-        return self.keep(conservative[: self.kept]) + F.pad(released, (self.kept, 0))
+        return torch.cat((conservative[: self.kept], released))
 
     def average(self, kept: torch.Tensor) -> torch.Tensor:
         """Mean of a conservative loss by the weights, 0-d; not finite where all weights are 0.

@@ -181,7 +181,9 @@ class TrainConfig(SelectiveFields, FinetuneConfig):
             "threshold_cap": "(0, inf]",
         }
     )
-    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | SelectiveFields.CHOICES
+    CHOICES: ClassVar[dict] = (
+        FinetuneConfig.CHOICES | SelectiveFields.CHOICES | {"sampling": ("uniform",)}
+    )
     ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | SelectiveFields.ONLINE
     ALIASES: ClassVar[Dict[str, str]] = SelectiveFields.ALIASES
     PRESETS: ClassVar[dict] = {

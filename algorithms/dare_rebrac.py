@@ -203,11 +203,6 @@ class TrainConfig(FinetuneConfig):
             if getattr(self, field):
                 raise ValueError(f"{field} is not in this file; set {field} to false")
 
-    def density_std(self) -> float:
-        """That of the block `dare`, where it has one."""
-        own = self.dare.policy_std if self.dare.enabled else None
-        return super().density_std() if own is None else own
-
     def bc_coefs(self, steps: int) -> Tuple[float, float]:
         """Weights of the policy's and the target's penalty after so many online steps."""
         share = float(self.bc_online == "keep")

@@ -175,11 +175,6 @@ class TrainConfig(FinetuneConfig):
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 
-    def density_std(self) -> float:
-        """That of the block `dare`, where it has one."""
-        own = self.dare.policy_std if self.dare.enabled else None
-        return super().density_std() if own is None else own
-
     def vae_updates(self) -> int:
         """Updates of the VAE before the offline phase."""
         return 0 if self.load_model and not self.compat else self.vae_iterations

@@ -141,11 +141,6 @@ class TrainConfig(FinetuneConfig):
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 
-    def density_std(self) -> float:
-        """That of the block `dare`, where it has one."""
-        own = self.dare.policy_std if self.dare.enabled else None
-        return super().density_std() if own is None else own
-
     def bc_weight(self, steps: int) -> float:
         """Weight of the behavior cloning term after so many environment steps."""
         if self.bc_online == "anneal":

@@ -77,6 +77,7 @@ from corl.finetune import (  # noqa: F401
 )
 from corl.finetune import modify_reward_linear as modify_reward  # noqa: F401
 from corl.finetune import modify_reward_linear_online as modify_reward_online  # noqa: F401
+from corl.sampling import Fit, standard_log_prob
 from transition_diffusion.config import LOGS, EdisConfig
 from transition_diffusion.generation import Generation
 
@@ -165,6 +166,7 @@ class TrainConfig(FinetuneConfig):
     # EDIS; mixing_ratio is the share of generated rows
     edis: EdisConfig = dataclasses.field(default_factory=EdisConfig)
 
+    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {"sampling": ("uniform",)}
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         "alpha_multiplier": "[0, inf)",
         **dict.fromkeys(("policy_lr", "qf_lr"), "(0, inf)"),
@@ -795,6 +797,19 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: CalQL) -> Fit:
+    """How well rows fit the policy before its squashing, for `sampling: on_policy`."""
+    actor = trainer.actor
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        mean, log_std = actor._parameters_of(states)
+        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+        inside = (actions / actor.max_action).clamp(-ALMOST_ONE, ALMOST_ONE)
+        return standard_log_prob(inside.atanh(), mean, std)
+
+    return fit
+
+
 def make_generation(session: Any, trainer: CalQL, config: TrainConfig) -> Generation:
     """What generates rows for this run; the host saves it and lets it work between steps."""
     online, share = session.online_buffer, config.mixing_ratio
@@ -832,6 +847,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         if config.load_model and config.compat:
             trainer.detach_multipliers()
+        session.weigh_rows(trainer.actor, policy_fit(trainer))
         source = session.mixed
         generation = make_generation(session, trainer, config)
         session.start(

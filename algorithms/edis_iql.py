@@ -39,6 +39,7 @@ Shapes: B rows of a batch, S state dimension, A action dimension.
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Dict, List, Optional, Tuple, Union
 
 import numpy as np
@@ -69,6 +70,7 @@ from corl.finetune import (  # noqa: F401
     set_seed,
     wrap_env,
 )
+from corl.sampling import Fit, standard_log_prob
 from transition_diffusion.config import LOGS, EdisConfig
 from transition_diffusion.generation import Generation
 
@@ -125,16 +127,19 @@ class TrainConfig(FinetuneConfig):
     actor_lr: float = 3e-4  # actor learning rate
     # Not in CORL
     mixing_ratio: Optional[float] = None  # offline share of a batch; none: one buffer
+    policy_std: Optional[float] = None  # of the policy's density; none: expl_noise
     actor_lr_online: Optional[float] = None  # constant actor rate online; none: actor_lr
     # EDIS; mixing_ratio is the share of generated rows, 0.2 where it is left out
     edis: EdisIQLConfig = dataclasses.field(default_factory=EdisIQLConfig)
 
+    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {"sampling": ("uniform",)}
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         "actor_dropout": "[0, 1)",
         "tau": "(0, 1]",
         "beta": "[0, inf)",
         "iql_tau": "(0, 1)",
         **dict.fromkeys(("expl_noise", "noise_clip"), "[0, inf)"),
+        "policy_std": "(0, inf)",
         **dict.fromkeys(("vf_lr", "qf_lr", "actor_lr", "actor_lr_online"), "(0, inf)"),
         "mixing_ratio": "[0, 1)",
     }
@@ -144,6 +149,7 @@ class TrainConfig(FinetuneConfig):
         "actor_lr_online",
         "expl_noise",
         "noise_clip",
+        "policy_std",
     }
     QUICK_START: ClassVar[str] = "configs/edis_iql/quick_start.yaml"
 
@@ -151,6 +157,8 @@ class TrainConfig(FinetuneConfig):
         super().__post_init__()
         if self.mixing_ratio is None:
             self.mixing_ratio = 0.2
+        if self.iql_deterministic:
+            self.density_std()
         if self.mixing_ratio is not None:
             self.check_mixing_ratio("; leave it out for a single buffer")
 
@@ -488,6 +496,19 @@ def make_trainer(
     return trainer
 
 
+def policy_fit(trainer: ImplicitQLearning, config: TrainConfig) -> Fit:
+    """How well rows fit the policy, for `sampling: on_policy`."""
+
+    def fit(states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        policy = trainer.actor(states)
+        if isinstance(policy, Normal):
+            return standard_log_prob(actions, policy.mean, policy.stddev)
+        std = config.density_std() * trainer.max_action
+        return standard_log_prob(actions, policy * trainer.max_action, std)
+
+    return fit
+
+
 def make_generation(
     session: Any, trainer: ImplicitQLearning, config: TrainConfig
 ) -> Generation:
@@ -528,12 +549,16 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        session.weigh_rows(trainer.actor, policy_fit(trainer, config))
         source = session.mixed
         generation = make_generation(session, trainer, config)
 
-        def explore(action: np.ndarray) -> np.ndarray:
-            bounds = config.expl_noise, config.noise_clip
-            return finetune.add_noise(action, trainer.max_action, *bounds)
+        explore = partial(
+            finetune.add_noise,
+            max_action=trainer.max_action,
+            scale=config.expl_noise,
+            clip=config.noise_clip,
+        )
 
         session.start(
             offline=lambda: step(trainer, session.offline_buffer, config),

@@ -86,6 +86,7 @@ class TrainConfig(FinetuneConfig):
     eval_epsilon: float = 0.1  # share of choices drawn in evaluations
     clip_actions: bool = False  # clip what the new policy draws to the box
 
+    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {"sampling": ("uniform",)}
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         "tau": "(0, 1]",
         "iql_tau": "(0, 1)",

@@ -121,7 +121,9 @@ class TrainConfig(SelectiveFields, FinetuneConfig):
             **dict.fromkeys(("actor_lr", "qf_lr"), "(0, inf)"),
         }
     )
-    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | SelectiveFields.CHOICES
+    CHOICES: ClassVar[dict] = (
+        FinetuneConfig.CHOICES | SelectiveFields.CHOICES | {"sampling": ("uniform",)}
+    )
     ONLINE: ClassVar[frozenset] = (
         FinetuneConfig.ONLINE
         | SelectiveFields.ONLINE

@@ -256,13 +256,16 @@ class FinetuneConfig:
     def density_std(self) -> float:
         """Std that gives a policy without noise a density, of the largest action.
 
-        For algorithms with the fields `policy_std` and `expl_noise`.
+        For algorithms with the fields `policy_std` and `expl_noise`. That of a block of fields
+        which is enabled comes first.
 
         Raises:
             ValueError: rows are weighted by that density, and there is none.
         """
-        own, noise = vars(self)["policy_std"], vars(self)["expl_noise"]
-        std = noise if own is None else own
+        blocks = [b for b in vars(self).values() if getattr(b, "enabled", False)]
+        given = [getattr(block, "policy_std", None) for block in blocks]
+        given += [vars(self)["policy_std"], vars(self)["expl_noise"]]
+        std = next(value for value in given if value is not None)
         if self.sampling == "on_policy" and not std > 0:
             raise ValueError(
                 "sampling on_policy needs a policy with a density, and this one acts without "

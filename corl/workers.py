@@ -54,6 +54,9 @@ class Workers:
                 there.close()
                 self.processes.append(process)
                 self._connections.append(here)
+        except BaseException:
+            self.close()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # The first answer says that the object is made.

@@ -91,7 +91,10 @@ def test_a_stacked_run_leaves_what_runs_alone_leave(case, tmp_path, monkeypatch)
         assert (folder_of(tmp_path / "many", seed) / "summary.json").exists()
 
 
-def test_a_seed_of_a_stacked_run_goes_on_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_processes", [False, True])
+def test_a_seed_of_a_stacked_run_goes_on_alone(in_processes, tmp_path, monkeypatch):
+    # Updates of IQL draw no noise, so that its collector alone needs torch's stream.
+    monkeypatch.setattr(StackedSession, "in_processes", in_processes)
     path = tmp_path / "many"
     with monkeypatch.context() as patch:
         stop_after(8, patch)

@@ -50,6 +50,9 @@ class Captured:
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         values, structure = pytree.tree_flatten((args, named))
+        # As the graph has its copies: compiled code knows how its arguments lie in memory, and
+        # would be compiled again in the middle of a capture.
+        values = [v.contiguous() if isinstance(v, torch.Tensor) else v for v in values]
         form = form_of(values, structure)
         places = self._places_of_state()
         if places != self._places:
@@ -61,6 +64,7 @@ class Captured:
             self._calls[form] += 1
             warm = self._calls[form] > WARM_UPS
             if not warm or len(self._graphs) == MOST_GRAPHS:
+                args, named = pytree.tree_unflatten(values, structure)
                 return self.function(*args, **named)
             graph = _Graph(self.function, values, structure, self.generators)
             self._graphs[form] = graph
@@ -108,9 +112,18 @@ class _Graph:
         for generator in generators:
             self._graph.register_generator_state(generator)
         args, named = pytree.tree_unflatten(own, structure)
-        # Capturing runs nothing.
-        with torch.cuda.graph(self._graph):
-            self._outputs = function(*args, **named)
+        reason: Exception | None = None
+        try:
+            # Capturing runs nothing.
+            with torch.cuda.graph(self._graph):
+                try:
+                    self._outputs = function(*args, **named)
+                except Exception as error:
+                    reason = error
+                    raise
+        except Exception as error:
+            # A broken capture ends with an error of its own, which does not say why.
+            raise reason or error from None
 
     def replay(self, values: list[Any]) -> Any:
         given = [value for value in values if isinstance(value, torch.Tensor)]

@@ -56,7 +56,9 @@ def installed(options: Options | None = None) -> Iterator[dict[str, Any]]:
     options = options or Options()
     path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
     with ExitStack() as stack:
-        stack.enter_context(_variables(**{VARIABLE: options.variable(), "PYTHONPATH": path}))
+        stack.enter_context(
+            _variables(**{VARIABLE: options.variable(), "PYTHONPATH": path})
+        )
         before, search = _taken(NAMES), list(sys.path)
         try:
             sys.path.insert(0, str(PACKAGES))
@@ -79,11 +81,14 @@ def _as_program(first: str, argv: Sequence[str]) -> Iterator[None]:
     the script's; `corl` is imported already.
     """
     before, ours = sys.argv, Path(__file__).resolve().parents[2]
-    ours_too = {"", str(ours), str(Path.cwd())} - {first}
-    installed_here = ours.name in ("site-packages", "dist-packages")
-    kept = [p for p in sys.path if installed_here or p not in ours_too]
+    asked = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    # `python -m corl.shim` itself has put the current folder first.
+    hidden = {"", str(Path.cwd())} - set(asked) | {str(PACKAGES)}
+    if ours.name not in ("site-packages", "dist-packages"):
+        hidden.add(str(ours))
+    kept = [entry for entry in sys.path if entry not in hidden]
     sys.argv = list(argv)
-    sys.path[:] = [str(PACKAGES), first, *(p for p in kept if p != str(PACKAGES))]
+    sys.path[:] = [str(PACKAGES), first, *kept]
     try:
         yield
     finally:
@@ -126,6 +131,8 @@ def run_module(
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise Unavailable(f"there is no module {name}; start in the folder that has it")
+            raise Unavailable(
+                f"there is no module {name}; start in the folder that has it"
+            )
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     return summary

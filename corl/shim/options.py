@@ -5,9 +5,9 @@ import json
 import os
 from pathlib import Path
 
-# Where the packages lie that stand in for gym, d4rl, wandb and mujoco_py.
+# Where the packages lie that stand in for these.
 PACKAGES = Path(__file__).resolve().parent / "packages"
-NAMES = ("gym", "d4rl", "wandb", "mujoco_py")
+NAMES = ("gym", "d4rl", "wandb", "mujoco_py", "mjrl", "mj_envs")
 VARIABLE = "CORL_SHIM"
 APIS = ("0.23", "0.26")
 

@@ -167,14 +167,15 @@ class _OnTheCpu(TorchFunctionMode):
 def _cuda_calls() -> dict[tuple[Any, str], Any]:
     """Functions of `torch.cuda` that end a program without CUDA do nothing."""
 
-    def nothing(*args: Any, **keywords: Any) -> None:
-        return None
+    def nothing() -> Callable[..., None]:
+        # A function for each name: torch's compiler wants no function under two names.
+        return lambda *args, **keywords: None
 
     def module_to_cpu(module: torch.nn.Module, device: Any = None) -> torch.nn.Module:
         return module
 
     calls: dict[tuple[Any, str], Any] = {
-        (torch.cuda, name): nothing for name in ("set_device", "synchronize", "init")
+        (torch.cuda, name): nothing() for name in ("set_device", "synchronize", "init")
     }
     calls[torch.cuda, "current_device"] = lambda: 0
     calls[torch.cuda, "get_device_name"] = lambda device=None: "CPU (cuda-is-cpu)"

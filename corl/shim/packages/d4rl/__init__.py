@@ -12,11 +12,12 @@ from _shim_names import missing
 from corl import tasks
 from corl.data import schema
 from d4rl import infos, offline_env
-from d4rl.offline_env import OfflineEnv, find_dataset
-from gym.wrappers import ClipAction as NormalizedBoxEnv
+from d4rl.offline_env import NormalizedBoxEnv, OfflineEnv, find_dataset
 
 __all__ = [
+    "NormalizedBoxEnv",
     "OfflineEnv",
+    "ProxyEnv",
     "get_normalized_score",
     "infos",
     "offline_env",

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from corl.shim.options import Unavailable
 from gym.core import Env
+
+from corl.shim.options import Unavailable
 
 
 class MazeEnv(Env):

@@ -3,13 +3,13 @@
 from typing import Any
 
 import numpy as np
+from gym.core import Adapter, Env
+from gym.wrappers import ClipAction
 
 from corl import envs, tasks
 from corl.data import schema, sources
 from corl.shim.launch import without_stand_ins
 from corl.shim.options import Unavailable, current
-from gym.core import Adapter, Env
-from gym.wrappers import ClipAction
 
 
 def find_dataset(task: tasks.Task) -> sources.Dataset:
@@ -67,6 +67,15 @@ class TaskEnv(Adapter, OfflineEnv):
         super().__init__(env)
 
 
-def make(name: str) -> ClipAction:
-    """A task whose actions are clipped as D4RL's wrapper does; no time limit yet."""
-    return ClipAction(TaskEnv(name))
+class NormalizedBoxEnv(ClipAction):
+    """D4RL's wrapper: actions are clipped to the box."""
+
+    @property
+    def wrapped_env(self) -> Any:
+        """The task's environment."""
+        return self.env
+
+
+def make(name: str) -> NormalizedBoxEnv:
+    """A task behind D4RL's wrapper; no time limit yet."""
+    return NormalizedBoxEnv(TaskEnv(name))

@@ -160,18 +160,17 @@ class Adapter(Env):
         self._seed = int(gymnasium.utils.seeding.np_random(seed)[1])
         return [self._seed]
 
-    def reset(
-        self,
-        *,
-        seed: int | None = None,
-        return_info: bool = False,
-        options: dict[str, Any] | None = None,
-    ) -> Any:
-        """Begin an episode: the observation, with its info where the interface has it."""
-        used = self._seed if seed is None else seed
+    def reset(self, **options: Any) -> Any:
+        """Begin an episode: the observation, with its info where the interface has it.
+
+        Options are `seed`, `options` and `return_info`.
+        """
+        seed = self._seed if options.get("seed") is None else options["seed"]
         self._seed = None
-        observation, info = self.env.reset(seed=used, options=options)
-        return (observation, info) if return_info or self._api == "0.26" else observation
+        observation, info = self.env.reset(seed=seed, options=options.get("options"))
+        if options.get("return_info") or self._api == "0.26":
+            return observation, info
+        return observation
 
     def step(self, action: Any) -> tuple:
         """Take an action: observation, reward, done, info, or five values."""

@@ -12,7 +12,7 @@ import gymnasium
 from corl import envs, physics, tasks
 from corl.shim.options import Unavailable, current
 from gym.core import Adapter
-from gym.wrappers import TimeLimit
+from gym.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 # What newer gyms take in `make` and this one has no use for.
 IGNORED = ("render_mode", "disable_env_checker", "autoreset", "apply_api_compatibility")
@@ -149,6 +149,9 @@ def make(id: Any, **kwargs: Any) -> Any:
     env = _base(found, kwargs)
     env.unwrapped.spec = found
     limit = found.max_episode_steps if limit is None else limit
+    if current().gym_api == "0.26":
+        env = PassiveEnvChecker(env)
+    env = OrderEnforcing(env)
     return env if limit is None else TimeLimit(env, limit)
 
 
@@ -161,7 +164,9 @@ def _base(found: EnvSpec, kwargs: dict[str, Any]) -> Any:
     if known is None:
         if kwargs:
             words = ", ".join(kwargs)
-            raise Unavailable(f"the shim's {found.id} does not take the keywords {words}")
+            raise Unavailable(
+                f"the shim's {found.id} does not take the keywords {words}"
+            )
         return importlib.import_module("d4rl.offline_env").make(found.id)
     robots = {facts.env_id: name for name, facts in tasks.ROBOTS.items() if facts.env_id}
     if known in robots and not kwargs:

@@ -54,7 +54,7 @@ class TimeLimit(Wrapper):
         if max_episode_steps is None:
             max_episode_steps = env.spec.max_episode_steps
         self._max_episode_steps: Any = max_episode_steps
-        self._elapsed_steps: int | None = None
+        self._elapsed_steps = 0
 
     def reset(self, **options: Any) -> Any:
         """The inner reset; the count of steps begins anew."""
@@ -63,8 +63,6 @@ class TimeLimit(Wrapper):
 
     def step(self, action: Any) -> tuple:
         """The inner step, over when the limit is reached."""
-        if self._elapsed_steps is None:
-            raise RuntimeError("call reset() before step()")
         observation, reward, *over, info = self.env.step(action)
         self._elapsed_steps += 1
         if self._elapsed_steps >= self._max_episode_steps:
@@ -172,7 +170,30 @@ class FrameStack(Wrapper):
 
 
 class OrderEnforcing(Wrapper):
-    """Changes nothing here."""
+    """Refuses a step before the first reset."""
+
+    def __init__(self, env: Any):
+        super().__init__(env)
+        self._began = False
+
+    def reset(self, **options: Any) -> Any:
+        """The inner reset."""
+        self._began = True
+        return self.env.reset(**options)
+
+    def step(self, action: Any) -> Any:
+        """The inner step.
+
+        Raises:
+            ResetNeeded: there was no reset yet.
+        """
+        if not self._began:
+            raise gymnasium.error.ResetNeeded("call reset() before step()")
+        return self.env.step(action)
+
+
+class PassiveEnvChecker(Wrapper):
+    """Checks nothing; gym 0.26 has it around every environment."""
 
 
 class Monitor(Wrapper):
@@ -190,7 +211,9 @@ class PixelObservationWrapper(Wrapper):
     """Named here so that files which import it can be read; it cannot be used."""
 
     def __init__(self, env: Any, *args: Any, **options: Any):
-        raise Unavailable("the shim does not provide gym.wrappers.PixelObservationWrapper")
+        raise Unavailable(
+            "the shim does not provide gym.wrappers.PixelObservationWrapper"
+        )
 
 
 def _submodules() -> None:

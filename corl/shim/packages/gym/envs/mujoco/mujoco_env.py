@@ -6,10 +6,10 @@ from typing import Any
 import gymnasium.envs.mujoco
 import mujoco
 import numpy as np
+from gymnasium.spaces import Box
 
 from corl import physics
 from gym.core import Env, Simulation
-from gymnasium.spaces import Box
 
 ASSETS = Path(gymnasium.envs.mujoco.__file__).parent / "assets"
 

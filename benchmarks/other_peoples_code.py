@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ TASK = "hopper-medium-v2"
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))"
 # Data is collected by ourselves, 20 000 rows: enough for a short run, and no download.
 DATA = "--dataset_source self-collected --dataset_rows 20000"
+# Where the script makes something of every row, or needs many tasks.
+FEW = "--dataset_source self-collected --dataset_rows 3000"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,11 @@ class Entry:
     variables: str = ""
     # The evaluation counts from the so-manieth on: some are made before the first update.
     nth: int = 1
+    # Steps that end with this message have done what the next one needs.
+    enough: str = ""
     data: str = DATA
+    # `FILE=COPY`: a file that the user makes of theirs, as their README says.
+    copied: str = ""
 
 
 CORL_OFFLINE = (
@@ -63,6 +70,8 @@ CORL_ONLINE = (
 )
 # Where no flag says how long a loop is; see that file.
 SHORT = "SHORTER"
+# They were written for a flax whose `init` gives a FrozenDict.
+FROZEN = "FLAX_RETURN_FROZENDICT=1"
 IQL = "--env_name={task} --max_steps=200 --eval_interval=200 --eval_episodes=1 --notqdm"
 
 ENTRIES = (
@@ -115,18 +124,20 @@ ENTRIES = (
             " --vae_model_path PATTERN:runs/train_vae/*/*/*.pt",
         ),
         rf"D4RL score: {NUMBER}",
+        options="--cuda-is-cpu",
     ),
     Entry(
         "ChenDRAG/CEP-energy-guided-diffusion",
         "4cc0622",
         (
-            f"{SHORT} 1000=200 600=100 train_behavior.py --env {{task}} --device cpu --expid b",
+            f"{SHORT} 1000=1 train_behavior.py --env {{task}} --device cpu --expid b",
             f"{SHORT} 10000=200 train_critic.py --env {{task}} --device cpu --expid c --s 1"
-            " --M 2 --diffusion_steps 5 --seed_per_evaluation 1"
-            " --actor_load_path models_rl/b/behavior_ckpt100.pth",
+            " --diffusion_steps 5 --seed_per_evaluation 1"
+            " --actor_load_path models_rl/b/behavior_ckpt600.pth",
         ),
         rf"reward {NUMBER} \+-",
         folder="Offline_RL_2D",
+        data=FEW,
     ),
     Entry(
         "ryanxhr/POR",
@@ -141,11 +152,14 @@ ENTRIES = (
         "ChenDRAG/SfBC",
         "d384e9f",
         (
-            "train_behavior.py --env {task} --device cpu --expid b --batch_size 512"
-            " --n_behavior_epochs 25",
-            "train_critic.py --env {task} --device cpu --expid c",
+            "train_behavior.py --env {task} --device cpu --expid b --batch_size 2048"
+            " --n_behavior_epochs 25 --sample_per_epoch 20000",
+            "train_critic.py --env {task} --device cpu --expid b --actor_load_epoch 25"
+            " --diffusion_steps 5 --seed_per_evaluation 1",
         ),
-        rf"rew\W+{NUMBER}",
+        rf"eval/rew {NUMBER}",
+        written="logs/b/events*",
+        data=FEW,
     ),
     Entry(
         "kzl/decision-transformer",
@@ -157,7 +171,7 @@ ENTRIES = (
         ),
         rf"target_3600_return_mean: {NUMBER}",
         folder="gym/data",
-        data="--dataset_source self-collected --dataset_rows 3000",
+        data=FEW,
     ),
     Entry(
         "Haichao-Zhang/PEX",
@@ -203,16 +217,18 @@ ENTRIES = (
         ),
         rf"average_normalized_return\W+{NUMBER}",
         nth=2,
+        copied="JaxCQL/wandb_config_example.py=JaxCQL/wandb_config.py",
     ),
     Entry(
         "LeapLabTHU/FamO2O (CQL)",
         "ea9cb01",
         (
-            "-m cql_finetune.family_conservative_sac_finetune_main --env {task} -c family"
-            " --wandb-offline --wandb-output-dir out",
+            f"{SHORT} 1000=40 cql_finetune/family_conservative_sac_finetune_main.py"
+            " --env {task} -c family --wandb-offline --wandb-output-dir out",
         ),
         rf"average_normalizd_return\W+{NUMBER}",
         folder="jax_cql",
+        variables="PYTHONPATH=.",
     ),
     Entry(
         "LeapLabTHU/FamO2O (IQL)",
@@ -225,6 +241,7 @@ ENTRIES = (
         ),
         rf"\s{NUMBER}",
         folder="jax_iql",
+        variables=FROZEN,
         written="tmp/*.txt",
     ),
     Entry(
@@ -259,12 +276,12 @@ ENTRIES = (
         "thu-ml/SRPO",
         "b3b916a",
         (
-            f"{SHORT} 10000=200 200=1 train_behavior.py --env {{task}} --device cpu --expid b",
-            f"{SHORT} 10000=200 150=1 train_critic.py --env {{task}} --device cpu --expid b"
-            " --actor_load_path SRPO_model_factory/b/behavior_ckpt1.pth",
+            f"{SHORT} 10000=1 train_behavior.py --env {{task}} --device cpu --expid b",
+            f"{SHORT} 10000=2 train_critic.py --env {{task}} --device cpu --expid b"
+            " --actor_load_path SRPO_model_factory/b/behavior_ckpt200.pth",
             f"{SHORT} 10000=200 train_policy.py --env {{task}} --device cpu --expid p"
-            " --n_policy_epochs 1 --actor_load_path SRPO_model_factory/b/behavior_ckpt1.pth"
-            " --critic_load_path SRPO_model_factory/b/critic_ckpt1.pth",
+            " --n_policy_epochs 1 --actor_load_path SRPO_model_factory/b/behavior_ckpt200.pth"
+            " --critic_load_path SRPO_model_factory/b/critic_ckpt150.pth",
         ),
         rf'rewdeter": {NUMBER}',
         options="--cuda-is-cpu",
@@ -329,6 +346,7 @@ ENTRIES = (
         (f"train_offline.py {IQL} --config=configs/mujoco_config.py",),
         rf"200 {NUMBER}",
         written="tmp/*.txt",
+        variables=FROZEN,
     ),
     Entry(
         "ryanxhr/IVR",
@@ -337,6 +355,7 @@ ENTRIES = (
             f"train_offline.py {IQL} --config=configs/mujoco_config.py --alg=SQL --alpha=2",
         ),
         rf'normalized_return": {NUMBER}',
+        variables=FROZEN,
     ),
     Entry(
         "Div99/XQL",
@@ -344,6 +363,7 @@ ENTRIES = (
         (f"train_offline.py {IQL} --config=configs/mujoco_config.py --batch_size=256",),
         rf"200 {NUMBER}",
         folder="offline",
+        variables=FROZEN,
         written="tmp/*/*.txt",
     ),
     Entry(
@@ -402,7 +422,9 @@ ENTRIES = (
             " --num_eval_episodes 1 --embed_dim 64 --n_layer 1 --n_head 1 --batch_size 16",
         ),
         rf"evaluation/return_mean_gm\W+{NUMBER}",
-        data="--dataset_source self-collected --dataset_rows 3000",
+        # Its last robot; hopper's file is written by then.
+        enough="unknown task 'ant-medium-v2'",
+        data=FEW,
     ),
 )
 
@@ -417,11 +439,20 @@ class Outcome:
     seconds: float
 
 
+def plain(path: Path) -> str:
+    """The text of a file; of one of TensorBoard a line `TAG VALUE` for each scalar."""
+    if not path.name.startswith("events.out.tfevents"):
+        return path.read_text()
+    # A tag, the mark of a number, a little-endian float32.
+    found = re.findall(rb"([\w/ ]+)\x15(.{4})", path.read_bytes(), re.DOTALL)
+    return "\n".join(f"{t.decode()} {struct.unpack('<f', v)[0]}" for t, v in found)
+
+
 def evaluation(entry: Entry, place: Path, text: str) -> float | None:
     """The evaluation that the entry's text or files show; None where there is none yet."""
     if entry.written:
         found = list(place.glob(entry.written))
-        text = "\n".join(path.read_text() for path in found)
+        text = "\n".join(plain(path) for path in found)
     matches = re.findall(entry.evidence, text, re.MULTILINE)
     return float(matches[entry.nth - 1]) if len(matches) >= entry.nth else None
 
@@ -512,6 +543,9 @@ def run_entry(
             source, copy, ignore=shutil.ignore_patterns(".git"), symlinks=True
         )
         place, log = copy / entry.folder, Path(folder) / "log.jsonl"
+        if entry.copied:
+            theirs, _, made = entry.copied.partition("=")
+            shutil.copy(place / theirs, place / made)
         text = ""
         for number, command in enumerate(entry.commands):
             log.write_text("")
@@ -521,7 +555,7 @@ def run_entry(
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / f"{owner_name}-{number + 1}.txt").write_text(text)
-            if code != 0:
+            if code != 0 and not (entry.enough and entry.enough in text):
                 step = "" if last else f"step {number + 1}: "
                 said = f"stopped after {limit:.0f} s" if code is None else fault(text)
                 return Outcome(False, step + said, time.monotonic() - start)
@@ -550,6 +584,7 @@ def commands(entries: list[Entry]) -> str:
     for entry in entries:
         lines += [f"### {entry.repository}", "", "```"]
         lines += [f"cd {entry.folder}"] if entry.folder else []
+        lines += [f"cp {entry.copied.replace('=', ' ')}"] if entry.copied else []
         for command in entry.commands:
             start = f"{entry.variables} python -m corl.shim {entry.data} {entry.options}"
             words = f"{start} {command.format(task=TASK)}".split()

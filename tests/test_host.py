@@ -103,7 +103,7 @@ MODULES = {
     "collect": "corl.standin.collect",
     "datasets": "corl.data.card",
     "sac": "corl.standin.train_sac",
-    "d4rl_shim": "corl.d4rl_shim",
+    "d4rl_shim": "corl.shim",
     "runs": "corl.checkpoints",
     "report": "experiments.report",
     "sweep": "experiments.sweep",

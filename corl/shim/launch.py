@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from corl.shim import patches
 from corl.shim.options import NAMES, PACKAGES, VARIABLE, Options, Unavailable
 
 
@@ -53,6 +52,9 @@ def installed(options: Options | None = None) -> Iterator[dict[str, Any]]:
 
     Processes that start inside have them too. Yields the last values that were logged.
     """
+    # Here, because torch takes seconds and workers with an environment do without.
+    from corl.shim import patches
+
     options = options or Options()
     path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 
-if importlib.util.find_spec("corl") is None:
+if "corl" not in sys.modules:
     # By its place and not by the path, so that our other packages stay hidden.
     spec = importlib.util.spec_from_file_location("corl", ROOT / "corl" / "__init__.py")
     if spec is None or spec.loader is None:
@@ -14,6 +14,11 @@ if importlib.util.find_spec("corl") is None:
     sys.modules["corl"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["corl"])
 
-from corl.shim import patches  # noqa: E402
+from corl.shim.options import current  # noqa: E402
 
-patches.in_worker()
+options = current()
+if options.cuda_is_cpu or options.old_numpy or options.old_jax:
+    # Not without need: this imports torch, which takes seconds.
+    from corl.shim import patches
+
+    patches.in_worker()

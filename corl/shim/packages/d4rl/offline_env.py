@@ -7,17 +7,20 @@ from gym.core import Adapter, Env
 from gym.wrappers import ClipAction
 
 from corl import envs, tasks
-from corl.data import schema, sources
+from corl.data import schema
 from corl.shim.launch import without_stand_ins
 from corl.shim.options import Unavailable, current
 
 
-def find_dataset(task: tasks.Task) -> sources.Dataset:
+def find_dataset(task: tasks.Task) -> Any:
     """`sources.resolve` with the options of the shim.
 
     Raises:
         Unavailable: no source has the data, or the data is bad.
     """
+    # Here, because it imports torch, which takes seconds and a worker does without.
+    from corl.data import sources
+
     options = current()
     try:
         with without_stand_ins():

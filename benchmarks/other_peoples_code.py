@@ -218,6 +218,7 @@ ENTRIES = (
         rf"average_normalized_return\W+{NUMBER}",
         nth=2,
         copied="JaxCQL/wandb_config_example.py=JaxCQL/wandb_config.py",
+        options="--old-jax",
     ),
     Entry(
         "LeapLabTHU/FamO2O (CQL)",
@@ -229,6 +230,7 @@ ENTRIES = (
         rf"average_normalizd_return\W+{NUMBER}",
         folder="jax_cql",
         variables="PYTHONPATH=.",
+        options="--old-jax",
     ),
     Entry(
         "LeapLabTHU/FamO2O (IQL)",
@@ -243,6 +245,7 @@ ENTRIES = (
         folder="jax_iql",
         variables=FROZEN,
         written="tmp/*.txt",
+        options="--old-jax",
     ),
     Entry(
         "BY571/CQL",
@@ -347,6 +350,7 @@ ENTRIES = (
         rf"200 {NUMBER}",
         written="tmp/*.txt",
         variables=FROZEN,
+        options="--old-jax",
     ),
     Entry(
         "ryanxhr/IVR",
@@ -356,6 +360,7 @@ ENTRIES = (
         ),
         rf'normalized_return": {NUMBER}',
         variables=FROZEN,
+        options="--old-jax",
     ),
     Entry(
         "Div99/XQL",
@@ -365,6 +370,7 @@ ENTRIES = (
         folder="offline",
         variables=FROZEN,
         written="tmp/*/*.txt",
+        options="--old-jax",
     ),
     Entry(
         "ikostrikov/rlpd",
@@ -374,6 +380,7 @@ ENTRIES = (
             " --eval_interval=1200 --eval_episodes=1 --config=configs/rlpd_config.py",
         ),
         rf'evaluation/return": {NUMBER}',
+        options="--old-jax",
     ),
     Entry(
         "philippe-eecs/IDQL",
@@ -384,6 +391,7 @@ ENTRIES = (
             " --config=examples/states/configs/iql_mujoco_config.py",
         ),
         rf'eval/.*return": {NUMBER}',
+        options="--old-jax",
     ),
     Entry(
         "zhouzypaul/wsrl",
@@ -394,6 +402,7 @@ ENTRIES = (
             " --num_online_steps 0 --eval_interval 200 --n_eval_trajs 1 --save_dir out",
         ),
         rf'average_normalized_return": {NUMBER}',
+        options="--old-jax",
     ),
     Entry(
         "takuseno/d3rlpy",

@@ -157,6 +157,9 @@ def test_plain_names_are_gymnasiums_with_keywords(old):
     walker = old.make("Hopper-v3", exclude_current_positions_from_observation=False)
     assert walker.reset().shape == (12,)
     assert old.make("Ant-v2").observation_space.shape == (111,)
+    # Scripts try a keyword and go on without it.
+    with pytest.raises(TypeError, match=f"{TASK} does not take the keywords seed"):
+        old.make(TASK, seed=1)
     with pytest.raises(shim.Unavailable, match="unknown task 'Hoper-v2'"):
         old.make("Hoper-v2")
 
@@ -443,6 +446,17 @@ def test_qlearning_dataset_passes_keywords_on(old, tmp_path):
         file["terminals"] = file["timeouts"] = np.zeros(5, bool)
     rows = d4rl.qlearning_dataset(old.make(TASK), h5path=str(tmp_path / "a.hdf5"))
     assert rows["rewards"].tolist() == [0, 1, 2, 3]
+
+
+def test_gymnasiums_own_way_to_old_environments_leads_here(old):
+    d4rl = importlib.import_module("d4rl")
+    env = gymnasium.make("GymV21Environment-v0", env_id="ShimCounter-v0")
+    assert env.reset()[0].shape == (2,)
+    assert [env.step(np.zeros(1))[2:4] for _ in range(3)][-1] == (False, True)
+    task = gymnasium.make("GymV21Environment-v0", env_id=TASK)
+    raw = {k: np.zeros((5, 2), np.float32) for k in ("observations", "actions")}
+    raw |= {"rewards": np.zeros(5, np.float32), "terminals": np.zeros(5, bool)}
+    assert len(d4rl.qlearning_dataset(task, raw)["rewards"]) == 4
 
 
 def test_reference_scores_have_all_versions_and_adroit(old):

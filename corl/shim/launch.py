@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+
 from corl.shim.options import NAMES, PACKAGES, VARIABLE, Options, Unavailable
 
 
@@ -62,6 +64,7 @@ def installed(options: Options | None = None) -> Iterator[dict[str, Any]]:
             _variables(**{VARIABLE: options.variable(), "PYTHONPATH": path})
         )
         before, search = _taken(NAMES), list(sys.path)
+        known = dict(gymnasium.registry)
         try:
             sys.path.insert(0, str(PACKAGES))
             if options.log is not None:
@@ -71,6 +74,7 @@ def installed(options: Options | None = None) -> Iterator[dict[str, Any]]:
             yield importlib.import_module("wandb").summary
         finally:
             _taken(NAMES)
+            gymnasium.registry.update(known)
             sys.path[:] = search
             sys.modules.update(before)
 

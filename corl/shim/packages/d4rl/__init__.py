@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import _shim_path  # noqa: F401  (first: it finds corl)
+import gymnasium
 import numpy as np
 from _shim_names import missing
 
@@ -52,6 +53,9 @@ def qlearning_dataset(
             is then the first one of the next episode.
         options: of `env.get_dataset`.
     """
+    if isinstance(env, gymnasium.Env):
+        # Of gymnasium's `GymV21Environment-v0`.
+        env = vars(env.unwrapped)["old"]
     if dataset is None and not terminate_on_end and not options:
         return find_dataset(env.task).arrays
     raw = env.get_dataset(**options) if dataset is None else dataset

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,10 @@ OLD_MUJOCO = (
     "Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|InvertedDoublePendulum|"
     "InvertedPendulum|Pusher|Reacher|Swimmer|Walker2d"
 )
+
+
+class UnknownKeyword(Unavailable, TypeError):
+    """A keyword that an environment does not take; as a TypeError, a script may try without."""
 
 
 @dataclass
@@ -191,6 +196,18 @@ def _gymnasium(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
     if hasattr(base, "model"):
         physics.restore_contact_margin(base.model)
     return env
+
+
+def for_gymnasium(env_id: str, **kwargs: Any) -> gymnasium.Env:
+    """What gymnasium's name `GymV21Environment-v0` makes: an environment of ours, for gymnasium."""
+    return envs.OldGymEnv(env_id, spec(env_id).max_episode_steps or sys.maxsize)
+
+
+for _name in ("GymV21Environment-v0", "GymV26Environment-v0"):
+    # Not by `register`, which warns of the entry that is there and asks for a package.
+    gymnasium.registry[_name] = gymnasium.envs.registration.EnvSpec(
+        _name, entry_point="gym.envs.registration:for_gymnasium"
+    )
 
 
 def api() -> str:

@@ -89,7 +89,6 @@ ENTRIES = (
         "8791ad7",
         ("main.py --env {task} --max_timesteps 200 --eval_freq 200",),
         rf"D4RL score: {NUMBER}",
-        nth=2,
     ),
     Entry(
         "nissymori/JAX-CORL",

@@ -169,7 +169,7 @@ def _base(found: EnvSpec, kwargs: dict[str, Any]) -> Any:
     if known is None:
         if kwargs:
             words = ", ".join(kwargs)
-            raise Unavailable(
+            raise UnknownKeyword(
                 f"the shim's {found.id} does not take the keywords {words}"
             )
         return importlib.import_module("d4rl.offline_env").make(found.id)

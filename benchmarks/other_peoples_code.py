@@ -185,8 +185,10 @@ ENTRIES = (
     Entry(
         "liuxhym/EDIS",
         "28bf16d",
-        ("algorithms/iql_edis.py --env {task}",),
-        rf"normalized_score\W+{NUMBER}",
+        # Every 250th step up to its first evaluation.
+        (f"{SHORT} 1200010=0:50001:250 algorithms/iql_edis.py --env {{task}}",),
+        rf"D4RL score: {NUMBER}",
+        variables="PYTHONPATH=.",
     ),
     Entry(
         "QinwenLuo/SSAR",
@@ -271,7 +273,7 @@ ENTRIES = (
             "main.py --env hopper-medium-v2 --pretrain_timesteps 201 --eval_freq 200"
             " --max_timesteps 200 --num_updates 1",
         ),
-        rf"[sS]core\W+{NUMBER}",
+        rf'pretrain_evaluation/": {{"d4rl": {NUMBER}',
         nth=2,
     ),
     Entry(

@@ -2,8 +2,8 @@
 
     python -m corl.shim benchmarks/short_loops.py 10000=200 train_critic.py --env hopper-medium-v2
 
-Each `range(10000)` in the file of the script, and only there, is `range(200)`. The file is not
-changed. `other_peoples_code.py` names this where it is used.
+Each `range(10000)` in the file of the script, and only there, is `range(200)`. `10000=0:5001:25` is
+`range(0, 5001, 25)`. The file is not changed. `other_peoples_code.py` names this where it is used.
 """
 
 import runpy
@@ -11,21 +11,21 @@ import sys
 from pathlib import Path
 
 
-def shorter(lengths: dict[int, int]):
+def shorter(lengths: dict[int, range]):
     """`range` that knows some lengths as others."""
 
     def made(*bounds: int) -> range:
-        return range(lengths[bounds[0]]) if bounds[0] in lengths else range(*bounds)
+        return lengths[bounds[0]] if bounds[0] in lengths else range(*bounds)
 
     return made
 
 
 def main() -> None:
-    lengths = {}
+    lengths: dict[int, range] = {}
     words = sys.argv[1:]
     while words and "=" in words[0]:
         old, _, new = words.pop(0).partition("=")
-        lengths[int(old)] = int(new)
+        lengths[int(old)] = range(*map(int, new.split(":")))
     sys.argv = words
     # In the place of our folder, which the script has no use for.
     ours = str(Path(__file__).resolve().parent)

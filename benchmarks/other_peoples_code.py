@@ -118,9 +118,9 @@ ENTRIES = (
         "thuml/SPOT",
         "4be91cc",
         (
-            "train_vae.py --env hopper --dataset medium --num_iters 200",
+            "train_vae.py --env hopper --dataset medium --num_iters 10000",
             "main.py --env {task} --max_timesteps 200 --eval_freq 200 --eval_episodes 1"
-            " --vae_model_path PATTERN:runs/train_vae/*/*/*.pt",
+            " --vae_model_path PATTERN:runs/train_vae/*/*/model/*.pt",
         ),
         rf"D4RL score: {NUMBER}",
         options="--cuda-is-cpu",
@@ -576,11 +576,23 @@ def run_entry(
     return Outcome(True, f"{value:.4g}", seconds)
 
 
+def read(path: Path) -> dict[Entry, Outcome]:
+    """The outcomes of earlier calls in the order of the table; the last of each counts."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = {}
+    for line in lines:
+        fields = json.loads(line)
+        repository = fields.pop("repository")
+        known[repository] = Outcome(**fields)
+    return {e: known[e.repository] for e in ENTRIES if e.repository in known}
+
+
 def table(results: dict[Entry, Outcome]) -> str:
     """The table in Markdown."""
     rows = ["| repository | commit | outcome | evaluation, or first fault | s |"]
     rows.append("|---|---|---|---|---:|")
-    for entry, outcome in results.items():
+    for entry in ENTRIES:
+        outcome = results.get(entry, Outcome(False, "not tried", 0.0))
         word = "runs" if outcome.runs else "fails"
         words = outcome.words.replace("|", "\\|")
         cells = (entry.repository, entry.commit, word, words, f"{outcome.seconds:.0f}")
@@ -615,25 +627,26 @@ def main() -> None:
     parser.add_argument("--limit", type=seconds, default=180.0, help="seconds a command")
     parser.add_argument("--keep", type=arguments.path, help="folder for what they print")
     parser.add_argument(
-        "--json", type=arguments.path, help="add the outcomes to this file"
+        "--json",
+        type=arguments.path,
+        help="file of outcomes: those in it stand in the table too",
     )
     args = parser.parse_args()
-    wanted = [
-        e for e in ENTRIES if not args.only or any(o in e.repository for o in args.only)
-    ]
-    results = {}
-    for entry in wanted:
-        results[entry] = run_entry(
-            entry, args.checkouts, args.python, args.limit, args.keep
-        )
-        print(f"{entry.repository}: {results[entry]}", file=sys.stderr, flush=True)
+    results = read(args.json) if args.json else {}
+    for entry in ENTRIES:
+        if args.only and not any(part in entry.repository for part in args.only):
+            continue
+        outcome = run_entry(entry, args.checkouts, args.python, args.limit, args.keep)
+        results[entry] = outcome
+        print(f"{entry.repository}: {outcome}", file=sys.stderr, flush=True)
         if args.json:
             with open(args.json, "a") as file:
-                fields = {"repository": entry.repository, **vars(results[entry])}
+                fields = {"repository": entry.repository, **vars(outcome)}
                 file.write(json.dumps(fields) + "\n")
     print(table(results))
     count = sum(outcome.runs for outcome in results.values())
-    print(f"\n{count} of {len(results)} run. {json.dumps(machine.describe())}")
+    print(f"\n{count} of {len(ENTRIES)} run. {json.dumps(machine.describe())}\n")
+    print(commands(list(ENTRIES)))
 
 
 if __name__ == "__main__":

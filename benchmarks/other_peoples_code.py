@@ -294,25 +294,28 @@ ENTRIES = (
         "jannerm/trajectory-transformer",
         "8834a6e",
         (
-            "scripts/train.py --dataset {task} --device cpu --n_epochs_ref 0.06"
+            "scripts/train.py --dataset {task} --device cpu --n_epochs_ref 0.0091"
             " --n_saves 1 --batch_size 32 --n_layer 1 --n_embd 8",
             "scripts/plan.py --dataset {task} --device cpu --gpt_loadpath gpt/azure"
-            " --horizon 2 --beam_width 4 --vis_freq 100000",
+            " --horizon 2 --beam_width 4 --renderer DebugRenderer",
         ),
-        rf"score: {NUMBER}",
+        rf'"score": {NUMBER}',
+        written="**/rollout.json",
+        data=FEW,
     ),
     Entry(
         "jannerm/diffuser",
         "7ea4228",
         (
             "scripts/train.py --dataset {task} --device cpu --n_train_steps 200"
-            " --n_steps_per_epoch 200 --n_saves 1 --sample_freq 0 --batch_size 4",
+            " --n_steps_per_epoch 200 --n_saves 1 --sample_freq 0 --batch_size 4 --save_freq 199",
             "scripts/train_values.py --dataset {task} --device cpu --n_train_steps 200"
-            " --n_steps_per_epoch 200 --n_saves 1 --batch_size 4",
+            " --n_steps_per_epoch 200 --n_saves 1 --batch_size 4 --save_freq 199",
             "scripts/plan_guided.py --dataset {task} --device cpu --batch_size 2"
             " --n_guide_steps 1 --vis_freq 100000",
         ),
-        rf"score: {NUMBER}",
+        rf'"score": {NUMBER}',
+        written="**/rollout.json",
     ),
     Entry(
         "CleanDiffuserTeam/CleanDiffuser",
@@ -549,9 +552,7 @@ def run_entry(
         return Outcome(False, f"no checkout {owner_name}", 0.0)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / owner_name
-        shutil.copytree(
-            source, copy, ignore=shutil.ignore_patterns(".git"), symlinks=True
-        )
+        shutil.copytree(source, copy, symlinks=True)
         place, log = copy / entry.folder, Path(folder) / "log.jsonl"
         if entry.copied:
             theirs, _, made = entry.copied.partition("=")

@@ -212,7 +212,7 @@ ENTRIES = (
         "nakamotoo/Cal-QL",
         "ac6eafe",
         (
-            "-m JaxCQL.conservative_sac_main --env {task} --n_pretrain_epochs 1"
+            "-m JaxCQL.conservative_sac_main --env antmaze-umaze-v2 --n_pretrain_epochs 1"
             " --n_train_step_per_epoch_offline 200 --eval_n_trajs 1"
             " --max_online_env_steps 1000",
         ),

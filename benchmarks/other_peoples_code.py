@@ -118,7 +118,7 @@ ENTRIES = (
         "thuml/SPOT",
         "4be91cc",
         (
-            "train_vae.py --env hopper --dataset medium --num_iters 10000",
+            "train_vae.py --env hopper --dataset medium --num_iters 200",
             "main.py --env {task} --max_timesteps 200 --eval_freq 200 --eval_episodes 1"
             " --vae_model_path PATTERN:runs/train_vae/*/*/model/*.pt",
         ),
@@ -364,7 +364,6 @@ ENTRIES = (
         ),
         rf'normalized_return": {NUMBER}',
         variables=FROZEN,
-        options="--old-jax",
     ),
     Entry(
         "Div99/XQL",
@@ -384,7 +383,6 @@ ENTRIES = (
             " --eval_interval=1200 --eval_episodes=1 --config=configs/rlpd_config.py",
         ),
         rf'evaluation/return": {NUMBER}',
-        options="--old-jax",
     ),
     Entry(
         "philippe-eecs/IDQL",

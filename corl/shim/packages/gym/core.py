@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import gymnasium
-import mujoco
-import numpy as np
 
-from corl.shim.options import Unavailable, current
+from corl.shim.options import current
+from gym.simulation import Simulation
 
 ObsType = TypeVar("ObsType")
 ActType = TypeVar("ActType")
@@ -74,69 +73,6 @@ class Env(Generic[ObsType, ActType]):
     def __str__(self) -> str:
         name = type(self).__name__
         return f"<{name} instance>" if self.spec is None else f"<{name}<{self.spec.id}>>"
-
-
-class Simulation:
-    """mujoco_py's `MjSim`, as far as scripts read it: state, model, data, pictures."""
-
-    def __init__(self, model: Any, data: Any):
-        self.model, self.data = model, data
-        self._renderers: dict[tuple[int, int], Any] = {}
-
-    def forward(self) -> None:
-        """Compute what follows from positions and velocities."""
-        mujoco.mj_forward(self.model, self.data)
-
-    def step(self) -> None:
-        """Simulate one of MuJoCo's time steps."""
-        mujoco.mj_step(self.model, self.data)
-
-    def reset(self) -> None:
-        """Go back to the model's first state."""
-        mujoco.mj_resetData(self.model, self.data)
-
-    def get_state(self) -> "SimulationState":
-        """Copies of time, positions and velocities."""
-        data = self.data
-        return SimulationState(data.time, data.qpos.copy(), data.qvel.copy())
-
-    def set_state(self, state: "SimulationState") -> None:
-        """Take a state of `get_state` over."""
-        self.data.time = state.time
-        self.data.qpos[:], self.data.qvel[:] = state.qpos, state.qvel
-
-    def render(
-        self,
-        width: int = 256,
-        height: int = 256,
-        camera_name: str | None = None,
-        camera_id: int | None = None,
-        mode: str = "offscreen",
-        depth: bool = False,
-    ) -> np.ndarray:
-        """A picture (height, width, 3) of bytes, its first row at the bottom as in mujoco_py."""
-        if depth:
-            raise Unavailable("the shim does not provide depth pictures")
-        if (width, height) not in self._renderers:
-            made = mujoco.Renderer(self.model, height=height, width=width)
-            self._renderers[width, height] = made
-        renderer = self._renderers[width, height]
-        camera = camera_name if camera_name is not None else camera_id
-        renderer.update_scene(self.data, camera=-1 if camera is None else camera)
-        return renderer.render()[::-1]
-
-
-class SimulationState:
-    """mujoco_py's `MjSimState`."""
-
-    def __init__(self, time: float, qpos: np.ndarray, qvel: np.ndarray):
-        self.time, self.qpos, self.qvel = time, qpos, qvel
-        self.act = None
-        self.udd_state: dict[str, Any] = {}
-
-    def flatten(self) -> np.ndarray:
-        """Time, positions and velocities in one array."""
-        return np.concatenate([[self.time], self.qpos, self.qvel])
 
 
 class Adapter(Env):
@@ -223,7 +159,7 @@ def with_observation(result: Any, change: Callable[[Any], Any]) -> Any:
     return change(result)
 
 
-class Wrapper(Env):
+class Wrapper(Env[ObsType, ActType]):
     """What it does not define is the inner environment's; private names stay hidden."""
 
     def __init__(self, env: Any):
@@ -296,7 +232,7 @@ for _name in ("spec", "metadata", "reward_range", "action_space", "observation_s
     setattr(Wrapper, _name, _inner(_name))
 
 
-class ObservationWrapper(Wrapper):
+class ObservationWrapper(Wrapper[ObsType, ActType]):
     """Gives `observation(x)` in place of every observation x."""
 
     def reset(self, **options: Any) -> Any:
@@ -313,7 +249,7 @@ class ObservationWrapper(Wrapper):
         raise NotImplementedError
 
 
-class RewardWrapper(Wrapper):
+class RewardWrapper(Wrapper[ObsType, ActType]):
     """Gives `reward(r)` in place of every reward r."""
 
     def step(self, action: Any) -> tuple:
@@ -326,7 +262,7 @@ class RewardWrapper(Wrapper):
         raise NotImplementedError
 
 
-class ActionWrapper(Wrapper):
+class ActionWrapper(Wrapper[ObsType, ActType]):
     """Takes `action(a)` in place of every action a."""
 
     def step(self, action: Any) -> tuple:

@@ -9,7 +9,8 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from corl import physics
-from gym.core import Env, Simulation
+from gym.core import Env
+from gym.simulation import Simulation
 
 ASSETS = Path(gymnasium.envs.mujoco.__file__).parent / "assets"
 

@@ -72,7 +72,8 @@ gymnasium.register("ShimCounter-v3", entry_point=Counter, max_episode_steps=3)
 def test_submodules_are_real_and_their_classes_the_same(old):
     names = "spaces.box spaces.dict utils.seeding utils.ezpickle error vector.vector_env"
     names += " envs.registration envs.mujoco.mujoco_env envs.classic_control.acrobot"
-    names += " logger version wrappers.time_limit wrappers.record_episode_statistics"
+    names += " wrappers.monitoring.video_recorder logger version wrappers.time_limit"
+    names += " wrappers.record_episode_statistics"
     for name in names.split():
         importlib.import_module(f"gym.{name}")
     box = importlib.import_module("gym.spaces.box").Box
@@ -149,6 +150,7 @@ def test_unwrapped_still_knows_task_and_data(old):
     env = old.make(TASK).unwrapped
     assert env.get_normalized_score(3234.3) == pytest.approx(1.0)
     assert env.spec.id == TASK and callable(env.get_dataset)
+    assert (env.spec.name, env.spec.version) == ("hopper-medium", 2)
 
 
 def test_plain_names_are_gymnasiums_with_keywords(old):

@@ -39,6 +39,17 @@ class EnvSpec:
     max_episode_steps: int | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """The name without its version."""
+        return re.sub(r"-v\d+$", "", self.id)
+
+    @property
+    def version(self) -> int | None:
+        """The version; None where the name has none."""
+        found = re.search(r"-v(\d+)$", self.id)
+        return int(found[1]) if found else None
+
     def make(self, **kwargs: Any) -> Any:
         """`gym.make` of this name."""
         return make(self.id, **kwargs)

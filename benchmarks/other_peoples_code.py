@@ -122,7 +122,7 @@ ENTRIES = (
             "main.py --env {task} --max_timesteps 200 --eval_freq 200 --eval_episodes 1"
             " --vae_model_path PATTERN:runs/train_vae/*/*/model/*.pt",
         ),
-        rf"D4RL score: {NUMBER}",
+        rf"Evaluation over 1 episodes: {NUMBER}",
         options="--cuda-is-cpu",
     ),
     Entry(
@@ -189,6 +189,7 @@ ENTRIES = (
         (f"{SHORT} 1200010=0:50001:250 algorithms/iql_edis.py --env {{task}}",),
         rf"D4RL score: {NUMBER}",
         variables="PYTHONPATH=.",
+        options="--cuda-is-cpu",
     ),
     Entry(
         "QinwenLuo/SSAR",
@@ -301,6 +302,8 @@ ENTRIES = (
         ),
         rf'"score": {NUMBER}',
         written="**/rollout.json",
+        variables="PYTHONPATH=.",
+        options="--old-python",
         data=FEW,
     ),
     Entry(
@@ -316,6 +319,8 @@ ENTRIES = (
         ),
         rf'"score": {NUMBER}',
         written="**/rollout.json",
+        variables="PYTHONPATH=.",
+        options="--old-python",
     ),
     Entry(
         "CleanDiffuserTeam/CleanDiffuser",
@@ -346,6 +351,7 @@ ENTRIES = (
         "198d570",
         ("-m scripts.sac --env_name {task} --epoch 1 --num_qs 2",),
         rf"evaluation/Average Returns\W+{NUMBER}",
+        options="--cuda-is-cpu",
     ),
     Entry(
         "ikostrikov/implicit_q_learning",

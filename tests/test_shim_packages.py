@@ -1,6 +1,7 @@
 """What other people's scripts ask of gym, d4rl and wandb beyond CORL's, one test for each."""
 
 import argparse
+import collections
 import copy
 import dataclasses
 import importlib
@@ -641,6 +642,14 @@ def test_what_goes_to_cuda_stays_on_the_cpu(tmp_path):
         assert {out.device.type, net.weight.grad.device.type} == {"cpu"}
         assert torch.equal(loaded["weight"], net.weight)
         assert torch.tensor([1.0], device=device).device.type == "cpu"
+
+
+def test_removed_names_of_collections_are_there_on_request():
+    assert not hasattr(collections, "Mapping")
+    with patches.applied(Options(old_python=True)):
+        assert isinstance({}, collections.Mapping) and collections.Callable
+        assert collections.OrderedDict is not None
+    assert not hasattr(collections, "Mapping")
 
 
 def test_removed_names_of_numpy_are_there_on_request():

@@ -28,6 +28,7 @@ def parser() -> arguments.Parser:
     add("--gym-api", choices=APIS, default="0.23", help=api)
     add("--cuda-is-cpu", action="store_true", help="what goes to CUDA stays on the CPU")
     old = "names are there again that {} has removed"
+    add("--old-python", action="store_true", help=old.format("Python's `collections`"))
     add("--old-numpy", action="store_true", help=old.format("numpy"))
     add("--old-jax", action="store_true", help=old.format("JAX"))
     return made
@@ -38,7 +39,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
     So a flag of the script is never taken for one of the shim.
     """
-    flags = ("--cuda-is-cpu", "--old-numpy", "--old-jax", "--help", "-h")
+    flags = ("--cuda-is-cpu", "--old-python", "--old-numpy", "--old-jax", "--help", "-h")
     place = 0
     while place < len(argv) and argv[place].startswith("-") and argv[place] != "-m":
         alone = argv[place] in flags or "=" in argv[place]

@@ -31,7 +31,8 @@ class Options:
     gym_api: str = "0.23"
     # Tensors that the script sends to CUDA stay on the CPU.
     cuda_is_cpu: bool = False
-    # Names that numpy 1.24, JAX 0.4.26 and later have removed are there again.
+    # Names that Python 3.10, numpy 1.24, JAX 0.4.26 and later have removed are there again.
+    old_python: bool = False
     old_numpy: bool = False
     old_jax: bool = False
 

@@ -1,8 +1,10 @@
-"""Changes of torch, numpy and JAX that old scripts need, taken back afterwards."""
+"""Changes of Python, torch, numpy and JAX that old scripts need, taken back afterwards."""
 
+import collections
 import importlib
 import importlib.util
 import sys
+from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -60,6 +62,9 @@ def applied(options: Options) -> Iterator[None]:
         if options.cuda_is_cpu:
             stack.enter_context(_attributes(_cuda_calls()))
             stack.enter_context(_OnTheCpu())
+        if options.old_python:
+            names = {name: getattr(abc, name) for name in abc.__all__}
+            stack.enter_context(_attributes(_missing(collections, names)))
         if options.old_numpy:
             stack.enter_context(_attributes(_missing(np, NUMPY)))
         if options.old_jax:

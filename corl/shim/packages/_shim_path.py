@@ -17,7 +17,7 @@ if "corl" not in sys.modules:
 from corl.shim.options import current  # noqa: E402
 
 options = current()
-if options.cuda_is_cpu or options.old_numpy or options.old_jax:
+if any((options.cuda_is_cpu, options.old_python, options.old_numpy, options.old_jax)):
     # Not without need: this imports torch, which takes seconds.
     from corl.shim import patches
 

@@ -295,15 +295,15 @@ ENTRIES = (
         "jannerm/trajectory-transformer",
         "8834a6e",
         (
-            "scripts/train.py --dataset {task} --device cpu --n_epochs_ref 0.0091"
-            " --n_saves 1 --batch_size 32 --n_layer 1 --n_embd 8",
+            f"{SHORT} 334=3 scripts/train.py --dataset {{task}} --device cpu"
+            " --n_epochs_ref 1 --n_saves 111 --batch_size 32 --n_layer 1 --n_embd 8",
             "scripts/plan.py --dataset {task} --device cpu --gpt_loadpath gpt/azure"
             " --horizon 2 --beam_width 4 --renderer DebugRenderer",
         ),
         rf'"score": {NUMBER}',
         written="**/rollout.json",
         variables="PYTHONPATH=.",
-        options="--old-python",
+        options="--old-python --old-numpy",
         data=FEW,
     ),
     Entry(
@@ -320,7 +320,7 @@ ENTRIES = (
         rf'"score": {NUMBER}',
         written="**/rollout.json",
         variables="PYTHONPATH=.",
-        options="--old-python",
+        options="--old-python --old-numpy",
     ),
     Entry(
         "CleanDiffuserTeam/CleanDiffuser",
@@ -351,7 +351,7 @@ ENTRIES = (
         "198d570",
         ("-m scripts.sac --env_name {task} --epoch 1 --num_qs 2",),
         rf"evaluation/Average Returns\W+{NUMBER}",
-        options="--cuda-is-cpu",
+        options="--cuda-is-cpu --old-numpy",
     ),
     Entry(
         "ikostrikov/implicit_q_learning",

@@ -87,9 +87,11 @@ def _as_program(first: str, argv: Sequence[str]) -> Iterator[None]:
     the script's; `corl` is imported already.
     """
     before, ours = sys.argv, Path(__file__).resolve().parents[2]
-    asked = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    asked = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     # `python -m corl.shim` itself has put the current folder first.
-    hidden = {"", str(Path.cwd())} - set(asked) | {str(PACKAGES)}
+    hidden = {"", str(Path.cwd())} - {os.path.abspath(p) for p in asked} | {
+        str(PACKAGES)
+    }
     if ours.name not in ("site-packages", "dist-packages"):
         hidden.add(str(ours))
     kept = [entry for entry in sys.path if entry not in hidden]

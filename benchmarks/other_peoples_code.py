@@ -303,7 +303,7 @@ ENTRIES = (
         rf'"score": {NUMBER}',
         written="**/rollout.json",
         variables="PYTHONPATH=.",
-        options="--old-python --old-numpy",
+        options="--old-python --old-numpy --cuda-is-cpu",
         data=FEW,
     ),
     Entry(

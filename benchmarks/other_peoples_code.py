@@ -393,11 +393,7 @@ ENTRIES = (
     Entry(
         "philippe-eecs/IDQL",
         "7582571",
-        (
-            "examples/states/train_offline.py --env_name={task} --max_steps=200"
-            " --eval_interval=200 --eval_episodes=1 --notqdm --batch_size=256"
-            " --config=examples/states/configs/iql_mujoco_config.py",
-        ),
+        ("-m launcher.examples.train_ddpm_iql_offline --variant 0",),
         rf'eval/.*return": {NUMBER}',
         options="--old-jax",
     ),

@@ -11,11 +11,11 @@ import importlib
 import json
 import sys
 
-from corl import shim
+from corl.shim import launch
 
 
 def main() -> None:
-    with shim.installed():
+    with launch.installed():
         env = importlib.import_module("gym").make(sys.argv[1])
     facts = {
         "scores": [env.ref_min_score, env.ref_max_score],

@@ -19,18 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms import awac, spot, td3_bc
-from corl import checkpoints, envs, shim, tasks
+from corl import checkpoints, envs, tasks
 from corl.config import parse_config
 from corl.data import sources
+from corl.shim import launch
 from corl.shim.__main__ import main
-from corl.shim.options import PACKAGES, Options
+from corl.shim.options import PACKAGES, Options, Unavailable
 
 TASK = "hopper-medium-v2"
 
 
 @pytest.fixture
 def gym():
-    with shim.installed():
+    with launch.installed():
         import gym
 
         yield gym
@@ -38,7 +39,7 @@ def gym():
 
 @pytest.fixture(scope="module")
 def once():
-    with shim.installed():
+    with launch.installed():
         yield importlib.import_module("gym")
 
 
@@ -179,7 +180,7 @@ def test_wrappers_transform_and_let_the_rest_through(gym):
     "task, words", [("hopper-v9", "unknown task"), ("pen-human-v1", "pen physics")]
 )
 def test_a_task_without_environment_is_refused(gym, task, words):
-    with pytest.raises(shim.Unavailable, match=words):
+    with pytest.raises(Unavailable, match=words):
         gym.make(task)
 
 
@@ -247,7 +248,7 @@ def test_qlearning_dataset_is_d4rls(once, draw, terminate_on_end, stores_timeout
 @pytest.mark.parametrize("terminate_on_end", [False, True])
 def test_a_tasks_own_data_is_found_and_fresh(data, terminate_on_end):
     path, raw = data
-    with shim.installed(Options("file", str(path))):
+    with launch.installed(Options("file", str(path))):
         import d4rl
         import gym
 
@@ -264,11 +265,11 @@ def test_a_tasks_own_data_is_found_and_fresh(data, terminate_on_end):
 
 def test_missing_data_is_unavailable(monkeypatch, tmp_path):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    with shim.installed(Options("d4rl_dir")):
+    with launch.installed(Options("d4rl_dir")):
         import d4rl
         import gym
 
-        with pytest.raises(shim.Unavailable, match="hopper_medium-v2.hdf5"):
+        with pytest.raises(Unavailable, match="hopper_medium-v2.hdf5"):
             d4rl.qlearning_dataset(gym.make(TASK))
 
 
@@ -295,7 +296,9 @@ def test_the_stand_ins_leave_no_trace(monkeypatch, fails):
     before = torch.load, list(sys.path), dict(os.environ)
     others = sys.modules.get("gym")
     try:
-        with shim.installed(Options("file", "x.hdf5", old_numpy=True, cuda_is_cpu=True)):
+        with launch.installed(
+            Options("file", "x.hdf5", old_numpy=True, cuda_is_cpu=True)
+        ):
             assert importlib.import_module("gym.wrappers").TransformReward
             assert sys.modules["gym"] is not others
             assert sys.modules["wandb"] is not theirs and torch.load is not before[0]
@@ -389,7 +392,7 @@ def test_a_foreign_class_in_a_checkpoint_is_refused_in_a_script(tmp_path):
         "torch.load(sys.argv[1])\n"
     )
     with pytest.raises(Exception, match="[Ww]eights.only"):
-        shim.run_file(script, [str(tmp_path / "checkpoint.pt"), str(marker)])
+        launch.run_file(script, [str(tmp_path / "checkpoint.pt"), str(marker)])
     assert not marker.exists()
 
 
@@ -576,14 +579,14 @@ def test_upstream_scripts_run_and_their_checkpoints_load_both_ways(tmp_path, dat
     flags = [*UPSTREAM[name].split(), "--env", TASK, "--device", "cpu"]
     flags += ["--buffer_size", "1000", "--batch_size", "16", "--checkpoints_path"]
     options = Options(path=str(data[0]))
-    summary = shim.run_file(script, [*flags, str(tmp_path / "a")], options)
+    summary = launch.run_file(script, [*flags, str(tmp_path / "a")], options)
     assert any("d4rl_normalized_score" in key for key in summary)
     saved = max(tmp_path.glob("a/*/checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
     state = checkpoints.load_corl_checkpoint(saved)
     out = tmp_path / "checkpoint_9.pt"
     checkpoints.save_corl_checkpoint(out, state)
     flags += [str(tmp_path / "b"), "--load_model", str(out)]
-    shim.run_file(script, flags, options)
+    launch.run_file(script, flags, options)
     (again, *_) = sorted(tmp_path.glob("b/*/checkpoint_*.pt"))
     again = checkpoints.load_corl_checkpoint(again)
     assert again["total_it"] > state["total_it"]
@@ -622,7 +625,7 @@ def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, name):
     flags = flags.split()
     script = Path(CORL_DIR) / "algorithms" / f"{name}.py"
     options = Options(path=str(data[0]))
-    shim.run_file(script, [*flags, str(tmp_path / "theirs")], options)
+    launch.run_file(script, [*flags, str(tmp_path / "theirs")], options)
     own = ["--compat", "true", "--threads", "1", "--compile", "false"]
     own += ["--dataset_path", str(data[0]), "--runs_dir"]
     argv = [*flags, str(tmp_path / "ours"), *own, str(tmp_path / "runs")]

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from corl import envs, shim, tasks
-from corl.shim import patches
+from corl import envs, tasks
+from corl.shim import launch, patches
 from corl.shim.__main__ import lacking, main, split
-from corl.shim.options import Options
+from corl.shim.options import Options, Unavailable
 
 ROOT = Path(__file__).parent.parent
 TASK, NEVER_FALLS = "hopper-medium-v2", "halfcheetah-medium-v2"
@@ -30,13 +30,13 @@ TASK, NEVER_FALLS = "hopper-medium-v2", "halfcheetah-medium-v2"
 @pytest.fixture(scope="module")
 def old():
     """gym 0.23, for all tests of this file that change nothing of it."""
-    with shim.installed():
+    with launch.installed():
         yield importlib.import_module("gym")
 
 
 @pytest.fixture
 def new():
-    with shim.installed(Options(gym_api="0.26")):
+    with launch.installed(Options(gym_api="0.26")):
         yield importlib.import_module("gym")
 
 
@@ -167,7 +167,7 @@ def test_plain_names_are_gymnasiums_with_keywords(old):
     # Scripts try a keyword and go on without it.
     with pytest.raises(TypeError, match=f"{TASK} does not take the keywords seed"):
         old.make(TASK, seed=1)
-    with pytest.raises(shim.Unavailable, match="unknown task 'Hoper-v2'"):
+    with pytest.raises(Unavailable, match="unknown task 'Hoper-v2'"):
         old.make("Hoper-v2")
 
 
@@ -380,7 +380,7 @@ def test_monitors_record_nothing_and_let_through(old):
     env = old.wrappers.Monitor(old.make("ShimCounter-v0"), "./video", force=True)
     assert env.reset().tolist() == [0, 0] and env.step([1.0])[1] == 1.0
     assert old.wrappers.RecordVideo(env, "v").step([1.0])[1] == 2.0
-    with pytest.raises(shim.Unavailable, match="PixelObservationWrapper"):
+    with pytest.raises(Unavailable, match="PixelObservationWrapper"):
         old.wrappers.PixelObservationWrapper(env)
 
 
@@ -540,7 +540,7 @@ def test_every_unknown_name_of_wandb_does_nothing(old):
 
 
 def test_wandb_logs_what_is_no_number_as_text(tmp_path):
-    with shim.installed(Options(log=str(tmp_path / "log"))) as summary:
+    with launch.installed(Options(log=str(tmp_path / "log"))) as summary:
         wandb = importlib.import_module("wandb")
         wandb.init()
         wandb.log({"picture": wandb.Image(1), "a": {"b": np.float32(2)}}, 7)

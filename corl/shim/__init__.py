@@ -12,8 +12,3 @@ Options of the shim stand before the script or `-m`; docs/shim.md has them, and 
 runs. Start states come from gymnasium's generators, so a seed gives other episodes than it did
 with old gym.
 """
-
-from corl.shim.launch import installed, run_file, run_module
-from corl.shim.options import Options, Unavailable
-
-__all__ = ["Options", "Unavailable", "installed", "run_file", "run_module"]

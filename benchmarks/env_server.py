@@ -7,14 +7,16 @@ the task's reference scores. Then each line of input, a JSON value, is answered 
 begins an episode and gives the observation, an action (A,) gives observation, reward and done.
 """
 
+import importlib
 import json
 import sys
 
-from corl import d4rl_shim
+from corl.shim import launch
 
 
 def main() -> None:
-    env = d4rl_shim.TaskEnv(sys.argv[1])
+    with launch.installed():
+        env = importlib.import_module("gym").make(sys.argv[1])
     facts = {
         "scores": [env.ref_min_score, env.ref_max_score],
         "sizes": [env.task.state_dim, env.task.action_dim],

@@ -36,7 +36,8 @@ from algorithms import (
     spot,
     td3_bc,
 )
-from corl import arguments, d4rl_shim, machine
+from corl import arguments, machine
+from corl.shim import launch
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
 from corl_dare.upstream import ExchangedBuffer
@@ -47,7 +48,7 @@ S, A, B, ROWS, UPDATES, TASK = 11, 3, 256, 2000, 20, "hopper-medium-v2"
 
 def load(path: Path) -> SimpleNamespace:
     """The names that an upstream file defines; nothing is run."""
-    with d4rl_shim.installed():
+    with launch.installed():
         return SimpleNamespace(**runpy.run_path(str(path), run_name="upstream"))
 
 

@@ -1,4 +1,4 @@
-"""Run unmodified CORL scripts through `corl.d4rl_shim`; one row per script.
+"""Run unmodified CORL scripts through `corl.shim`; one row per script.
 
     python benchmarks/upstream_table.py PATH/TO/CORL [--out results/upstream/hopper.csv]
 
@@ -69,7 +69,7 @@ def run(corl: Path, name: str, seed: int) -> dict:
     flags = [*COMMON, *flags, "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        command = [sys.executable, "-m", "corl.d4rl_shim", "--log", str(log)]
+        command = [sys.executable, "-m", "corl.shim", "--log", str(log)]
         start = time.perf_counter()
         subprocess.run(
             [*command, str(script), *flags],

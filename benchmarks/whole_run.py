@@ -149,7 +149,7 @@ def upstream(plan: Plan) -> Numbers:
     path = plan.dataset.provenance["path"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        shim = [sys.executable, "-m", "corl.d4rl_shim", "--log", log]
+        shim = [sys.executable, "-m", "corl.shim", "--log", log]
         command = [*shim, "--dataset_path", path, script, *plan.lengths]
         found = measured(command, "Online tuning")
         lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -26,6 +26,8 @@ SOURCES = (
 )
 PERSON = ("-c", "user.name=n", "-c", "user.email=e@x.org")
 SAYS = "from corl import machine; print(machine.git_commit(), machine.versions()['corl-dare'])"
+# A script under the shim, which brings packages that are none to pip.
+RUNS = "import sys; from corl.shim.__main__ import main; main([sys.argv[1]])"
 
 
 def run(*words, cwd):
@@ -87,6 +89,20 @@ def install(source, users):
 def test_an_installed_package_says_the_commit_it_was_built_from(checkout, users):
     own = repository(checkout)
     assert install(checkout, users) == [own, corl.__version__]
+    script = users / "work.py"
+    script.write_text(
+        "import d4rl, gym.wrappers, wandb; print(gym.__file__, gym.__version__)"
+    )
+    place = users / "env" / "site"
+    variables = {**os.environ, "PYTHONPATH": str(place)}
+    words = [sys.executable, "-c", RUNS, str(script)]
+    said = subprocess.run(
+        words, cwd=users, env=variables, capture_output=True, text=True
+    )
+    assert said.stdout.split() == [
+        str(place / "corl/shim/packages/gym/__init__.py"),
+        "0.23.1",
+    ], said.stderr
     # Nothing came into the checkout that git could see, or Python could import.
     assert run("git", "status", "--porcelain", cwd=checkout) == ""
     assert not (checkout / "corl" / commit.RECORD).exists()

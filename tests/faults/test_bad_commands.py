@@ -13,7 +13,7 @@ NO_COUNT = ["0", "-1", "2.5", "nan", "many", "", str(10**12), str(10**30)]
 CARD, COLLECT = "corl.data.card", "corl.standin.collect"
 SAC, WALKER = "corl.standin.train_sac", "corl.standin.train_walker"
 SWEEP, REPORT = "experiments.sweep", "experiments.report"
-SHIM, CHECKPOINTS = "corl.d4rl_shim", "corl.checkpoints"
+SHIM, CHECKPOINTS = "corl.shim.__main__", "corl.checkpoints"
 SPEED, TABLE = "benchmarks.update_speed", "benchmarks.upstream_table"
 AGREEMENT, DATA = "benchmarks.decision_agreement", "benchmarks.dataset_speed"
 ACCURACY = "benchmarks.exchange_accuracy.run"
@@ -90,7 +90,11 @@ OTHERS = [
     (REPORT, ["write", "no/results"], "no/results"),
     (SHIM, ["no/script.py"], "no/script.py does not exist"),
     (SHIM, ["--dataset_source", "web", "x.py"], "web"),
-    (SHIM, [], "file"),
+    (SHIM, [], "file of a script"),
+    (SHIM, ["-m"], "-m and a module"),
+    (SHIM, ["-m", "no.module"], "no module no.module"),
+    (SHIM, ["--gym-api", "0.9", "x.py"], "0.9"),
+    (SHIM, ["--data", "x.py", "y.py"], "--data"),
     (CHECKPOINTS, ["export", "no/run", "--to", "corl"], "no/run.*does not exist"),
     (CHECKPOINTS, ["export", "no/run", "--to", "d3rlpy"], "d3rlpy"),
     (CHECKPOINTS, ["export", "no/run"], "--to"),

@@ -19,19 +19,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms import awac, spot, td3_bc
-from corl import checkpoints, d4rl_shim, envs, tasks
+from corl import checkpoints, envs, tasks
 from corl.config import parse_config
 from corl.data import sources
+from corl.shim import launch
+from corl.shim.__main__ import main
+from corl.shim.options import PACKAGES, Options, Unavailable
 
 TASK = "hopper-medium-v2"
 
 
 @pytest.fixture
 def gym():
-    with d4rl_shim.installed():
+    with launch.installed():
         import gym
 
         yield gym
+
+
+@pytest.fixture(scope="module")
+def once():
+    with launch.installed():
+        yield importlib.import_module("gym")
 
 
 def write_data(path, rows=160, episode=20, seed=0):
@@ -101,9 +110,8 @@ class LimitAndEnd(gymnasium.Env):
 
 
 def test_an_end_in_the_last_step_is_not_a_truncation(gym, monkeypatch):
-    limited = gymnasium.wrappers.TimeLimit(LimitAndEnd(), 1)
-    monkeypatch.setattr(envs, "make", lambda name: limited)
-    env = gym.make(TASK)
+    monkeypatch.setattr(envs, "make", lambda name: LimitAndEnd())
+    env = gym.make(TASK, max_episode_steps=1)
     env.reset()
     _, _, done, info = env.step(np.zeros(1))
     assert done is True and info["TimeLimit.truncated"] is False
@@ -161,7 +169,8 @@ def test_wrappers_transform_and_let_the_rest_through(gym):
     expected = twin.step(np.zeros(3))
     np.testing.assert_array_equal(state, (expected[0] - 1.0) / 2.0)
     assert reward == 10.0 * expected[1] and done is False
-    assert wrapped.action_space is env.action_space and wrapped.unwrapped is env
+    assert wrapped.action_space is env.action_space
+    assert wrapped.unwrapped is env.unwrapped is not env
     assert wrapped.get_normalized_score(3234.3) == env.get_normalized_score(3234.3)
     with pytest.raises(AttributeError, match="_max_episode_steps"):
         wrapped._max_episode_steps  # noqa: B018  (hidden in gym 0.23, too)
@@ -171,7 +180,7 @@ def test_wrappers_transform_and_let_the_rest_through(gym):
     "task, words", [("hopper-v9", "unknown task"), ("pen-human-v1", "pen physics")]
 )
 def test_a_task_without_environment_is_refused(gym, task, words):
-    with pytest.raises(d4rl_shim.Unavailable, match=words):
+    with pytest.raises(Unavailable, match=words):
         gym.make(task)
 
 
@@ -211,8 +220,8 @@ def d4rl_rule(raw, limit, terminate_on_end):
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(st.data(), st.booleans(), st.booleans())
-def test_qlearning_dataset_is_d4rls(draw, terminate_on_end, stores_timeouts):
+@given(draw=st.data(), terminate_on_end=st.booleans(), stores_timeouts=st.booleans())
+def test_qlearning_dataset_is_d4rls(once, draw, terminate_on_end, stores_timeouts):
     ends = draw.draw(st.lists(st.sampled_from([0, 0, 0, 1, 2, 3]), min_size=2))
     rng = np.random.default_rng(len(ends))
     raw = {
@@ -225,10 +234,11 @@ def test_qlearning_dataset_is_d4rls(draw, terminate_on_end, stores_timeouts):
     if stores_timeouts:
         raw["timeouts"] = np.array(ends) >= 2
     expected = d4rl_rule(raw, 1000, terminate_on_end)
-    env = None if stores_timeouts else d4rl_shim.TaskEnv(TASK)
     if not len(expected["rewards"]):
         return
-    got = d4rl_shim.qlearning_dataset(env, raw, terminate_on_end)
+    env = None if stores_timeouts else once.make(TASK)
+    d4rl = importlib.import_module("d4rl")
+    got = d4rl.qlearning_dataset(env, raw, terminate_on_end)
     assert set(got) == set(expected)
     for name, values in expected.items():
         assert got[name].dtype == (bool if name == "terminals" else np.float32)
@@ -238,7 +248,7 @@ def test_qlearning_dataset_is_d4rls(draw, terminate_on_end, stores_timeouts):
 @pytest.mark.parametrize("terminate_on_end", [False, True])
 def test_a_tasks_own_data_is_found_and_fresh(data, terminate_on_end):
     path, raw = data
-    with d4rl_shim.installed("file", path):
+    with launch.installed(Options("file", str(path))):
         import d4rl
         import gym
 
@@ -253,20 +263,22 @@ def test_a_tasks_own_data_is_found_and_fresh(data, terminate_on_end):
         np.testing.assert_array_equal(env.get_dataset()["timeouts"], raw["timeouts"])
 
 
-def test_missing_data_is_unavailable(gym, monkeypatch, tmp_path):
-    import d4rl
-
-    monkeypatch.setitem(d4rl_shim._origin, "source", "d4rl_dir")
+def test_missing_data_is_unavailable(monkeypatch, tmp_path):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    with pytest.raises(d4rl_shim.Unavailable, match="hopper_medium-v2.hdf5"):
-        d4rl.qlearning_dataset(gym.make(TASK))
+    with launch.installed(Options("d4rl_dir")):
+        import d4rl
+        import gym
+
+        with pytest.raises(Unavailable, match="hopper_medium-v2.hdf5"):
+            d4rl.qlearning_dataset(gym.make(TASK))
 
 
 def test_a_real_d4rl_package_does_not_meet_the_stand_ins(gym, monkeypatch):
     import d4rl
 
-    def resolve(task, **options):
+    def resolve(task, *given, **options):
         assert not {"gym", "d4rl", "wandb"} & set(sys.modules)
+        assert str(PACKAGES) not in sys.path
         sys.modules["d4rl"] = "the real one"
         return sources.Dataset(task, {"rewards": 1}, {}, {})
 
@@ -280,21 +292,26 @@ def test_a_real_d4rl_package_does_not_meet_the_stand_ins(gym, monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_stand_ins_leave_no_trace(monkeypatch, fails):
-    for name in d4rl_shim.MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "wandb", theirs := type(sys)("wandb"))
-    torch_load, origin = torch.load, dict(d4rl_shim._origin)
+    before = torch.load, list(sys.path), dict(os.environ)
+    others = sys.modules.get("gym")
     try:
-        with d4rl_shim.installed("file", "x.hdf5"):
+        with launch.installed(
+            Options("file", "x.hdf5", old_numpy=True, cuda_is_cpu=True)
+        ):
             assert importlib.import_module("gym.wrappers").TransformReward
-            assert sys.modules["wandb"] is not theirs and torch.load is not torch_load
+            assert sys.modules["gym"] is not others
+            assert sys.modules["wandb"] is not theirs and torch.load is not before[0]
+            assert np.float_ is np.float64 and torch.zeros(1).cuda().device.type == "cpu"
             if fails:
                 raise KeyError
     except KeyError:
         pass
-    assert not {"gym", "gym.wrappers", "d4rl"} & set(sys.modules)
-    assert sys.modules["wandb"] is theirs and torch.load is torch_load
-    assert d4rl_shim._origin == origin
+    assert sys.modules.get("gym") is others
+    assert sys.modules["wandb"] is theirs and not hasattr(np, "float_")
+    assert before == (torch.load, list(sys.path), dict(os.environ))
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1).cuda()
 
 
 SCRIPT = """
@@ -346,7 +363,7 @@ def test_a_script_in_corls_manner_runs(tmp_path, data, capsys):
     script.write_text(SCRIPT)
     options = ["--dataset_path", str(data[0]), "--log", str(log)]
     argv = list(sys.argv)
-    d4rl_shim.main([*options, str(script), TASK, str(tmp_path / "checkpoint.pt")])
+    main([*options, str(script), TASK, str(tmp_path / "checkpoint.pt")])
     assert sys.argv == argv
     first, last = [json.loads(line) for line in log.read_text().splitlines()]
     rows = len(d4rl_rule(data[1], 1000, False)["rewards"])
@@ -375,7 +392,7 @@ def test_a_foreign_class_in_a_checkpoint_is_refused_in_a_script(tmp_path):
         "torch.load(sys.argv[1])\n"
     )
     with pytest.raises(Exception, match="[Ww]eights.only"):
-        d4rl_shim.run_file(script, [str(tmp_path / "checkpoint.pt"), str(marker)])
+        launch.run_file(script, [str(tmp_path / "checkpoint.pt"), str(marker)])
     assert not marker.exists()
 
 
@@ -392,7 +409,7 @@ def test_what_cannot_be_had_ends_with_one_line(tmp_path, arguments, words):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     with pytest.raises(SystemExit) as caught:
-        d4rl_shim.main([str(script) if a == "SCRIPT" else a for a in arguments])
+        main([str(script) if a == "SCRIPT" else a for a in arguments])
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith("error: ")
 
@@ -401,7 +418,7 @@ def test_an_error_of_the_script_keeps_its_traceback(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("raise ValueError('mine')")
     with pytest.raises(ValueError, match="mine"):
-        d4rl_shim.main([str(script)])
+        main([str(script)])
 
 
 # ---------------------------------------------------------------- CORL's YAML files
@@ -561,14 +578,15 @@ def test_upstream_scripts_run_and_their_checkpoints_load_both_ways(tmp_path, dat
     script = Path(CORL_DIR) / "algorithms" / name
     flags = [*UPSTREAM[name].split(), "--env", TASK, "--device", "cpu"]
     flags += ["--buffer_size", "1000", "--batch_size", "16", "--checkpoints_path"]
-    run = d4rl_shim.run_file(script, [*flags, str(tmp_path / "a")], path=data[0])
-    assert any("d4rl_normalized_score" in key for key in run.summary)
+    options = Options(path=str(data[0]))
+    summary = launch.run_file(script, [*flags, str(tmp_path / "a")], options)
+    assert any("d4rl_normalized_score" in key for key in summary)
     saved = max(tmp_path.glob("a/*/checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
     state = checkpoints.load_corl_checkpoint(saved)
     out = tmp_path / "checkpoint_9.pt"
     checkpoints.save_corl_checkpoint(out, state)
     flags += [str(tmp_path / "b"), "--load_model", str(out)]
-    d4rl_shim.run_file(script, flags, path=data[0])
+    launch.run_file(script, flags, options)
     (again, *_) = sorted(tmp_path.glob("b/*/checkpoint_*.pt"))
     again = checkpoints.load_corl_checkpoint(again)
     assert again["total_it"] > state["total_it"]
@@ -606,7 +624,8 @@ def test_a_whole_run_is_upstreams_bit_for_bit(tmp_path, data, name):
     flags += "--batch_size 32 --device cpu --checkpoints_path"
     flags = flags.split()
     script = Path(CORL_DIR) / "algorithms" / f"{name}.py"
-    d4rl_shim.run_file(script, [*flags, str(tmp_path / "theirs")], path=data[0])
+    options = Options(path=str(data[0]))
+    launch.run_file(script, [*flags, str(tmp_path / "theirs")], options)
     own = ["--compat", "true", "--threads", "1", "--compile", "false"]
     own += ["--dataset_path", str(data[0]), "--runs_dir"]
     argv = [*flags, str(tmp_path / "ours"), *own, str(tmp_path / "runs")]

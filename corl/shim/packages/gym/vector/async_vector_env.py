@@ -1,0 +1,5 @@
+"""Old gym's place of `AsyncVectorEnv`."""
+
+from gym.vector import AsyncVectorEnv
+
+__all__ = ["AsyncVectorEnv"]

@@ -18,9 +18,8 @@ class SelectiveFields:
 
     # The trusted rows
     trust_by: str = "return"  # what is trusted: return, iql, success, all (see the docs)
-    trust_return: Optional[float] = (
-        None  # trajectories of a higher raw return; D4RL data
-    )
+    # Trajectories of a higher raw return; for D4RL's data
+    trust_return: Optional[float] = None
     # Best share of the trajectories; for self-collected data, or without trust_return
     trust_share: Optional[float] = 0.1
     trust_penalty: bool = True  # the penalty is on trusted rows alone (Eq. 10, 14)
@@ -36,9 +35,8 @@ class SelectiveFields:
     # Online
     beta_anneal: str = "linear"  # how the coefficient falls: linear, cosine, none
     beta_anneal_steps: int = 400000  # steps after the warm-up until it is 0
-    buffer_mode: str = (
-        "part"  # the buffer starts with: all, part, none; half: two of them
-    )
+    # What the buffer starts with: all, part, none; half: there are two of them
+    buffer_mode: str = "part"
     part_rows: str = "best"  # part: the best trajectories (best), or the trusted rows
     part_trajectories: int = 50  # best: how many
     # Trust of new rows: inherited (in part, of the row that had the place), or all

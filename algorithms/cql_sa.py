@@ -69,9 +69,8 @@ LOG_STD_MIN = -20.0
 LOG_STD_MAX = 2.0
 ALMOST_ONE = 1.0 - 1e-6  # largest action whose pre-tanh value is scored
 LARGEST_ACTION = 1.0 - 1e-4  # the data's actions are clipped to it
-LARGEST_THRESHOLD_ACTION = (
-    0.99999  # actions n deviations from the mean are clipped to it
-)
+# Actions n deviations from the mean are clipped to it.
+LARGEST_THRESHOLD_ACTION = 0.99999
 FLOOR = 10.0  # deviations from the mean whose log-density is the least that counts
 BETA_MAX_NORM = 0.5  # longest gradient of the coefficient
 COLUMNS = [

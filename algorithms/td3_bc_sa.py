@@ -99,9 +99,8 @@ class TrainConfig(SelectiveFields, FinetuneConfig):
     noise_clip: float = 0.5  # bound on that noise
     policy_freq: int = 2  # updates of the critics per update of the policy
     # TD3+BC
-    alpha: float = (
-        2.5  # weight of Q against behavior cloning; the coefficient starts at 1 / alpha
-    )
+    # Weight of Q against behavior cloning; the coefficient starts at 1 / alpha
+    alpha: float = 2.5
     # Not in CORL
     actor_lr: float = 3e-4  # actor learning rate
     qf_lr: float = 3e-4  # critics learning rate

@@ -32,6 +32,8 @@ METRICS = (
     *("score_off_mean", "score_off_std", "score_on_mean", "score_on_std"),
     *("amplitude_before", "amplitude_after", "inverted", "refused"),
     *("references_clipped", "energy_loss"),
+    *("weight_mean", "weight_zeros", "weight_ones", "conservative_loss"),
+    *("em_share_off", "em_share_on", "em_statistic"),
     *("q_loss", "value_loss", "actor_loss", "policy_loss"),
     *("success_rate", "train_score"),
 )

@@ -164,6 +164,9 @@ class OracleCQL:
             self.gap(i, leaves[i], s, a, s2, mc_returns, drawn, weight, logs)
             for i in range(2)
         ]
+        if weight is not None:
+            weighted = sum(gap.item() for gap in gaps) / 2 * len(weight)
+            logs["conservative_loss"] = weighted / weight.double().sum().item()
         penalty, prime_gradient = self.penalty([g.detach() for g in gaps], target, logs)
         critic_gradients = []
         for i in range(2):

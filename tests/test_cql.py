@@ -356,6 +356,7 @@ def test_weight_one_everywhere_is_the_baseline_bit_for_bit(
     logs = train_on_noise(none), train_on_noise(ones, torch.ones(B))
     for trainer, got in zip((none, ones), logs, strict=True):
         assert_bits_equal(plain, trainer)
+        got.pop("conservative_loss", None)  # of a release alone
         assert {k: v.item() for k, v in got.items()} == {
             k: v.item() for k, v in expected.items()
         }
@@ -858,7 +859,7 @@ def test_bad_settings_name_the_field(module, values, message):
 
 @pytest.mark.parametrize("module", ALL)
 def test_a_batch_that_cannot_be_split_is_refused(module):
-    with pytest.raises(ValueError, match=r"mixing_ratio must lie in \(0, 1\), not 1.0"):
+    with pytest.raises(ValueError, match=r"mixing_ratio must lie in \[0, 1\), not 1.0"):
         module.TrainConfig(env=TASK, mixing_ratio=1.0)
     ratio = {"mixing_ratio": 0.5} if module is cql else {}
     with pytest.raises(ValueError, match="batch_size 255 cannot be split"):

@@ -119,8 +119,10 @@ def test_the_known_share_gives_the_bayes_decision(share):
     assert found["recall"] == pytest.approx(hit, abs=0.03)
     expected = share * hit / (share * hit + (1 - share) * false)
     assert found["precision"] == pytest.approx(expected, abs=0.03)
-    worse = [run(scores, online, rule)["purity_off"] for rule in RULES]
-    assert found["purity_off"] > max(worse)
+    others = {rule: run(scores, online, rule)["purity_off"] for rule in RULES}
+    # The mixture estimates the share, so it decides nearly the same.
+    assert found["purity_off"] > others.pop("em") - 0.002
+    assert found["purity_off"] > max(others.values()) + 0.005
     estimated = run(ratio, online, "estimated share", ratio=True)
     assert estimated["purity_off"] == pytest.approx(purity, abs=0.01)
 

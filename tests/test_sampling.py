@@ -1,5 +1,6 @@
 """Rows in proportion to how on-policy they are: weights, draws, the ring, resume, refusals."""
 
+import importlib
 import math
 
 import numpy as np
@@ -287,7 +288,22 @@ def recorded(tmp_path_factory):
 ON_POLICY = {"sampling": "on_policy", "sampling_refresh": 5}
 
 
-@pytest.mark.parametrize("name", wiring.ALGORITHMS)
+# The others draw their rows in a way of their own, and refuse this one.
+ON_POLICY_TOO = [
+    name
+    for name, module in wiring.ALGORITHMS.items()
+    if "on_policy" in importlib.import_module(module).TrainConfig.CHOICES["sampling"]
+]
+
+
+def test_who_cannot_draw_so_refuses_it():
+    for name in sorted(wiring.ALGORITHMS.keys() - set(ON_POLICY_TOO)):
+        config = importlib.import_module(wiring.ALGORITHMS[name]).TrainConfig
+        with pytest.raises(ValueError, match="sampling must be one of uniform, not"):
+            config(env=TASK, sampling="on_policy")
+
+
+@pytest.mark.parametrize("name", ON_POLICY_TOO)
 def test_every_algorithm_draws_its_online_batches_so(name, recorded):
     """The parts are in the checkpoint, the offline phase is the one of uniform batches."""
     single = {"mixing_ratio": None} if name in ("td3_bc", "iql") else {}

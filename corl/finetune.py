@@ -68,6 +68,7 @@ from corl.rewards import (  # noqa: F401
     return_reward_range,
 )
 from corl.rollback import Snapshot
+from corl.trained import keep_at_switch
 from corl.training_data import (  # noqa: F401
     Data,
     Normalization,
@@ -732,18 +733,29 @@ class Session:
     def online_steps(self, actor: Actor) -> Iterator[int]:
         """As `online`, for a caller that makes the environment steps."""
         self._phase, self._actor = "online", actor
+        self._keep_policy()
         self._evaluate_at_the_switch()
         for t in self.run.steps("online", self._total):
             if not self._worked(t):
                 return
             yield t
 
+    @property
+    def _at_the_switch(self) -> bool:
+        return self.goes_online and self.run.step == self.config.offline_iterations
+
+    def _keep_policy(self) -> None:
+        """Before the first online step, for `corl.watch`; the checkpoint will be overwritten."""
+        actor: Any = self._actor
+        if self._at_the_switch and isinstance(actor, torch.nn.Module):
+            normal = self.normalization
+            keep_at_switch(self.run.folder, actor, normal.mean, normal.std)
+
     def _evaluate_at_the_switch(self) -> None:
         """Once, with episodes of a number of its own, before the first online step."""
         run, config = self.run, self.config
         done = any(phase == drop.SWITCH for _, phase, _ in run.scores)
-        first = self.goes_online and run.step == config.offline_iterations
-        if config.eval_switch and first and not done:
+        if config.eval_switch and self._at_the_switch and not done:
             count = config.eval_switch
             self._evaluator.evaluate(run, self._actor, run.step, drop.SWITCH, count)
 

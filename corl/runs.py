@@ -2,7 +2,8 @@
 
 `runs/NAME/` holds `config.yaml` (complete; the run can be repeated from it), `metrics.csv`,
 `evaluations.csv` (one row per evaluation episode: raw return), `checkpoint.pt` (exact resume),
-`curves.png` and `summary.json`. `--resume runs/NAME` goes on from the last checkpoint.
+`policy_at_switch.safetensors`, `curves.png` and `summary.json`. `--resume runs/NAME` goes on from
+the last checkpoint.
 
 Nothing here unpickles code: checkpoints hold tensors, numbers, strings, lists and dicts, and are
 read with `torch.load(weights_only=True)`; of CORL's pickled `Scalar` modules only the data is read.
@@ -44,6 +45,7 @@ from corl import (
 from corl.config import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
 from corl.run_tables import TABLES, Tables
+from corl.trained import AT_SWITCH
 
 # Names of parts in checkpoints of before version 0.2.
 OLD_NAMES = {"online_buffer": "buffer"}
@@ -52,7 +54,10 @@ CARRIED = (
     *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
     *("return_rule", "pretrained", "cpu_seconds", "work_seconds", "work_begun"),
 )
-WRITTEN = ("config.yaml", "checkpoint.pt", "summary.json", "curves.png", *TABLES)
+WRITTEN = (
+    *("config.yaml", "checkpoint.pt", "summary.json", "curves.png"),
+    *(AT_SWITCH, *TABLES),
+)
 # Bytes of `name`; file systems take 255 for a folder, and task, seed and time need some.
 LONGEST_NAME = 150
 

@@ -27,6 +27,7 @@ from corl.collectors import Collected, Collectors, Work, tensors_of
 from corl.finetune import Session
 from corl.progress import progress_bar
 from corl.stacked import Stack, of_seed
+from corl.trained import acting
 from corl.training_data import keeps_mc_returns, keeps_next_actions
 from corl.workers import Ended
 
@@ -137,11 +138,6 @@ class StackedBuffer:
         torch._foreach_copy_(places, rows.split(widths, dim=-1))
         for member in self.members:
             member.advance()
-
-
-def _acting(trainer: Any) -> Any:
-    """What acts online: the policy, where a trainer does not compose another of it."""
-    return getattr(trainer, "composite", trainer.actor)
 
 
 class StackedSession:
@@ -313,11 +309,11 @@ class StackedSession:
         assert self._stack is not None
         works = []
         for session, own in zip(self.sessions, self._made, strict=True):
-            works.append(self._work(session, _acting(own)))
+            works.append(self._work(session, acting(own)))
             collected: Any = Collected(session._collector)
             session._collector = session._evaluator.collector = collected
             session.keep("collector", collected)
-        tensors = self._stack.networks.together(tensors_of(_acting(self._made[0])))
+        tensors = self._stack.networks.together(tensors_of(acting(self._made[0])))
         self._collectors = Collectors(works, tensors, self.device)
         self._open.callback(self._collectors.close)
 

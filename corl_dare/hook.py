@@ -51,7 +51,7 @@ from corl_dare.exchange import (
 )
 from corl_dare.guidance import EnergyNetwork, contrastive_loss, energy_gradient
 from corl_dare.release import Release
-from corl_dare.rows import SlotCache, draw, draw_rows, storage, upload
+from corl_dare.rows import SlotCache, as_tensor, draw, draw_rows, storage, upload
 from corl_dare.streams import put_back
 
 Log = dict[str, torch.Tensor]
@@ -191,7 +191,8 @@ class DareHook:
     Args:
         offline, online: replay buffers. Caches need to know the rows of a batch: a buffer with
             `draw(n)` and `gather(rows)`, or with CORL's private storage, tells them; any other
-            one works with `reference_max_age` 0 and without guidance.
+            one, or a function `n -> batch`, works with `reference_max_age` 0 and without
+            guidance. Batches may be those of another library, see `rows.as_batch`.
         config: DARE's fields.
         behavior: behavior model on raw states, frozen; None for weights without a score.
         policy_log_prob: (states (B, S) as in the buffers, actions (B, A)) -> (B,), the current
@@ -337,8 +338,8 @@ class DareHook:
         """A batch with its offline-like rows first; see `Drawn`."""
         self.samples += 1
         n_offline = int(batch_size * self.mixing_ratio)
-        offline_rows, offline = draw(self.offline, n_offline)
-        online_rows, online = draw(self.online, batch_size - n_offline)
+        offline_rows, offline = draw(self.offline, n_offline, self.device)
+        online_rows, online = draw(self.online, batch_size - n_offline, self.device)
         rows = [offline_rows, online_rows]
         weight = self._weight_tensor(offline[0])
         batch, weight, log, states = self.arrange(offline, online, rows, weight)
@@ -745,8 +746,8 @@ def prepare(
     *,
     dataset_hash: str,
     cache_dir: Path | str,
-    states: torch.Tensor | None = None,
-    actions: torch.Tensor | None = None,
+    states: torch.Tensor | np.ndarray | None = None,
+    actions: torch.Tensor | np.ndarray | None = None,
     q_scale: float | Callable[[], float] = 1.0,
     begin: bool = True,
     seeds: Sequence[dict[str, Any]] = (),
@@ -760,8 +761,8 @@ def prepare(
         offline, online: replay buffers, see `DareHook`.
         dataset_hash: names the data in the cache of behavior models.
         cache_dir: the models are kept in its folder `behavior`.
-        states, actions: (N, S) raw and (N, A), what the behavior model is fitted on. Default:
-            the rows of the offline buffer, un-normalized.
+        states, actions: (N, S) raw and (N, A), tensors or arrays, what the behavior model is
+            fitted on. Default: the rows of the offline buffer, un-normalized.
         q_scale: factor on Q, or a function that tells it and is asked only where it matters.
         begin: False leaves the fit to a later `hook.begin()`.
         seeds, over_seeds: for several seeds in one process: the arguments that each has of its
@@ -787,8 +788,14 @@ def prepare(
     if (states is None) != (actions is None):
         raise ValueError("prepare needs states and actions, or neither of them")
     if states is None or actions is None:
+        if not storage(offline):
+            raise ValueError(
+                f"{type(offline).__name__} does not show its rows: give prepare the dataset's "
+                "states and actions"
+            )
         states, actions = (field[: offline._size] for field in storage(offline)[:2])
         states = unnormalize(states)
+    states, actions = as_tensor(states), as_tensor(actions)
     behavior = make_behavior_model(
         config.behavior,
         states.shape[1],

@@ -2,10 +2,12 @@
 
 A buffer tells which rows it drew in one of two ways: it has `draw(n)` and `gather(rows)`, or it
 has CORL's private storage (`_states`, `_actions`, ..., `_size`, `_pointer`, `_buffer_size`). Any
-other buffer with `sample(n)` works too, where nothing has to be cached per row.
+other buffer with `sample(n)`, or a function `n -> batch`, works too, where nothing has to be
+cached per row. Its batches may have names, as those of other libraries: see `as_batch`.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,74 @@ import torch
 FIELDS = tuple(
     "_states _actions _rewards _next_states _dones _mc_returns _next_actions".split()
 )
+
+# What other libraries call the fields of a batch; the first name that a batch has counts. An
+# entry of a nested mapping has its outer name before a dot, as TorchRL's `next`.
+NAMES = {
+    "states": ("observations", "observation", "obs", "states", "state"),
+    "actions": ("actions", "action"),
+    "rewards": ("next.reward", "rewards", "reward"),
+    "next states": (
+        *("next.observation", "next_observations", "next_observation"),
+        *("next_obs", "next_states", "next_state"),
+    ),
+    # The ends of episodes. Time-outs do not belong here, so TorchRL's `next.done` does not count.
+    "ends": ("next.terminated", "terminals", "terminal", "terminated", "dones", "done"),
+}
+
+
+def as_tensor(values: Any, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A tensor as it is; of an array (...) one of the same shape, its numbers as float32."""
+    if isinstance(values, torch.Tensor):
+        return values
+    return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=device)
+
+
+def as_batch(batch: Any, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+    """A batch of B rows in the form of CORL's: tensors (B, ...), states and actions first.
+
+    A list or a plain tuple keeps its order. Of a mapping, a namedtuple or a dataclass the fields
+    in `NAMES` are taken, in that order and as float32 on the device; rewards and ends become
+    (B, 1), and other fields are left out.
+
+    Args:
+        batch: of arrays or tensors.
+        device: where arrays go.
+
+    Raises:
+        ValueError: the batch has names, and none of those of a field.
+    """
+    named = dict(_named(batch))
+    if not named:
+        return [as_tensor(field, device) for field in batch]
+    found = []
+    for field, names in NAMES.items():
+        name = next((name for name in names if name in named), None)
+        if name is None:
+            raise ValueError(
+                f"a batch of {type(batch).__name__} has no {field}: it has "
+                f"{', '.join(named)}, and none of {', '.join(names)}; give the hook a function "
+                "that returns a list of states, actions, rewards, next states and ends"
+            )
+        rows = as_tensor(named[name], device).to(device, torch.float32)
+        single = field in ("rewards", "ends")
+        found.append(rows.reshape(-1, 1) if single else rows)
+    return found
+
+
+def _named(batch: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a batch by their names, those of nested mappings too; none of a list."""
+    if hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, Mapping):
+        batch = vars(batch)
+    if not isinstance(batch, Mapping):
+        return
+    for name, value in batch.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def storage(buffer: Any) -> list[torch.Tensor]:
@@ -37,10 +107,13 @@ def draw_rows(buffer: Any, rows: np.ndarray) -> list[torch.Tensor]:
     return [field[index] for field in fields]
 
 
-def draw(buffer: Any, n: int) -> tuple[np.ndarray | None, list[torch.Tensor]]:
+def draw(
+    buffer: Any, n: int, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray | None, list[torch.Tensor]]:
     """A batch of n rows and, where the buffer tells, their numbers (n,) in the buffer.
 
     CORL's buffer draws its rows from numpy's global generator; the same draw is made here.
+    Arrays of another library go to `device`.
     """
     if hasattr(buffer, "draw"):
         rows = buffer.draw(n)
@@ -48,7 +121,8 @@ def draw(buffer: Any, n: int) -> tuple[np.ndarray | None, list[torch.Tensor]]:
     if hasattr(buffer, "_states"):
         rows = np.random.randint(0, buffer._size, size=n)
         return rows, draw_rows(buffer, rows)
-    return None, list(buffer.sample(n))
+    sample = buffer if callable(buffer) else buffer.sample
+    return None, as_batch(sample(n), device)
 
 
 class SlotCache:

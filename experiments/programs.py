@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import importlib.util
-import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 from corl.config import ConfigError
+from corl.trained import load_program
 
 # The clone of the repository: runs import from here, and its folder algorithms/ has the files.
 ROOT = Path(__file__).parent.parent
@@ -41,22 +39,8 @@ def load_algorithm(file: str) -> ModuleType:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"algorithm {missing_file(path)}")
-    name = "algorithm_file_" + re.sub(r"\W", "_", str(path.resolve()))
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or path.suffix != ".py":
-        raise ConfigError(f"algorithm {file} is not a Python file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    # A file without a main guard may end the program.
-    except (Exception, SystemExit) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"algorithm {file} cannot be imported: {text[:300]}; mend that file"
-        ) from None
-    config = getattr(module, "TrainConfig", None)
-    if not dataclasses.is_dataclass(config):
-        raise ConfigError(f"{file} is no algorithm: it has no TrainConfig")
+    module = load_program(path)
+    config = module.TrainConfig
     for fields in ("ONLINE", "BOOKKEEPING"):
         if not hasattr(config, fields):
             raise ConfigError(

@@ -21,6 +21,7 @@ import torch
 from corl import checkpoints, envs, finetune, rewards, tasks
 from corl.config import parse_config
 from corl.data import sources
+from corl.trained import acting
 from corl_dare.exchange import exchange
 from corl_dare.hook import DareHook, prepare
 from corl_dare.rows import draw_rows
@@ -175,11 +176,6 @@ def restore(files: RunFiles) -> RestoredRun:
         )
         hook.load_state_dict(checkpoints.unpack(state["parts"]["hook"]))
     return RestoredRun(trainer, offline, online, hook)
-
-
-def acting(trainer: Any) -> Any:
-    """The policy of a trainer that acts online: of several (PEX) what they are together."""
-    return getattr(trainer, "composite", trainer.actor)
 
 
 def online_buffer(files: RunFiles) -> finetune.ReplayBuffer:

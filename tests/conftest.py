@@ -38,6 +38,9 @@ NEEDED = {
             "ray": "sweep",
             "minari": "minari",
             "d4rl": "d4rl",
+            "stable_baselines3": "buffers",
+            "d3rlpy": "buffers",
+            "torchrl": "buffers",
         }.items()
     },
     "cuda": (torch.cuda.is_available, "there is no CUDA device"),

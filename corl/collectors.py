@@ -101,9 +101,6 @@ class Collectors:
         tensors: parameters and buffers of the policies of all seeds, (N, ...), on the device, as
             `tensors_of` gives them for one.
         device: where they are, and where rows go.
-
-    Attributes:
-        failed: number of the seed that met an error, or None.
     """
 
     def __init__(
@@ -130,6 +127,7 @@ class Collectors:
 
     @property
     def failed(self) -> int | None:
+        """Number of the seed that met an error, or None."""
         return self._workers.failed
 
     def ready(self) -> None:

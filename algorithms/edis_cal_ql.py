@@ -78,7 +78,7 @@ from corl.finetune import (  # noqa: F401
 from corl.finetune import modify_reward_linear as modify_reward  # noqa: F401
 from corl.finetune import modify_reward_linear_online as modify_reward_online  # noqa: F401
 from corl.sampling import Fit, standard_log_prob
-from transition_diffusion.config import LOGS, EdisConfig
+from transition_diffusion.config import LOGS, MEANS, EdisConfig
 from transition_diffusion.generation import Generation
 
 BASELINE = "cal_ql"
@@ -831,6 +831,7 @@ def make_generation(session: Any, trainer: CalQL, config: TrainConfig) -> Genera
         device=session.device,
     )
     session.between(session.keep("generation", generation))
+    session.show((), MEANS)
     return generation
 
 

@@ -71,7 +71,7 @@ from corl.finetune import (  # noqa: F401
     wrap_env,
 )
 from corl.sampling import Fit, standard_log_prob
-from transition_diffusion.config import LOGS, EdisConfig
+from transition_diffusion.config import LOGS, MEANS, EdisConfig
 from transition_diffusion.generation import Generation
 
 BASELINE = "iql"
@@ -535,6 +535,7 @@ def make_generation(
         device=session.device,
     )
     session.between(session.keep("generation", generation))
+    session.show((), MEANS)
     return generation
 
 

@@ -380,7 +380,7 @@ class Run:
             shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
             for name in self.means.values():
                 if name in values:
-                    shown[name] = f"{values[name]:.0f}"
+                    shown[name] = f"{values[name]:.3g}"
             self.bar.set_postfix(shown, refresh=False)
         if self.wandb is not None:
             try:

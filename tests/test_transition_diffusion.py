@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import make_buffer
 
+from transition_diffusion.config import EdisConfig
 from transition_diffusion.denoiser import Denoiser, denoising_losses
 from transition_diffusion.energies import (
     FORMS,
@@ -328,3 +329,13 @@ def test_trained_energies_carry_samples_to_the_online_rows():
     free = last_of(trajectory(model, (1000, layout.width), 16, normal))
     assert free[:, 0].mean().abs() < 0.15 and guided[:, 1:].mean().abs() < 0.15
     assert 0.3 < guided[:, 0].mean() < 1.3
+
+
+def test_the_share_of_the_published_arithmetic_counts_rows_and_weights():
+    assert EdisConfig().share_of_published() == 1.0
+    half_as_wide = EdisConfig(width=512)
+    assert half_as_wide.share_of_published() == pytest.approx(0.25)
+    sampled, learned = 100_000 * 255, 3 * 10_000 * 256
+    short = EdisConfig(diffusion_updates=100, samples=1000)
+    expected = (sampled / 100 + learned / 100) / (sampled + learned)
+    assert short.share_of_published() == pytest.approx(expected)

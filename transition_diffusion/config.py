@@ -15,7 +15,10 @@ LOGS = (
     "generated_reward",
     "generated_clipped",
     "denoiser_rows",
+    "generator_share",
 )
+# Entries of a run's summary that are means of a metric over the online phase.
+MEANS = {"generator_share": "generator_share"}
 # Bytes of float32 activations per row and hidden unit while a network learns or is evaluated.
 LEARNING, EVALUATING = 4 * 16, 4 * 3
 
@@ -83,6 +86,16 @@ class EdisConfig:
     def not_stacked(self) -> str:
         """Why the seeds of this config cannot be stacked."""
         return "a generator of transitions belongs to one run"
+
+    def share_of_published(self) -> float:
+        """Arithmetic of learning and sampling in a refresh, 1 with the authors' values."""
+
+        def cost(config: EdisConfig) -> float:
+            learned = 3 * config.diffusion_updates * config.diffusion_batch_size
+            sampled = config.samples * (2 * config.sampler_steps - 1)
+            return (learned + sampled) * config.width**2 * config.depth
+
+        return cost(self) / cost(type(self)())
 
     def row_bytes(self, state_dim: int, action_dim: int) -> dict[str, int]:
         """Field -> bytes of memory that one of its rows needs."""

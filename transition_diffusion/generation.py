@@ -262,6 +262,7 @@ class Generation:
             "generated_reward": float(rows[2].mean()),
             "generated_clipped": float(clipped.float().mean()),
             "denoiser_rows": float(self._denoiser_rows()),
+            "generator_share": self.settings.share_of_published(),
         }
         self.fit = self.samples = None
         self.done = -1

@@ -18,7 +18,7 @@ import torch
 from algorithms import iql, pex
 from benchmarks import parity
 from benchmarks.parity_rivals import Case
-from corl import d4rl_shim
+from corl.shim import launch
 
 # Parts of our trainer and of theirs; names of our parameters and of theirs.
 PARTS = {"qf": "critic", "q_target": "target_critic", "vf": "vf"}
@@ -49,7 +49,7 @@ def their_state(part: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Te
 def packages(checkout: Path) -> Any:
     """Their modules: algorithms.iql, algorithms.pex, networks.policy, networks.value_functions."""
     with ExitStack() as opened:
-        opened.enter_context(d4rl_shim.installed())
+        opened.enter_context(launch.installed())
         opened.enter_context(mock.patch.object(sys, "path", [str(checkout), *sys.path]))
         # Their device is chosen when they are imported.
         opened.enter_context(mock.patch("torch.cuda.is_available", lambda: False))

@@ -158,7 +158,9 @@ def _draw_drop(axis: Any, evaluations: dict[str, list[str]], switch: int) -> Non
         axis.plot(at, lowest, "v", color=RED, markersize=5)
         label = f"−{found.depth:.1f} "
         options = {"ha": "right", "va": "bottom", "color": RED, "fontsize": 8}
-        axis.text(at, lowest, label, **options)
+        # A line of scores may run behind it.
+        behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
+        axis.text(at, lowest, label, bbox=behind, **options)
     if found.recovery is not None:
         axis.plot(switch + found.recovery, found.before, "^", color=GREEN, markersize=5)
 

@@ -618,6 +618,7 @@ def test_the_table_of_scores_holds_what_the_benchmark_found():
     page = (ROOT / "results/exchange_accuracy/README.md").read_text()
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
     identical = page[page.index("## Identical policies") :].splitlines()
+    columns = next(x for x in identical if x.startswith("| score |")).split("|")
     rows = quoted_rows("results/README.md", "| score, rule | ranks right (AUC) |")
     assert list(rows) == list(ACCURACY)
     for name, (score, rule) in ACCURACY.items():
@@ -626,8 +627,8 @@ def test_the_table_of_scores_holds_what_the_benchmark_found():
             r for r in cells if r[:2] == [score, rule]
         )
         still = next(x for x in identical if x.startswith(f"| {score} |")).split("|")
-        # Behind the score: threshold, threshold with cap, posterior, direct, estimated share.
-        equal = still[2] if rule == "threshold" else still[6]
+        column = "threshold" if rule == "threshold" else "estimated share"
+        equal = still[columns.index(f" {column} ")]
         expected = [auc, moved, 100 * float(precision), purity, equal]
         found = [cell.strip("* %") for cell in rows[name]]
         for quoted, stored in zip(found, expected, strict=True):

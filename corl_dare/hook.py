@@ -739,6 +739,26 @@ class DareHook:
             self.energy_optimizer.param_groups[0]["capturable"] = self._on_gpu
 
 
+def _rows_to_fit(
+    offline: Any,
+    states: torch.Tensor | np.ndarray | None,
+    actions: torch.Tensor | np.ndarray | None,
+    unnormalize: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (N, S) and actions (N, A) for the behavior model: those given, or the buffer's."""
+    if (states is None) != (actions is None):
+        raise ValueError("prepare needs states and actions, or neither of them")
+    if states is not None and actions is not None:
+        return as_tensor(states), as_tensor(actions)
+    if not storage(offline):
+        raise ValueError(
+            f"{type(offline).__name__} does not show its rows: give prepare the dataset's states "
+            "and actions"
+        )
+    found, actions = (field[: offline._size] for field in storage(offline)[:2])
+    return (unnormalize(found) if unnormalize else found), actions
+
+
 def prepare(
     config: DareConfig,
     offline: Any,
@@ -784,18 +804,7 @@ def prepare(
     if config.alike:
         return DareHook(offline, online, config, None, **options)
     seed, device = options.get("seed", 0), options.get("device", "cpu")
-    unnormalize = options.get("unnormalize") or (lambda x: x)
-    if (states is None) != (actions is None):
-        raise ValueError("prepare needs states and actions, or neither of them")
-    if states is None or actions is None:
-        if not storage(offline):
-            raise ValueError(
-                f"{type(offline).__name__} does not show its rows: give prepare the dataset's "
-                "states and actions"
-            )
-        states, actions = (field[: offline._size] for field in storage(offline)[:2])
-        states = unnormalize(states)
-    states, actions = as_tensor(states), as_tensor(actions)
+    states, actions = _rows_to_fit(offline, states, actions, options.get("unnormalize"))
     behavior = make_behavior_model(
         config.behavior,
         states.shape[1],

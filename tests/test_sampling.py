@@ -299,7 +299,9 @@ ON_POLICY_TOO = [
 def test_who_cannot_draw_so_refuses_it():
     for name in sorted(wiring.ALGORITHMS.keys() - set(ON_POLICY_TOO)):
         config = importlib.import_module(wiring.ALGORITHMS[name]).TrainConfig
-        with pytest.raises(ValueError, match="sampling .on_policy. is not one of uniform"):
+        with pytest.raises(
+            ValueError, match="sampling .on_policy. is not one of uniform"
+        ):
             config(env=TASK, sampling="on_policy")
 
 

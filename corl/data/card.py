@@ -43,7 +43,11 @@ def card(dataset: sources.Dataset) -> str:
         ("episodes", f"{stats['episodes']} complete; {ends}"),
         ("length", _four(stats["length"], "steps", 0)),
         ("return", _four(stats["return"], "raw", 2)),
-        ("score", _score(task, stats["return"])),
+        *(
+            [("score", _score(task, stats["return"]))]
+            if task.ref_min is not None
+            else []
+        ),
         *_published(task),
         ("actions", f"{stats['action_min']:.6f} … {stats['action_max']:.6f}"),
     ]
@@ -200,6 +204,7 @@ def export(dataset: sources.Dataset, form: str, target: str) -> None:
     source = "minari" if facts["source"] == "minari" else "file"
     # Read again, because q-learning arrays lack some of the rows.
     raw, _ = sources.find(task, source, facts["path"])
+    raw["actions"] = task.to_env(raw["actions"]).astype(np.float32)
     if form == "minari":
         bounds = schema.episode_bounds(raw, task)
         if bounds[-1] < len(raw["rewards"]):

@@ -239,7 +239,14 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = arguments.Parser(description="Find a dataset and print its card.")
-    parser.add_argument("task", nargs="?", help="D4RL name, such as hopper-medium-v2")
+    parser.add_argument(
+        "task", nargs="?", help="D4RL name, as hopper-medium-v2, or gymnasium id"
+    )
+    parser.add_argument(
+        "--horizon",
+        type=arguments.number(int, "[2, 1e9]"),
+        help="of a gymnasium id: time limit in steps",
+    )
     parser.add_argument("--source", choices=sources.SOURCES, default="auto")
     parser.add_argument("--path", help="HDF5 file, or minari:ID")
     parser.add_argument(
@@ -276,7 +283,13 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _one_task(args: argparse.Namespace) -> None:
-    found = sources.resolve(args.task, args.source, args.path, args.cache_dir, args.rows)
+    task = args.task
+    if tasks.is_gymnasium_id(task):
+        # gymnasium is slow to import, and D4RL's names do not need it.
+        from corl import own_envs
+
+        task = own_envs.task(task, args.horizon)
+    found = sources.resolve(task, args.source, args.path, args.cache_dir, args.rows)
     print(card(found))
     if args.plot:
         plot_returns(found, args.plot)

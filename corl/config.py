@@ -109,9 +109,7 @@ class FinetuneConfig:
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
     horizon: Optional[int] = None  # of a gymnasium id: time limit in steps
     ref_min_score: Optional[float] = None  # of a gymnasium id: return of the score 0
-    ref_max_score: Optional[float] = (
-        None  # return of the score 100; default: raw returns
-    )
+    ref_max_score: Optional[float] = None  # return of the score 100
     log_freq: int = 500  # updates between two rows of metrics.csv
     threads: Union[int, str] = "auto"  # torch CPU threads; auto: chosen at the start
     compile: Union[bool, str] = "auto"  # updates as one compiled graph; auto: if it pays

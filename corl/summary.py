@@ -62,7 +62,8 @@ def summary_of(run: Any) -> dict[str, Any]:
     `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last four
     online evaluations. `score_last`, `score_best`: last and best online evaluation; in a run
     without any, the last three are of the offline phase. All are means over episodes,
-    in `score_unit`. `score_training`: see `training_score`. `drop`: see `drop.Drop`, None where
+    in `score_unit`, and
+    D4RL-normalized where that is missing. `score_training`: see `training_score`. `drop`: see `drop.Drop`, None where
     the score before is unknown or there are fewer than three online evaluations. Versions and
     commit are those at the start of this process.
     """
@@ -74,7 +75,7 @@ def summary_of(run: Any) -> dict[str, Any]:
         "algorithm": run.algorithm,
         "env": run.config.env,
         "seed": run.config.seed,
-        "score_unit": run.scale.label,
+        **({} if run.scale is tasks.D4RL else {"score_unit": run.scale.label}),
         "score_offline": offline[-1] if offline else None,
         "score_final": float(np.mean(seen[-4:])) if seen else None,
         "score_last": seen[-1] if seen else None,

@@ -61,11 +61,11 @@ def summary_of(run: Any) -> dict[str, Any]:
 
     `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last four
     online evaluations. `score_last`, `score_best`: last and best online evaluation; in a run
-    without any, the last three are of the offline phase. All are means over episodes,
-    in `score_unit`, and
-    D4RL-normalized where that is missing. `score_training`: see `training_score`. `drop`: see `drop.Drop`, None where
-    the score before is unknown or there are fewer than three online evaluations. Versions and
-    commit are those at the start of this process.
+    without any, the last three are of the offline phase. All are means over episodes, in
+    `score_unit`, and D4RL-normalized where that is missing. `score_training`: see
+    `training_score`. `drop`: see `drop.Drop`, None where the score before is unknown or there are
+    fewer than three online evaluations. Versions and commit are those at the start of this
+    process.
     """
     offline, _, seen = phases_of(run.scores)
     data = run.dataset

@@ -90,7 +90,7 @@ class TrustedRows:
             first, the second is empty otherwise.
         episodes: (purpose) -> numbers of the trajectories and raw rewards of the dataset's rows,
             each (N,). Raises ValueError where there are none.
-        failure: last raw reward of a trajectory that does not reach its goal.
+        failure: last raw reward of a trajectory that does not reach its goal; None: not known.
         self_collected: the data are not D4RL's.
         capacity, device, upload: of both buffers, see `FlaggedBuffer`.
 
@@ -108,7 +108,7 @@ class TrustedRows:
         offline: Any,
         online: Any,
         episodes: Callable[[str], tuple[np.ndarray, np.ndarray]],
-        failure: float,
+        failure: float | None,
         self_collected: bool,
         capacity: int,
         device: str,
@@ -142,6 +142,11 @@ class TrustedRows:
         """Everything before the filter has learned."""
         config = self._config
         if config.trust_by == "success":
+            if self._failure is None:
+                raise ValueError(
+                    "trust_by success needs the reward of a failure; give it as ref_min_score, "
+                    "with a ref_max_score"
+                )
             return successful(numbers, rewards, self._failure)
         if config.trust_by != "return":
             return np.ones(len(numbers), bool)

@@ -295,7 +295,9 @@ class OnlineCollector:
         self.episode_return += float(reward)
         self.success = self.success or is_goal_reached(float(reward), info)
         # A time-out is not an end: the value of the next state still counts.
-        real_done = bool(terminated) and self.episode_step < self.task.horizon
+        # D4RL's environments may end in the very step of the time limit, and that counts as one.
+        in_time = self.episode_step < self.task.horizon or not self.task.is_d4rls
+        real_done = bool(terminated) and in_time
         stored = self.reward(reward)
         check_reward(stored, reward)
         row = (self.state, action, stored, next_state, real_done)
@@ -310,16 +312,21 @@ class OnlineCollector:
         self.successes.append(float(self.success))
         self.episode = {
             "train_return": self.episode_return,
-            "train_score": float(self.task.normalized_score(self.episode_return)),
             "train_length": float(self.episode_step),
         }
+        if self.task.scale is not tasks.RAW:
+            score = self.task.normalized_score(self.episode_return)
+            self.episode["train_score"] = float(score)
+        self._begin_episode()
+
+    def _begin_episode(self) -> None:
         self.state, _ = self.env.reset()
         self.episode_step, self.episode_return, self.success = 0, 0.0, False
 
     def state_dict(self) -> Dict[str, Any]:
         """The environment's state and the running episode's numbers."""
         return {
-            "env": physics.get_state(self.env),
+            "env": physics.get_state(self.env, exact=self.task.is_d4rls),
             "state": self.state,
             "unfinished": [self.episode_step, self.episode_return, self.success],
             "successes": self.successes,
@@ -328,10 +335,16 @@ class OnlineCollector:
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restore a `state_dict`."""
-        physics.set_state(self.env, state["env"])
+        again = physics.set_state(self.env, state["env"])
         self.state = state["state"]
         self.episode_step, self.episode_return, self.success = state["unfinished"]
         self.successes, self.episode = list(state["successes"]), dict(state["episode"])
+        if not again:
+            print(
+                f"{self.task.name} has no get_state and set_state, so the run goes on with a new "
+                "episode, and its numbers differ from those of an unbroken one"
+            )
+            self._begin_episode()
 
 
 class Evaluator:
@@ -380,8 +393,9 @@ class Evaluator:
             played = played or eval_together([self.env, *self.more], *rest)
         returns, success = played or eval_actor(self.env, *rest)
         scores = self.collector.task.normalized_score(returns)
-        logs = {"d4rl_normalized_score": run.evaluation(step, phase, returns, scores)}
-        if phase == "online" and config.env.startswith(ENVS_WITH_GOAL):
+        task = self.collector.task
+        logs = {task.scale.column: run.evaluation(step, phase, returns, scores)}
+        if phase == "online" and task.robot.startswith(ENVS_WITH_GOAL):
             self.successes.append(success)
             # Upstream's regret is that of the training episodes.
             counted = self.collector.successes if config.compat else self.successes

@@ -75,7 +75,7 @@ class FinetuneConfig:
 
     # Experiment
     device: str = "auto"  # auto, cpu, cuda
-    env: str = "hopper-medium-v2"  # D4RL task name
+    env: str = "hopper-medium-v2"  # D4RL task name, or gymnasium id: MODULE:MyEnv-v0
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     seeds: Optional[str] = None  # several runs in one command: 0-7 or 0,3,5
     seeds_as: str = "auto"  # stacked: one process; processes; auto: stacked on a GPU
@@ -104,9 +104,12 @@ class FinetuneConfig:
     eval_together: bool = False  # episodes side by side: faster, other float32 rounding
     compat: bool = False  # reproduce upstream's known faults (see the file header)
     dataset_source: str = "auto"  # auto, file, d4rl_dir, d4rl, minari, self-collected
-    dataset_path: Optional[str] = None  # dataset file (or minari id) to use
+    dataset_path: Optional[str] = None  # file, folder of episodes or minari:ID to use
     dataset_rows: Optional[int] = None  # rows of the self-collected stand-in
     env_backend: str = "gymnasium"  # gymnasium, or d4rl for the old gym + d4rl stack
+    horizon: Optional[int] = None  # of a gymnasium id: time limit in steps
+    ref_min_score: Optional[float] = None  # of a gymnasium id: return of the score 0
+    ref_max_score: Optional[float] = None  # return of the score 100
     log_freq: int = 500  # updates between two rows of metrics.csv
     threads: Union[int, str] = "auto"  # torch CPU threads; auto: chosen at the start
     compile: Union[bool, str] = "auto"  # updates as one compiled graph; auto: if it pays
@@ -132,7 +135,8 @@ class FinetuneConfig:
         "eval_switch": "[0, 1e6]",
         # The memory of the machine bounds them, too; see `training_data.check_memory`.
         **dict.fromkeys(("buffer_size", "batch_size"), "[1, 1e10]"),
-        "dataset_rows": "[2, 1e9]",
+        **dict.fromkeys(("dataset_rows", "horizon"), "[2, 1e9]"),
+        **dict.fromkeys(("ref_min_score", "ref_max_score"), "(-inf, inf)"),
         "discount": "[0, 1]",
         "threads": "[1, 1024]",
     }
@@ -201,10 +205,7 @@ class FinetuneConfig:
                 "sampling on_policy is not in upstream's files, which compat reproduces; set one "
                 "of them back"
             )
-        try:
-            tasks.task(self.env)
-        except ValueError as error:
-            raise ValueError(f"env: {error}") from None
+        self._check_env()
         for field, kind in (("threads", "a whole number"), ("compile", "true or false")):
             value = getattr(self, field)
             if isinstance(value, str) and value != AUTO:
@@ -224,6 +225,27 @@ class FinetuneConfig:
                     f"{prefix}{field} {getattr(values, field)!r} is not one of "
                     f"{', '.join(allowed)}"
                 )
+
+    def _check_env(self) -> None:
+        """The environment is made later; here its name and what is said of it are looked at."""
+        if not tasks.is_gymnasium_id(self.env):
+            try:
+                tasks.task(self.env)
+            except ValueError as error:
+                raise ValueError(f"env: {error}") from None
+            for field in ("horizon", "ref_min_score", "ref_max_score"):
+                if getattr(self, field) is not None:
+                    raise ValueError(f"{field} of {self.env} is D4RL's; leave it out")
+        elif self.env_backend != "gymnasium":
+            raise ValueError(f"env_backend of {self.env} must be gymnasium")
+        low, high = self.ref_min_score, self.ref_max_score
+        if low is None and high is None:
+            return
+        if low is None or high is None or not low < high:
+            raise ValueError(
+                f"ref_min_score {low} and ref_max_score {high} are the returns of the scores 0 "
+                "and 100; give both, the lower one first, or neither"
+            )
 
     def _check_eval_together(self) -> None:
         if self.eval_together and self.compat:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from corl import drop, files
+from corl.run_tables import scores_in
+from corl.tasks import D4RL, Scale
 
 # Of Okabe and Ito's palette, which the color-blind can tell apart.
 BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -28,7 +30,11 @@ def numbers(columns: dict[str, list[str]], name: str) -> np.ndarray:
 
 
 def plot_curves(
-    folder: Path, config: Any, label: str, panels: Sequence[Mapping[str, Any]] = ()
+    folder: Path,
+    config: Any,
+    label: str,
+    panels: Sequence[Mapping[str, Any]] = (),
+    scale: Scale = D4RL,
 ) -> Path:
     """Draw curves.png of a run folder: the score, and below it what the algorithm adds.
 
@@ -41,6 +47,7 @@ def plot_curves(
         panels: per panel its y `label`, `lines` (label, metric, color, style), `bands` (label,
             mean, standard deviation, color) and the `bottom` of its y axis. They are drawn from
             the rows of metrics.csv that hold the metric of the first panel's first line.
+        scale: of the scores.
     """
     import matplotlib
 
@@ -58,7 +65,7 @@ def plot_curves(
     axes = np.atleast_1d(figure.subplots(count, sharex=True))
     _draw_phases(axes, config, label)
     evaluations = read_csv(folder / "evaluations.csv")
-    _draw_scores(axes[0], evaluations)
+    _draw_scores(axes[0], evaluations, scale)
     _draw_drop(axes[0], evaluations, config.offline_iterations)
     values = {name: numbers(metrics, name)[rows] for name in metrics if name != "phase"}
     for axis, panel in zip(axes[1:], panels, strict=True):
@@ -116,27 +123,27 @@ def _draw_band(
     _draw_line(axis, x, mean, color, **options)
 
 
-def _draw_scores(axis: Any, evaluations: dict[str, list[str]]) -> None:
+def _draw_scores(axis: Any, evaluations: dict[str, list[str]], scale: Scale) -> None:
     steps = np.array(evaluations["step"], dtype=float)
-    scores = np.array(evaluations["score"], dtype=float)
+    scores = np.array(scores_in(evaluations), dtype=float)
     scores = np.where(np.isfinite(scores), scores, np.nan)
     x = np.unique(steps)
     mean = np.array([scores[steps == step].mean() for step in x])
     std = np.array([scores[steps == step].std() for step in x])
     _draw_band(axis, x, mean, std, BLUE)
-    axis.set_ylabel("D4RL-normalized score\n(mean ± std of episodes)")
+    axis.set_ylabel(f"{scale.label}\n(mean ± std of episodes)")
     if not np.isfinite(mean).any():
         axis.set_yticks([])
         options = {"ha": "center", "va": "center", "color": "#666666"}
-        why = "the scores are not finite" if len(x) else "no evaluations"
+        why = f"the {scale.name}s are not finite" if len(x) else "no evaluations"
         axis.text(0.5, 0.5, why, transform=axis.transAxes, **options)
 
 
 def evaluation_means(columns: Mapping[str, Sequence[str]]) -> list[list[Any]]:
     """Rows (step, phase, mean score) of the evaluations in the columns of evaluations.csv."""
     found: dict[tuple[int, str], list[float]] = {}
-    names = ("step", "phase", "score")
-    for step, phase, score in zip(*(columns[n] for n in names), strict=True):
+    values = columns["step"], columns["phase"], scores_in(columns)
+    for step, phase, score in zip(*values, strict=True):
         found.setdefault((int(step), phase), []).append(float(score))
     return [[step, phase, float(np.mean(s))] for (step, phase), s in found.items()]
 

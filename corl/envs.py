@@ -1,11 +1,11 @@
-"""The environment of a D4RL task.
+"""The environment of a task, and the task of a run's settings.
 
 The locomotion environments are gymnasium's `Hopper-v4`, `HalfCheetah-v4` and `Walker2d-v4`:
 observation, reward and termination equal those of the gym v2 classes that D4RL used (v5 does
 not: other Walker2d model, no survival bonus on the terminating step). From MuJoCo 3.5 on the
 contact margin of a geom pair is a sum instead of a maximum, which changes hopper's physics;
 `make` halves the margins there, so that every MuJoCo gives D4RL's.
-AntMaze is built in `antmaze.py`.
+AntMaze is built in `antmaze.py`. Any other environment of gymnasium's is made in `own_envs.py`.
 
 A time-out is not an end: `terminated` says that the episode is over, `truncated` that we
 stopped looking. Only `terminated` may cut the bootstrap.
@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from corl import antmaze, locomotion, physics, tasks
+from corl import antmaze, locomotion, own_envs, physics, tasks
 
 
 class ClipAction(gym.ActionWrapper):
@@ -35,8 +35,33 @@ class ClipAction(gym.ActionWrapper):
         return np.minimum(np.maximum(action, space.low), space.high)
 
 
+def find_task(
+    name: str,
+    horizon: int | None = None,
+    ref_min_score: float | None = None,
+    ref_max_score: float | None = None,
+) -> tasks.Task:
+    """The task of a D4RL name or of a gymnasium id, whose environment is made to look at it.
+
+    The other arguments are for a gymnasium id, see `own_envs.task`.
+
+    Raises:
+        ValueError: neither, or as of `own_envs.task`.
+    """
+    if not tasks.is_gymnasium_id(name):
+        return tasks.task(name)
+    return own_envs.task(name, horizon, ref_min_score, ref_max_score)
+
+
+def task_of(config: Any) -> tasks.Task:
+    """The task of a run's config; see `find_task`."""
+    return find_task(
+        config.env, config.horizon, config.ref_min_score, config.ref_max_score
+    )
+
+
 def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
-    """The evaluation and training environment of a D4RL task, time limit included.
+    """The evaluation and training environment of a task, time limit included.
 
     Args:
         name: a task or its D4RL name.
@@ -50,6 +75,8 @@ def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
         ImportError: `backend="d4rl"` without gym and d4rl installed.
     """
     task = tasks.task(name)
+    if not task.is_d4rls:
+        return own_envs.make(task)
     if backend == "d4rl":
         return OldGymEnv(task.name, task.horizon)
     if backend != "gymnasium":

@@ -31,7 +31,7 @@ class Episodes(NamedTuple):
 
     def split(self, parts: int) -> list["Episodes"]:
         """The same episodes in at most so many parts, in their order."""
-        if self.config.env_backend != "gymnasium":
+        if self.config.env_backend != "gymnasium" or not self.task.is_d4rls:
             # Its resets may draw from a stream that steps draw from, too.
             parts = 1
         parts = max(1, min(parts, len(self.numbers)))

@@ -26,6 +26,7 @@ from corl import (
     finite,
     fits,
     machine,
+    own_envs,
     pace,
     runs,
     sampling,
@@ -60,12 +61,12 @@ from corl.rewards import (  # noqa: F401
     RewardRule,
     episode_ends,
     get_return_to_go,
-    is_locomotion,
     modify_reward,
     modify_reward_linear,
     modify_reward_linear_online,
     modify_reward_online,
     return_reward_range,
+    scales_by_span,
 )
 from corl.rollback import Snapshot
 from corl.trained import keep_at_switch
@@ -185,7 +186,9 @@ class Session:
         self.config = config
         _check_places(config)
         self.device = machine.pick_device(config.device)
-        self.task = tasks.task(config.env)
+        self.task = envs.task_of(config)
+        if said := own_envs.about_actions(self.task):
+            print(said)
         check_memory(config, self.task, self.device)
         self._env = envs.make(self.task, config.env_backend)
         self._eval_env = envs.make(self.task, config.env_backend)
@@ -196,6 +199,9 @@ class Session:
         if config.compile:
             compiled.keep_graphs_in(sources.cache_folder() / "compiled")
         self._algorithm, self._columns = Path(file).stem, [*columns, *COLUMNS]
+        if self.task.scale is tasks.RAW:
+            # It would be `train_return` once more.
+            self._columns.remove("train_score")
         if config.sampling == "on_policy":
             self._columns += sampling.COLUMNS
         self._weighted: Dict[str, sampling.OnPolicyBuffer] = {}  # rows -> their buffer
@@ -214,7 +220,9 @@ class Session:
         self._work: Optional[Work] = None
 
     def __enter__(self) -> "Session":
-        self.run = runs.Run(self.config, self._algorithm, self._columns).__enter__()
+        self.run = runs.Run(
+            self.config, self._algorithm, self._columns, self.task.scale
+        ).__enter__()
         self.run.device = self.device
         try:
             self._open()

@@ -18,17 +18,23 @@ def restore_contact_margin(model: Any) -> None:
         model.geom_margin[:] *= 0.5
 
 
-def get_state(env: gym.Env) -> dict[str, Any]:
+def get_state(env: gym.Env, exact: bool = True) -> dict[str, Any]:
     """Everything that decides the environment's future, as plain arrays and numbers.
 
     It holds the physics, the elapsed steps of the time limit and the generators of resets and of
     the action space. The physics are MuJoCo's full state, with the solver's warm start that the
     next step reads; an environment of another kind answers with its own `get_state`.
 
+    Args:
+        env: the environment.
+        exact: else the physics of an environment that has neither MuJoCo's state nor a `get_state`
+            are None.
+
     Raises:
-        TypeError: the environment has neither MuJoCo's state nor a `get_state`.
+        TypeError: the environment has neither, and the state is to be exact.
     """
     base: Any = env.unwrapped
+    physics: Any = None
     if hasattr(base, "get_state"):
         physics = base.get_state()
     elif hasattr(base, "model") and hasattr(base, "data"):
@@ -37,7 +43,7 @@ def get_state(env: gym.Env) -> dict[str, Any]:
         spec = mujoco.mjtState.mjSTATE_INTEGRATION
         physics = np.empty(mujoco.mj_stateSize(base.model, spec))
         mujoco.mj_getState(base.model, base.data, physics, spec)
-    else:
+    elif exact:
         raise TypeError(
             f"{type(base).__name__} has no state to save; exact resume needs the "
             "gymnasium backend"
@@ -50,11 +56,17 @@ def get_state(env: gym.Env) -> dict[str, Any]:
     }
 
 
-def set_state(env: gym.Env, state: dict[str, Any]) -> None:
-    """Put an environment into a state of `get_state`; the next steps are bit-identical."""
+def set_state(env: gym.Env, state: dict[str, Any]) -> bool:
+    """Put an environment into a state of `get_state`; the next steps are bit-identical.
+
+    False where the physics are not known: a reset is due.
+    """
     env.reset()
     base: Any = env.unwrapped
-    if hasattr(base, "set_state") and hasattr(base, "get_state"):
+    known = state["physics"] is not None
+    if not known:
+        pass
+    elif hasattr(base, "set_state") and hasattr(base, "get_state"):
         base.set_state(state["physics"])
     else:
         import mujoco
@@ -71,3 +83,4 @@ def set_state(env: gym.Env, state: dict[str, Any]) -> None:
     wrapper._elapsed_steps = state["elapsed_steps"]
     base.np_random.bit_generator.state = state["generator"]
     env.action_space.np_random.bit_generator.state = state["action_space"]
+    return known

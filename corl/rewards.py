@@ -12,9 +12,22 @@ from corl import tasks
 EPISODES, UPSTREAM = "episodes", "upstream"
 
 
-def is_locomotion(env_name: str) -> bool:
-    """Is this one of the tasks whose rewards D4RL's users scale by the span of returns?"""
-    return any(robot in env_name for robot in ("halfcheetah", "hopper", "walker2d"))
+def scales_by_span(env_name: str) -> bool:
+    """Is this a task whose rewards are scaled by the span of returns?
+
+    D4RL's users do so in locomotion, and here it is done in every environment that is not D4RL's.
+    """
+    robots = ("halfcheetah", "hopper", "walker2d")
+    return not _is_d4rls(env_name) or any(robot in env_name for robot in robots)
+
+
+def is_antmaze(env_name: str) -> bool:
+    """Is this one of D4RL's antmaze tasks?"""
+    return _is_d4rls(env_name) and "antmaze" in env_name
+
+
+def _is_d4rls(env_name: str) -> bool:
+    return env_name.partition("-")[0] in tasks.ROBOTS
 
 
 def return_rule(config: Any) -> str:
@@ -52,7 +65,7 @@ def _scale_by_span(
     max_episode_steps: int,
     return_range: Optional[Tuple[float, float]] = None,
 ) -> Dict:
-    if not is_locomotion(env_name):
+    if not scales_by_span(env_name):
         return {}
     if return_range is None:
         return_range = return_reward_range(dataset, max_episode_steps)
@@ -75,7 +88,8 @@ def modify_reward(
 ) -> Dict:
     """Change `dataset["rewards"]` (N,) in place; returns what online rewards need.
 
-    Locomotion: scaled so that returns span `max_episode_steps`. Antmaze: reward - 1.
+    Locomotion and environments that are not D4RL's: scaled so that returns span
+    `max_episode_steps`. Antmaze: reward - 1.
 
     Args:
         return_range: smallest and largest return; default: those of `return_reward_range`.
@@ -84,17 +98,17 @@ def modify_reward(
         ValueError: no episode is finished, or all have the same return.
     """
     args = _scale_by_span(dataset, env_name, max_episode_steps, return_range)
-    if "antmaze" in env_name:
+    if is_antmaze(env_name):
         dataset["rewards"] -= 1.0
     return args
 
 
 def modify_reward_online(reward: float, env_name: str, **kwargs: Any) -> float:
     """The same for one reward; `kwargs` is what `modify_reward` returned."""
-    if is_locomotion(env_name):
+    if scales_by_span(env_name):
         span = kwargs["max_ret"] - kwargs["min_ret"]
         return reward / span * kwargs["max_episode_steps"]
-    return reward - 1.0 if "antmaze" in env_name else reward
+    return reward - 1.0 if is_antmaze(env_name) else reward
 
 
 def modify_reward_linear(
@@ -119,7 +133,7 @@ def modify_reward_linear_online(
     **kwargs: Any,
 ) -> float:
     """The same for one reward; `kwargs` is what `modify_reward_linear` returned."""
-    if is_locomotion(env_name):
+    if scales_by_span(env_name):
         reward = modify_reward_online(reward, env_name, **kwargs)
     return reward * reward_scale + reward_bias
 
@@ -182,7 +196,12 @@ def get_return_to_go(dataset: Dict, task: tasks.Task, config: Any) -> np.ndarray
             "set discount below 1"
         )
     rewards, ends = dataset["rewards"], episode_ends(dataset, task.horizon)
-    failure = task.ref_min * config.reward_scale + config.reward_bias
+    if config.is_sparse_reward and task.ref_min is None:
+        raise ValueError(
+            "is_sparse_reward needs the reward of a failure; give it as ref_min_score, with a "
+            "ref_max_score"
+        )
+    failure = (task.ref_min or 0.0) * config.reward_scale + config.reward_bias
     returns = np.empty(len(rewards))
     values, lasts = rewards.tolist(), ends.tolist()
     total, endless = 0.0, False

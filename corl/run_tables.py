@@ -7,7 +7,7 @@ drops the rows that came after the checkpoint, because they will be written agai
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 
 from corl import files
 from corl.config import ConfigError
+from corl.tasks import D4RL, RAW, SCALES, Scale
 
-COMMON_COLUMNS = ("step", "phase", "d4rl_normalized_score")
+COMMON_COLUMNS = ("step", "phase", D4RL.column)
 TABLES = ("metrics.csv", "evaluations.csv")
 
 
@@ -25,14 +26,17 @@ class Tables:
 
     Args:
         columns: metrics beyond the common ones.
+        scale: of the scores. Raw returns are no second time in evaluations.csv.
 
     Attributes:
         columns: of metrics.csv. The table of a run of an older version may lack some.
         rows: written by this process.
     """
 
-    def __init__(self, columns: Sequence[str]):
-        self.columns = list(dict.fromkeys([*COMMON_COLUMNS, *columns]))
+    def __init__(self, columns: Sequence[str], scale: Scale = D4RL):
+        common = (*COMMON_COLUMNS[:2], scale.column)
+        self.columns = list(dict.fromkeys([*common, *columns]))
+        self._raw = scale is RAW
         self.rows = 0
         self._known = set(self.columns)
         self._folder = Path()
@@ -45,8 +49,8 @@ class Tables:
         """
         self._folder = folder
         files.write_text(folder / "metrics.csv", ",".join(self.columns) + "\n")
-        header = "step,phase,episode,return,score\n"
-        files.write_text(folder / "evaluations.csv", header)
+        header = "step,phase,episode,return" + (not self._raw) * ",score"
+        files.write_text(folder / "evaluations.csv", header + "\n")
 
     def restore(self, folder: Path, known: Mapping[str, Any], step: int) -> None:
         """Make both as they were at a checkpoint.
@@ -108,7 +112,8 @@ class Tables:
         lines = io.StringIO()
         writer = csv.writer(lines, lineterminator="\n")
         for i, (total, score) in enumerate(zip(returns, scores, strict=True)):
-            writer.writerow([step, phase, i, repr(float(total)), repr(float(score))])
+            values = [total] if self._raw else [total, score]
+            writer.writerow([step, phase, i, *(repr(float(v)) for v in values)])
         files.append(self._folder / "evaluations.csv", lines.getvalue())
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -123,6 +128,16 @@ class Tables:
             checksum = hashlib.sha256(content).hexdigest()
             found[name] = {"bytes": len(content), "sha256": checksum}
         return found
+
+
+def scale_of(columns: Collection[str]) -> Scale:
+    """The scale of a run's scores, by the columns of its metrics.csv."""
+    return next((scale for scale in SCALES if scale.column in columns), D4RL)
+
+
+def scores_in(evaluations: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """The column of evaluations.csv that counts: scores, or raw returns where there are none."""
+    return evaluations["score" if "score" in evaluations else RAW.name]
 
 
 def _rows_up_to(content: bytes, step: int) -> str:

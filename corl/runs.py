@@ -41,6 +41,7 @@ from corl import (
     machine,
     rewards,
     summary,
+    tasks,
 )
 from corl.config import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
@@ -78,6 +79,7 @@ class Run:
             offline_iterations, online_iterations.
         algorithm: name in checkpoints and the summary.
         columns: metrics beyond the common ones; others raise.
+        scale: what scores are told in.
 
     Attributes that an algorithm may fill:
         panels: what curves.png shows below the score, see `curves.plot_curves`.
@@ -97,9 +99,15 @@ class Run:
         InUseError: another process is at work on the folder.
     """
 
-    def __init__(self, config: Any, algorithm: str, columns: Sequence[str]):
-        self.config, self.algorithm = config, algorithm
-        self.tables = Tables(columns)
+    def __init__(
+        self,
+        config: Any,
+        algorithm: str,
+        columns: Sequence[str],
+        scale: tasks.Scale = tasks.D4RL,
+    ):
+        self.config, self.algorithm, self.scale = config, algorithm, scale
+        self.tables = Tables(columns, scale)
         self.total = config.offline_iterations + config.online_iterations
         self.panels: Sequence[Mapping[str, Any]] = []
         self.means: dict[str, str] = {}
@@ -187,7 +195,7 @@ class Run:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         base = (
             expand(config.runs_dir)
-            / f"{config.name}-{config.env}-s{config.seed}-{stamp}"
+            / f"{config.name}-{tasks.file_name(config.env)}-s{config.seed}-{stamp}"
         )
         folder, count = base, 1
         while True:
@@ -377,7 +385,9 @@ class Run:
         values = self.read(metrics)
         self.tables.add_metrics(step, phase, values)
         if self.bar is not None:
-            shown = {"score": f"{self.scores[-1][2]:.1f}"} if self.scores else {}
+            shown = {}
+            if self.scores:
+                shown[self.scale.name] = f"{self.scores[-1][2]:.1f}"
             for name in self.means.values():
                 if name in values:
                     shown[name] = f"{values[name]:.3g}"
@@ -397,7 +407,9 @@ class Run:
         Raises:
             FloatingPointError: a return or a score is not finite.
         """
-        for name, values in (("return", returns), ("normalized score", scores)):
+        normalized = self.scale is not tasks.RAW
+        found = [("return", returns), ("normalized score", scores)]
+        for name, values in found[: 1 + normalized]:
             bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
                 raise FloatingPointError(
@@ -408,9 +420,11 @@ class Run:
         self._warn_of_standstill(step, phase, returns)
         mean = float(np.mean(scores))
         self.scores.append([step, phase, mean])
+        # Nobody knows the size of an environment's returns.
+        form = ".0f" if self.scale is tasks.D4RL else ".4g"
         self.print(
-            f"{phase} step {step}: return {np.mean(returns):.0f} ± {np.std(returns):.0f}, "
-            f"normalized score {mean:.1f}"
+            f"{phase} step {step}: return {np.mean(returns):{form}} ± "
+            f"{np.std(returns):{form}}" + f", normalized score {mean:.1f}" * normalized
         )
         return mean
 
@@ -563,9 +577,8 @@ class Run:
         found = summary.summary_of(self)
         text = json.dumps(found, indent=2, allow_nan=False) + "\n"
         files.write_text(self.folder / "summary.json", text)
-        curves.plot_curves(
-            self.folder, self.config, self.dataset.get("label", ""), self.panels
-        )
+        label = self.dataset.get("label", "")
+        curves.plot_curves(self.folder, self.config, label, self.panels, self.scale)
         if self.bar is not None:
             self.bar.close()
         self.print(summary.result_of(self, found))

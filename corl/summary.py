@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corl import curves, drop, machine
+from corl import curves, drop, machine, tasks
 
 
 class Phases(NamedTuple):
@@ -44,10 +44,13 @@ def means_of(metrics: Path, means: Mapping[str, str]) -> dict[str, float | None]
 def training_score(columns: Mapping[str, Sequence[str]]) -> float | None:
     """Mean score of the training episodes over the online phase; None where there is none.
 
+    Where nothing is normalized it is the mean return.
+
     It is the mean over the logged online steps of the score of the last finished episode, so an
     episode counts by the time it takes. `columns` are those of metrics.csv, as text.
     """
-    pairs = zip(columns["phase"], columns.get("train_score", ()), strict=False)
+    name = "train_return" if tasks.RAW.column in columns else "train_score"
+    pairs = zip(columns["phase"], columns.get(name, ()), strict=False)
     scores = [float(text) for phase, text in pairs if phase == "online" and text]
     scores = [score for score in scores if math.isfinite(score)]
     return float(np.mean(scores)) if scores else None
@@ -58,10 +61,11 @@ def summary_of(run: Any) -> dict[str, Any]:
 
     `score_offline`: last evaluation of the offline phase. `score_final`: mean of the last four
     online evaluations. `score_last`, `score_best`: last and best online evaluation; in a run
-    without any, the last three are of the offline phase. All are means over episodes,
-    D4RL-normalized. `score_training`: see `training_score`. `drop`: see `drop.Drop`, None where
-    the score before is unknown or there are fewer than three online evaluations. Versions and
-    commit are those at the start of this process.
+    without any, the last three are of the offline phase. All are means over episodes, in
+    `score_unit`, and D4RL-normalized where that is missing. `score_training`: see
+    `training_score`. `drop`: see `drop.Drop`, None where the score before is unknown or there are
+    fewer than three online evaluations. Versions and commit are those at the start of this
+    process.
     """
     offline, _, seen = phases_of(run.scores)
     data = run.dataset
@@ -71,6 +75,7 @@ def summary_of(run: Any) -> dict[str, Any]:
         "algorithm": run.algorithm,
         "env": run.config.env,
         "seed": run.config.seed,
+        **({} if run.scale is tasks.D4RL else {"score_unit": run.scale.label}),
         "score_offline": offline[-1] if offline else None,
         "score_final": float(np.mean(seen[-4:])) if seen else None,
         "score_last": seen[-1] if seen else None,
@@ -107,10 +112,10 @@ def result_of(run: Any, summary: Mapping[str, Any]) -> str:
         return "none" if score is None else f"{score:.1f}"
 
     # A run may be offline only.
-    kind = "online" if online else "final"
+    kind, name = "online" if online else "final", run.scale.name
     return (
-        f"\noffline score {show(summary['score_offline'])} -> {kind} score "
-        f"{show(summary['score_final'])} (D4RL-normalized, mean of the last "
+        f"\noffline {name} {show(summary['score_offline'])} -> {kind} {name} "
+        f"{show(summary['score_final'])} ({run.scale.unit}, mean of the last "
         f"{min(4, len(seen))} evaluations; last {show(summary['score_last'])}, best "
         f"{show(summary['score_best'])})\n"
         f"{_drop_of(summary)}"

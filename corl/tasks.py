@@ -1,12 +1,15 @@
-"""D4RL's tasks: a name is parsed once into a frozen `Task`, which is passed on.
+"""Tasks: a name is parsed once into a frozen `Task`, which is passed on.
 
-A `Task` knows the sizes of states and actions, the time limit and the returns between which D4RL
-normalizes its scores.
+A `Task` knows the sizes of states and actions, the range of the environment's own actions, the time
+limit and, where there are any, the returns between which scores are normalized. The names here are
+D4RL's; a gymnasium environment becomes a `Task` in `own_envs.py`.
 """
 
 import difflib
+import re
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,29 +57,104 @@ ROBOTS = {
 }
 
 
+class Scale(NamedTuple):
+    """What results of a task are told in.
+
+    Attributes:
+        column: of metrics.csv.
+        unit: in words, before `name`.
+        name: `score`, or `return` where nothing is normalized.
+    """
+
+    column: str
+    unit: str
+    name: str
+
+    @property
+    def label(self) -> str:
+        """Unit and name, for a picture or a table."""
+        return f"{self.unit} {self.name}"
+
+
+D4RL = Scale("d4rl_normalized_score", "D4RL-normalized", "score")
+NORMALIZED = Scale("normalized_score", "normalized", "score")
+RAW = Scale("raw_return", "raw", "return")
+SCALES = (D4RL, NORMALIZED, RAW)
+
+Bounds = tuple[tuple[float, ...], tuple[float, ...]]
+
+
 @dataclass(frozen=True)
 class Task:
-    """One D4RL task: a robot and the kind of data it comes with; see `Robot` for the facts."""
+    """One task: of D4RL, a robot and the kind of data it comes with; or a gymnasium environment.
+
+    Algorithms act in [-1, 1]. `bounds` are the environment's own, low (A,) and high (A,), and None
+    where they are the same. For the other facts see `Robot`.
+    """
 
     # The comments show the parts of hopper-medium-replay-v2.
     name: str  # hopper-medium-replay-v2
-    robot: str  # hopper
+    robot: str  # hopper; empty where the task is not D4RL's, as the next two
     kind: str  # medium-replay
     version: str  # v2
     env_id: str  # Hopper-v4; empty where gymnasium has no such environment
     state_dim: int
     action_dim: int
-    ref_min: float
-    ref_max: float
+    ref_min: float | None
+    ref_max: float | None
     horizon: int
+    bounds: Bounds | None = None
+
+    @property
+    def is_d4rls(self) -> bool:
+        """Is this a task of D4RL, with its rules for data and scores?"""
+        return bool(self.robot)
+
+    @property
+    def scale(self) -> Scale:
+        """What its results are told in."""
+        if self.is_d4rls:
+            return D4RL
+        return RAW if self.ref_min is None else NORMALIZED
 
     def normalized_score(self, returns: Any) -> np.ndarray:
-        """D4RL's score in percent, 100 (return - min) / (max - min), in the shape of `returns`.
+        """The score in percent, 100 (return - min) / (max - min), in the shape of `returns`.
 
         D4RL's own `get_normalized_score` gives the fraction; every paper prints the percentage.
+        Without reference scores it is the raw return.
         """
         returns = np.asarray(returns, dtype=np.float64)
+        if self.ref_min is None or self.ref_max is None:
+            return returns
         return 100.0 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+    def to_unit(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (..., A) of the environment's range as those of [-1, 1], in float64.
+
+        The bounds become -1 and 1 to the bit, and what lies outside becomes the bound. Without
+        `bounds` the actions stay as they are.
+        """
+        if self.bounds is None:
+            return actions
+        low, high, middle, half = self._range
+        actions = np.asarray(actions, dtype=np.float64)
+        inside = np.clip((actions - middle) / half, -1.0, 1.0)
+        return np.where(actions >= high, 1.0, np.where(actions <= low, -1.0, inside))
+
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (..., A) of [-1, 1] as those of the environment, the reverse of `to_unit`."""
+        if self.bounds is None:
+            return actions
+        low, high, middle, half = self._range
+        actions = np.asarray(actions, dtype=np.float64)
+        inside = np.clip(middle + half * actions, low, high)
+        return np.where(actions >= 1.0, high, np.where(actions <= -1.0, low, inside))
+
+    @property
+    def _range(self) -> tuple[np.ndarray, ...]:
+        """Low, high, middle and half of the width of the environment's actions, (A,) each."""
+        low, high = np.asarray(self.bounds, dtype=np.float64)
+        return low, high, low / 2 + high / 2, high / 2 - low / 2
 
 
 def task_names() -> list[str]:
@@ -116,6 +194,22 @@ def task(name: Task | str) -> Task:
     )
 
 
+def is_gymnasium_id(name: str) -> bool:
+    """Is this no task of D4RL, but an environment of gymnasium or of a module, `MODULE:ID`?
+
+    The module is not imported.
+    """
+    with suppress(ValueError):
+        task(name)
+        return False
+    if ":" in name:
+        return all(name.partition(":")[::2])
+    # It is slow to import, and D4RL's names do not need it.
+    import gymnasium
+
+    return name in gymnasium.registry
+
+
 def _known(name: str, robot: str) -> str:
     """What to write instead of an unknown name."""
     hands = [r for r, facts in ROBOTS.items() if facts.kinds is ADROIT]
@@ -126,7 +220,15 @@ def _known(name: str, robot: str) -> str:
     if robot in ROBOTS:
         facts = ROBOTS[robot]
         return f"{robot} has {', '.join(facts.kinds)}, as in {robot}-{facts.kinds[0]}-v2"
-    return f"names are ROBOT-DATA-VERSION, as hopper-medium-v2, and robots {', '.join(ROBOTS)}"
+    return (
+        f"names are ROBOT-DATA-VERSION, as hopper-medium-v2, and robots {', '.join(ROBOTS)}; any "
+        "other environment is a gymnasium id, as Hopper-v5 or my_package:MyEnv-v0"
+    )
+
+
+def file_name(name: str) -> str:
+    """A task's name as a part of a file's: `my_package:MyEnv-v0` as `my_package_MyEnv-v0`."""
+    return re.sub(r"[^\w.,+=-]", "_", name)
 
 
 def _cut(name: str) -> str:

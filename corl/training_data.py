@@ -15,9 +15,9 @@ from corl.rewards import (
     SPAN_REWARDS,
     RewardRule,
     get_return_to_go,
-    is_locomotion,
     return_reward_range,
     return_rule,
+    scales_by_span,
 )
 
 # Floats that an update keeps for each row of its batch, at least: two critics with two hidden
@@ -188,7 +188,7 @@ def _range_of(returns: np.ndarray) -> Tuple[float, float]:
 def _scale_rewards(config: Any, dataset: sources.Dataset, rule: str) -> Dict[str, Any]:
     """Change a dataset's rewards by the algorithm's rule; returns what online rewards need."""
     bounds = None
-    if is_locomotion(config.env):
+    if scales_by_span(config.env):
         require_episodes(dataset.provenance, "normalize_reward")
         bounds = _range_of(dataset.returns) if rule == EPISODES else None
     args = reward_rule(config).offline(dataset.arrays, config.env, config, bounds)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corl import pace
+from corl import pace, tasks
 from corl.config import (
     AUTO,
     ConfigError,
@@ -486,7 +486,7 @@ def _cell(
     config, chosen = mode.settle(config)
     stem = Path(method.algorithm).stem
     key = digest(stem, config, config.BOOKKEEPING)
-    name = f"{config.name}-{config.env}-s{config.seed}-{key}"
+    name = f"{config.name}-{tasks.file_name(config.env)}-s{config.seed}-{key}"
     folder = runs_dir / sweep.name / name
     return Cell(
         folder,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import torch
 
-from corl import checkpoints, envs, finetune, rewards, tasks
+from corl import checkpoints, envs, finetune, rewards
 from corl.config import parse_config
 from corl.data import sources
 from corl.trained import acting
@@ -143,7 +143,7 @@ def restore(files: RunFiles) -> RestoredRun:
         ValueError: the dataset found here is another one, or there are no online rows.
     """
     folder, module, config, state = files
-    task = tasks.task(config.env)
+    task = envs.task_of(config)
     rule = state["run"].get("return_rule", rewards.UPSTREAM)
     data = finetune.load_data(config, task, rule=rule)
     if data.provenance["sha256"] != state["dataset_sha256"]:
@@ -154,7 +154,7 @@ def restore(files: RunFiles) -> RestoredRun:
     offline = finetune.new_buffer(config, task)
     offline.load_d4rl_dataset(data.arrays)
     online = online_buffer(files)
-    max_action = float(envs.make(config.env, config.env_backend).action_space.high[0])
+    max_action = float(envs.make(task, config.env_backend).action_space.high[0])
     sizes = task.state_dim, task.action_dim, max_action
     trainer = module.make_trainer(config, *sizes, "cpu")
     trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
@@ -195,7 +195,7 @@ def online_buffer(files: RunFiles) -> finetune.ReplayBuffer:
             "set mixing_ratio, or a larger buffer_size, to tell them apart"
         )
     pointer = len(saved["rows"][0]) % config.buffer_size if shared else saved["pointer"]
-    buffer = finetune.new_buffer(config, tasks.task(config.env))
+    buffer = finetune.new_buffer(config, envs.task_of(config))
     buffer.load_state_dict({"first": 0, "pointer": pointer, "rows": saved["rows"]})
     return buffer
 

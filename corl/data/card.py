@@ -43,7 +43,11 @@ def card(dataset: sources.Dataset) -> str:
         ("episodes", f"{stats['episodes']} complete; {ends}"),
         ("length", _four(stats["length"], "steps", 0)),
         ("return", _four(stats["return"], "raw", 2)),
-        ("score", _score(task, stats["return"])),
+        *(
+            [("score", _score(task, stats["return"]))]
+            if task.ref_min is not None
+            else []
+        ),
         *_published(task),
         ("actions", f"{stats['action_min']:.6f} … {stats['action_max']:.6f}"),
     ]
@@ -200,6 +204,7 @@ def export(dataset: sources.Dataset, form: str, target: str) -> None:
     source = "minari" if facts["source"] == "minari" else "file"
     # Read again, because q-learning arrays lack some of the rows.
     raw, _ = sources.find(task, source, facts["path"])
+    raw["actions"] = task.to_env(raw["actions"]).astype(np.float32)
     if form == "minari":
         bounds = schema.episode_bounds(raw, task)
         if bounds[-1] < len(raw["rewards"]):
@@ -234,7 +239,14 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = arguments.Parser(description="Find a dataset and print its card.")
-    parser.add_argument("task", nargs="?", help="D4RL name, such as hopper-medium-v2")
+    parser.add_argument(
+        "task", nargs="?", help="D4RL name, as hopper-medium-v2, or gymnasium id"
+    )
+    parser.add_argument(
+        "--horizon",
+        type=arguments.number(int, "[2, 1e9]"),
+        help="of a gymnasium id: time limit in steps",
+    )
     parser.add_argument("--source", choices=sources.SOURCES, default="auto")
     parser.add_argument("--path", help="HDF5 file, or minari:ID")
     parser.add_argument(
@@ -271,7 +283,13 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _one_task(args: argparse.Namespace) -> None:
-    found = sources.resolve(args.task, args.source, args.path, args.cache_dir, args.rows)
+    task = args.task
+    if tasks.is_gymnasium_id(task):
+        # gymnasium is slow to import, and D4RL's names do not need it.
+        from corl import own_envs
+
+        task = own_envs.task(task, args.horizon)
+    found = sources.resolve(task, args.source, args.path, args.cache_dir, args.rows)
     print(card(found))
     if args.plot:
         plot_returns(found, args.plot)

@@ -186,7 +186,7 @@ def _create(buffers: list[Any], task: tasks.Task, name: str, about: str) -> None
             name,
             buffers,
             observation_space=Box(-np.inf, np.inf, (task.state_dim,), np.float32),
-            action_space=Box(-1.0, 1.0, (task.action_dim,), np.float32),
+            action_space=Box(*_range(task), dtype=np.float32),
             eval_env=task.env_id or None,
             algorithm_name="see description",
             author="corl-dare",
@@ -194,8 +194,18 @@ def _create(buffers: list[Any], task: tasks.Task, name: str, about: str) -> None
             code_permalink="none",
             description=about,
         )
-        scores = {"ref_min_score": task.ref_min, "ref_max_score": task.ref_max}
-        stored.storage.update_metadata(scores)
+        if task.ref_min is not None:
+            scores = {"ref_min_score": task.ref_min, "ref_max_score": task.ref_max}
+            stored.storage.update_metadata(scores)
+
+
+def _range(task: tasks.Task) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high (A,) of the environment's own actions."""
+    ones = np.ones(task.action_dim, np.float32)
+    if task.bounds is None:
+        return -ones, ones
+    low, high = np.asarray(task.bounds, np.float32)
+    return low, high
 
 
 @contextmanager

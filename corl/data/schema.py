@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 
 from corl import tasks
-from corl.data import hdf5
+from corl.data import hdf5, layouts
 from corl.data.hdf5 import BadData
 
-REQUIRED = ("observations", "actions", "rewards", "terminals")
+REQUIRED = layouts.REQUIRED
 OPTIONAL = ("timeouts", "next_observations")
 FLAGS = ("terminals", "timeouts")
 # Median height of the torso that tells walker2d from halfcheetah: the walker falls at 0.8, and
@@ -38,13 +38,19 @@ def load_hdf5(path: Path | str, task: tasks.Task | str) -> dict[str, np.ndarray]
     task, path = tasks.task(task), Path(path)
     hdf5.check_kind(path)
     with hdf5.reading(path), h5py.File(path) as file:
-        if missing := [key for key in REQUIRED if key not in file]:
-            held = ", ".join(sorted(file)[:20]) or "nothing"
-            raise BadData(
-                f"{path} lacks {', '.join(missing)}; it holds {held}; D4RL's schema "
-                f"needs {', '.join(REQUIRED)}"
-            )
-        return _clean(hdf5.plain_columns(file, path, REQUIRED + OPTIONAL), task, path)
+        names = layouts.require(file, path)
+        found = hdf5.plain_columns(file, path, names.values())
+        columns: dict[str, Any] = {key: found[name] for key, name in names.items()}
+        return _clean(columns, task, path)
+
+
+def load(path: Path, task: tasks.Task) -> dict[str, np.ndarray]:
+    """As `load_hdf5`, of any of the layouts in `layouts.py`."""
+    if path.is_dir():
+        return validate(layouts.read_folder(path), task, path)
+    if layouts.is_npz(path):
+        return validate(layouts.read_npz(path), task, path)
+    return load_hdf5(path, task)
 
 
 def count_rows(path: Path) -> int:
@@ -94,6 +100,9 @@ def _clean(
         shapes[key] = column.shape
         if key in ("rewards", *FLAGS) and column.shape[1:] == (1,):
             shapes[key] = column.shape[:1]
+        elif not task.is_d4rls and key not in ("rewards", *FLAGS):
+            # The environment's arrays become vectors, too.
+            shapes[key] = (len(column), int(np.prod(column.shape[1:])))
     _check_shapes(shapes, task, path)
     if any(isinstance(column, h5py.Dataset) for column in columns.values()):
         hdf5.check_memory(columns, path)
@@ -115,11 +124,26 @@ def _clean(
             rule = f"the largest is {largest:.3g}, and above {LARGEST:.2g} float32 has no squares"
             _reject(large, values, key, path, rule)
         if key == "actions":
-            outside = np.abs(cast) > ACTION_BOUND
-            _reject(outside, values, key, path, "actions must be within [-1, 1]")
+            cast = _unit_actions(cast, values, task, path)
         clean[key] = cast
     _check_torso(clean["observations"], task, path)
     return clean
+
+
+def _unit_actions(
+    cast: np.ndarray, values: np.ndarray, task: tasks.Task, path: Path | str
+) -> np.ndarray:
+    """Actions (N, A) in [-1, 1], float32, of the stored ones and their float32 copy."""
+    if task.bounds is None:
+        outside = np.abs(cast) > ACTION_BOUND
+        _reject(outside, values, "actions", path, "actions must be within [-1, 1]")
+        return cast
+    low, high = np.asarray(task.bounds)
+    room = (ACTION_BOUND - 1.0) * (high - low)
+    outside = (values < low - room) | (values > high + room)
+    rule = f"actions must be within the environment's range, {low} to {high}"
+    _reject(outside, values, "actions", path, " ".join(rule.split()))
+    return task.to_unit(values).astype(np.float32)
 
 
 def _check_torso(observations: np.ndarray, task: tasks.Task, path: Path | str) -> None:
@@ -167,9 +191,10 @@ def _check_shapes(
             for name, robot in tasks.ROBOTS.items()
             if dims == (robot.state_dim, robot.action_dim)
         ]
+        fit = f", which fit {' or '.join(fits) or 'no robot known here'}"
         raise BadData(
-            f"{path}: observations and actions have widths {dims}, which fit "
-            f"{' or '.join(fits) or 'no robot known here'}; {task.name} needs "
+            f"{path}: observations and actions have widths {dims}"
+            f"{fit if task.is_d4rls else ''}; {task.name} needs "
             f"{task.state_dim} and {task.action_dim}"
         )
     rows = shapes["observations"][0]

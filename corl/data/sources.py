@@ -1,4 +1,4 @@
-"""Where the data of a D4RL task comes from: a name or a file -> checked q-learning arrays.
+"""Where the data of a task comes from: a name or a file -> checked q-learning arrays.
 
 `resolve` takes, in this order, and says which it took: an explicit file or Minari id; the file in
 D4RL's own folder; a download from D4RL's server; data collected by ourselves
@@ -7,6 +7,7 @@ checksum are called D4RL's.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from corl import files, tasks
+from corl import tasks
 from corl.config import expand
-from corl.data import download, hdf5, minari, published, row_order, schema
+from corl.data import download, hdf5, layouts, minari, published, row_order, schema
 from corl.standin import policies
 
 SOURCES = ("auto", "file", "d4rl_dir", "d4rl", "minari", "self-collected")
@@ -51,7 +52,7 @@ class Dataset:
 def resolve(
     task: tasks.Task | str,
     source: str = "auto",
-    path: Path | str | None = None,
+    path: Path | str | Mapping[str, Any] | None = None,
     cache_dir: Path | str | None = None,
     rows: int | None = None,
     next_actions: bool = False,
@@ -63,7 +64,8 @@ def resolve(
         source: one of SOURCES. `auto` takes the first that answers: `path`; D4RL's
             folder (`D4RL_DATASET_DIR` or ~/.d4rl/datasets); a download from D4RL's
             server into it; the self-collected stand-in.
-        path: HDF5 file, or `minari:` and a Minari id.
+        path: HDF5 file, `.npz` archive, folder of episodes, dict of arrays, or `minari:` and a
+            Minari id. A task that is not D4RL's needs it.
         cache_dir: where stand-ins are kept; default `CORL_DARE_CACHE` or
             ~/.cache/corl_dare.
         rows: size of a stand-in that has to be collected (default 200 000, and D4RL's
@@ -91,6 +93,8 @@ def resolve(
                 "which this algorithm needs, is unknown; give a file with rows in order"
             )
     true_ends = provenance["source"] == "minari" or order in ("cut", "shuffled")
+    if not task.is_d4rls:
+        true_ends = "next_observations" in raw
     true_ends = true_ends and not next_actions
     if not true_ends:
         # D4RL's rules do not read them, and they are a good part of the memory.
@@ -130,7 +134,7 @@ def _warn_of_long_episodes(
 def find(
     task: tasks.Task | str,
     source: str = "auto",
-    path: Path | str | None = None,
+    path: Path | str | Mapping[str, Any] | None = None,
     cache_dir: Path | str | None = None,
     rows: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -153,6 +157,14 @@ def find(
         )
     if path is None and source in ("file", "minari"):
         raise ValueError(f"dataset_source {source!r} needs dataset_path")
+    if isinstance(path, Mapping):
+        return _from_memory(task, path)
+    if path is None and not task.is_d4rls:
+        raise ValueError(
+            f"{task.name} is no task of D4RL, so nobody knows its data; give dataset_path (an HDF5 "
+            "or .npz file, a folder of episodes or minari:ID), or collect some with "
+            f"`python -m corl.standin.collect {task.name}`"
+        )
     if source == "minari" or str(path).startswith("minari:"):
         return _from_minari(task, source, str(path).removeprefix("minari:"))
     if path is not None:
@@ -284,11 +296,13 @@ def _stand_in(task: tasks.Task, cache_dir: Path | str | None, rows: int | None) 
 def _from_file(
     task: tasks.Task, source: str, path: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    raw = schema.load_hdf5(path, task)
+    raw = schema.load(path, task)
+    made: dict[str, Any] = {}
     with hdf5.reading(path):
-        digest = files.sha256(path)
-        with h5py.File(path) as file:
-            made = hdf5.plain_attributes(file)
+        digest = layouts.digest(path)
+        if h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                made = hdf5.plain_attributes(file)
     owners = {known: name for name, (_, known) in published.known_files().items()}
     owner = owners.get(digest)
     order = row_order.settle(raw, task, path, owner is not None)
@@ -298,13 +312,32 @@ def _from_file(
         "sha256": digest,
         "recognised": owner == task.name,
         "label": _label(task, source, path, owner, made),
-        "order": order.kind,
-        "seams": order.seams,
     }
-    if order.warning():
-        provenance["warning"] = order.warning()
+    _note_order(provenance, order)
     if made.get("source") == "self-collected":
         provenance["collected"] = made
+    return raw, provenance
+
+
+def _note_order(provenance: dict[str, Any], order: row_order.RowOrder) -> None:
+    provenance |= {"order": order.kind, "seams": order.seams}
+    if order.warning():
+        provenance["warning"] = order.warning()
+
+
+def _from_memory(
+    task: tasks.Task, rows: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    name = "the dict of arrays"
+    raw = schema.validate(layouts.of_dict(rows), task, name)
+    provenance: dict[str, Any] = {
+        "source": "file",
+        "path": name,
+        "sha256": schema.hash_arrays(raw),
+        "recognised": False,
+        "label": "arrays of the user's own",
+    }
+    _note_order(provenance, row_order.settle(raw, task, name))
     return raw, provenance
 
 
@@ -320,6 +353,9 @@ def _label(
     if owner is not None:
         label = f"D4RL's own file of {owner} (checksum matches)"
         return label if owner == task.name else f"{label}, NOT of {task.name}"
+    if not task.is_d4rls:
+        by = f", collected by {made['policies']}" if "policies" in made else ""
+        return f"data of the user's own{by}"[:200]
     if made.get("source") == "self-collected":
         label = "self-collected stand-in (not D4RL data)"
         if "mix" in made and isinstance(made.get("share"), float):

@@ -9,11 +9,13 @@ from a series of snapshots of one training, in training order. The rows of antma
 
     python -m corl.standin.collect hopper-medium-v2 --rows 200000 --out hopper.hdf5
     python -m corl.standin.collect hopper-medium-v2 --mix expert --share 0.3
+    python -m corl.standin.collect my_package:MyEnv-v0 --policy runs/NAME
 
-The second command writes a labelled mixture of two policies with the exact density of
-both in every row. The same command gives the same bytes on the same machine and package
-versions, whatever the number of processes; an interrupted one goes on when it is repeated.
-Scores on this data are not comparable with published ones, because the policies are others.
+The second command writes a labelled mixture of two policies with the exact density of both in every
+row. The same command gives the same bytes on the same machine and package versions, whatever the
+number of processes; an interrupted one goes on when it is repeated. Scores on this data are not
+comparable with published ones, because the policies are others. The last command collects in any
+environment, see `own_policy.py`.
 """
 
 import argparse
@@ -37,10 +39,10 @@ import mujoco
 import numpy as np
 import torch
 
-from corl import arguments, envs, files, locks, tasks
+from corl import arguments, envs, files, locks, own_envs, tasks
 from corl.data import schema
 from corl.progress import progress_bar
-from corl.standin import maze_walks, policies, rollout
+from corl.standin import maze_walks, own_policy, policies, rollout
 
 # Version of the files' format. It is an attribute of every file and part of the chunks' names, so
 # it is not the package's version: a new release must not change the files.
@@ -489,8 +491,9 @@ def summary(path: Path, task: tasks.Task) -> str:
     """What a collected file holds, in three lines."""
     raw = schema.load_hdf5(path, task)
     facts = schema.statistics(raw, task)
+    kind = "stand-in (not D4RL data) for" if task.is_d4rls else "data of"
     lines = [
-        f"{path}: self-collected stand-in (not D4RL data) for {task.name}, "
+        f"{path}: self-collected {kind} {task.name}, "
         f"{facts['rows']} rows, {facts['episodes']} complete episodes",
         f"sha256 {files.sha256(path)}",
         f"python -m corl.data.card {task.name} --path {path} shows its returns",
@@ -500,7 +503,14 @@ def summary(path: Path, task: tasks.Task) -> str:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = arguments.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("task", help="D4RL name, for example hopper-medium-v2")
+    parser.add_argument(
+        "task", help="D4RL name, as hopper-medium-v2, or gymnasium id, as Hopper-v5"
+    )
+    parser.add_argument(
+        "--horizon",
+        type=arguments.number(int, "[2, 1e9]"),
+        help="of a gymnasium id: time limit in steps",
+    )
     parser.add_argument(
         "--rows",
         type=arguments.number(int, "[2, 1e9]"),
@@ -511,7 +521,9 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=arguments.number(int, arguments.SEED), default=0)
     parser.add_argument(
-        "--policy", type=arguments.path, help="in place of the shipped policy"
+        "--policy",
+        type=arguments.path,
+        help="run folder or .safetensors file; default: the shipped policy, or random actions",
     )
     parser.add_argument(
         "--mix", choices=policies.SINGLE, help="second policy of a mixture"
@@ -531,14 +543,33 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _with_own_policy(args: argparse.Namespace, task: tasks.Task, out: Path) -> None:
+    """The command for an environment that is not D4RL's, or for the policy of a run."""
+    if args.mix or args.workers:
+        raise ValueError(
+            "--mix and --workers are for D4RL's tasks and the shipped policies; leave them out"
+        )
+    if said := own_envs.about_actions(task):
+        print(said)
+    rows = policies.default_rows(task) if args.rows is None else args.rows
+    own_policy.collect(task, rows, out, args.seed, args.policy, versions())
+    print(summary(out, task))
+
+
 def main() -> None:
     """The command line that the top of this file shows."""
     args = _parse_arguments()
     mixed = f"-{args.mix}-{args.share:g}" if args.mix else ""
-    out = args.out or Path(f"{args.task}{mixed}-self-collected.hdf5")
+    name = tasks.file_name(args.task)
+    out = args.out or Path(f"{name}{mixed}-self-collected.hdf5")
     settings = {"policy": args.policy, "mix": args.mix, "share": args.share}
     try:
-        task = tasks.task(args.task)
+        task = envs.find_task(args.task, args.horizon)
+        if not task.is_d4rls or (args.policy and args.policy.is_dir()):
+            _with_own_policy(args, task, out)
+            return
+        if args.horizon is not None:
+            raise ValueError(f"{task.name} has D4RL's time limit; leave --horizon out")
         rows = policies.default_rows(task) if args.rows is None else args.rows
         if args.worker:
             plan = rollout.make_plan(task, rows, args.seed, **settings)

@@ -276,7 +276,7 @@ def load_behaviors(
         if dims != (inputs, task.action_dim):
             raise ValueError(
                 f"policy file {path} maps {dims[0]} state to {dims[1]} action "
-                f"dimensions; {task.robot} has {inputs} and {task.action_dim}"
+                f"dimensions; {task.robot or task.name} has {inputs} and {task.action_dim}"
             )
     return [Behavior(name, policy, digest, step) for name, step, policy in named]
 

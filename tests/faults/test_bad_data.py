@@ -95,7 +95,6 @@ OTHER = {
     "pickle under HDF5's name": ("d.hdf5", pickle.dumps, ("pickle", *NEVER)),
     "pickle of text": ("d.hdf5", lambda r: pickle.dumps([1], 0), ("pickle", *NEVER)),
     "torch": ("d.pt", torch_file, ("torch file", "pickle", *NEVER)),
-    "npz": ("d.npz", npz, (r"\.npz", "where you trust it", "HDF5")),
     "npy": ("d.npy", npy, (r"\.npy", "where you trust it", "HDF5")),
     "gzip": ("d.hdf5.gz", lambda r: gzip.compress(b"x" * 99), ("gzip", "unpack")),
     "bzip2": ("d.bz2", lambda r: b"BZh91AY&SY123", ("bzip2", "unpack")),

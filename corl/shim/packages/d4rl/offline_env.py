@@ -35,13 +35,13 @@ class OfflineEnv(Env):
     task: tasks.Task
 
     @property
-    def ref_min_score(self) -> float:
-        """The raw return that D4RL calls 0."""
+    def ref_min_score(self) -> float | None:
+        """The raw return that D4RL calls 0; None for a task that is none of D4RL's."""
         return self.task.ref_min
 
     @property
-    def ref_max_score(self) -> float:
-        """The raw return that D4RL calls 1."""
+    def ref_max_score(self) -> float | None:
+        """The raw return that D4RL calls 1; None as above."""
         return self.task.ref_max
 
     def get_normalized_score(self, score: Any) -> Any:

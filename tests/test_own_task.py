@@ -330,7 +330,7 @@ def test_without_reference_scores_everything_is_told_in_raw_returns(tmp_path, ca
     found = [float(r[3]) for r in columns_of(folder, "evaluations.csv")[1]]
     assert summary["score_last"] == pytest.approx(np.mean(found[-2:]))
     said = capsys.readouterr().out
-    assert "online return" in said and "(raw, mean" in said and "score" not in said
+    assert "online return" in said and "(raw, mean" in said and "normalized" not in said
     assert "rescaled to [-1, 1]" in said
     assert summary["dataset"]["return_range"]["low"] < 0
 

@@ -165,7 +165,7 @@ def test_corls_checkpoint_is_written_and_read(tmp_path):
     [
         ({"awac_lambda": 0.0}, r"awac_lambda must lie in \(0, inf\), not 0.0"),
         ({"hidden_dim": 0}, r"hidden_dim must lie in \[1, 1e5\], not 0"),
-        ({"mixing_ratio": 1.0}, r"mixing_ratio must lie in \(0, 1\)"),
+        ({"mixing_ratio": 1.0}, r"mixing_ratio must lie in \[0, 1\)"),
     ],
 )
 def test_bad_settings_name_the_field(fields, message):

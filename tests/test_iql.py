@@ -299,7 +299,7 @@ def test_reward_transforms_offline_and_online_agree():
     "fields, message",
     [
         ({"env": "hoper-medium-v2"}, "unknown task 'hoper-medium-v2'"),
-        ({"mixing_ratio": 1.0}, r"mixing_ratio must lie in \(0, 1\)"),
+        ({"mixing_ratio": 1.0}, r"mixing_ratio must lie in \[0, 1\)"),
         ({"mixing_ratio": 0.5, "batch_size": 255}, "batch_size 255 cannot be split"),
         ({"batch_size": 0}, r"batch_size must lie in \[1, 1e10\], not 0"),
         ({"online_iterations": -1}, "online_iterations must lie in .0, 1e9., not -1"),

@@ -191,7 +191,7 @@ def test_corls_checkpoint_is_written_and_read(tmp_path):
         ({"bc_end": 1.5}, r"bc_end must lie in \[0, 1\], not 1.5"),
         ({"bc_anneal_steps": 0}, r"bc_anneal_steps must lie in \[1, 1e9\], not 0"),
         ({"policy_freq": 0}, r"policy_freq must lie in \[1, 1e9\], not 0"),
-        ({"mixing_ratio": 1.0}, r"mixing_ratio must lie in \(0, 1\)"),
+        ({"mixing_ratio": 1.0}, r"mixing_ratio must lie in \[0, 1\)"),
         ({"mixing_ratio": 0.5, "batch_size": 255}, "batch_size 255 cannot be split"),
     ],
 )

@@ -492,11 +492,13 @@ def summary(path: Path, task: tasks.Task) -> str:
     raw = schema.load_hdf5(path, task)
     facts = schema.statistics(raw, task)
     kind = "stand-in (not D4RL data) for" if task.is_d4rls else "data of"
+    # D4RL's tasks have a time limit of their own.
+    more = "" if task.is_d4rls else f" --horizon {task.horizon}"
     lines = [
         f"{path}: self-collected {kind} {task.name}, "
         f"{facts['rows']} rows, {facts['episodes']} complete episodes",
         f"sha256 {files.sha256(path)}",
-        f"python -m corl.data.card {task.name} --path {path} shows its returns",
+        f"python -m corl.data.card {task.name}{more} --path {path} shows its returns",
     ]
     return "\n".join(lines)
 

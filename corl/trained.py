@@ -110,9 +110,9 @@ def read(folder: Path, file: Path | None = None) -> TrainedRun:
 
 
 def _trainer(module: ModuleType, config: Any) -> Any:
-    from corl import envs, tasks
+    from corl import envs
 
-    task = tasks.task(config.env)
+    task = envs.task_of(config)
     space: Any = envs.make(task, config.env_backend).action_space
     sizes = task.state_dim, task.action_dim, float(space.high[0])
     return module.make_trainer(config, *sizes, "cpu")

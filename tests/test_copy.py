@@ -195,11 +195,14 @@ print("ok")
 def pasted(file, names=()):
     """Source of classes and helper functions of a file, as somebody would copy them."""
     source = (ROOT / file).read_text()
-    skipped = {"TrainConfig", "train", "step", "make_trainer"}
+    skipped = {"TrainConfig", "train", "step", "make_trainer", "policy_fit"}
     parts = []
     for node in ast.parse(source).body:
         name = getattr(node, "name", "")
         code = isinstance(node, ast.ClassDef | ast.FunctionDef) and name not in skipped
+        # What wires the file to the host is not copied.
+        if isinstance(node, ast.FunctionDef):
+            code &= "TrainConfig" not in ast.unparse(node.args)
         constant = isinstance(node, ast.Assign) and "COLUMNS" not in ast.unparse(node)
         if (names and name in names) or (not names and (code or constant)):
             first = min(

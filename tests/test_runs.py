@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small_config import Config, parse
 
-from corl import checkpoints, curves, machine, run_tables, runs
+from corl import checkpoints, curves, machine, run_tables, runs, tasks
 from corl.config import ConfigError, main
 from corl_dare.config import LOGS, PANELS
 
@@ -1000,4 +1000,5 @@ def test_a_finished_run_draws_the_panels_it_was_given(here, monkeypatch):
     run = make_run()
     run.panels, run.dataset = [PANEL], {"label": "made up"}
     run.finish()
-    assert given == [(run.folder, run.config, "made up", [PANEL])]
+    expected = [(run.folder, run.config, "made up", [PANEL], tasks.D4RL)]
+    assert given == expected

@@ -6,6 +6,7 @@ they hold their next observations; `row_order` finds out.
 """
 
 import hashlib
+import os
 import re
 import zipfile
 from collections.abc import Collection, Mapping
@@ -111,7 +112,7 @@ def of_dict(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def is_npz(path: Path) -> bool:
     """Is this a NumPy archive, by its name and its first bytes?"""
-    if path.suffix.lower() != ".npz" or not path.is_file():
+    if path.suffix.lower() != ".npz" or not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
@@ -184,7 +185,7 @@ def _episode(path: Path) -> dict[str, np.ndarray]:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and digests of a folder's episodes."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return files.sha256(path)
     found = hashlib.sha256()
     for part in episode_files(path):

@@ -4,6 +4,7 @@ Rows here are always the *raw* rows of a file, a dict of arrays as `validate` re
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def load_hdf5(path: Path | str, task: tasks.Task | str) -> dict[str, np.ndarray]
 
 def load(path: Path, task: tasks.Task) -> dict[str, np.ndarray]:
     """As `load_hdf5`, of any of the layouts in `layouts.py`."""
-    if path.is_dir():
+    # Path.is_dir raises where a name is too long.
+    if os.path.isdir(path):
         return validate(layouts.read_folder(path), task, path)
     if layouts.is_npz(path):
         return validate(layouts.read_npz(path), task, path)

@@ -4,23 +4,17 @@
 the environment's own range.
 """
 
-import importlib.util
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import torch
 
-from corl import checkpoints, envs, files, rewards, tasks, training_data
-from corl.config import parse_config
+from corl import envs, files, tasks, trained
 from corl.progress import progress_bar
 from corl.standin import policies, rollout
-
-ALGORITHMS = Path(__file__).parents[2] / "algorithms"
 
 # State (S,) -> action (A,) in [-1, 1].
 Policy = Callable[[np.ndarray], np.ndarray]
@@ -108,42 +102,20 @@ def _checkpoint(folder: Path) -> Path:
 
 def _of_run(task: tasks.Task, folder: Path) -> Policy:
     """The policy of a finished run as it acts online, without the noise that TD3 adds."""
-    name = str(json.loads((folder / "summary.json").read_text()).get("algorithm"))
-    file = ALGORITHMS / f"{name}.py"
-    if not re.fullmatch(r"\w+", name) or not file.is_file():
-        raise ValueError(
-            f"--policy {folder} is a run of {name}, whose file algorithms/{name}.py is not "
-            "beside corl; use a checkout of the repository"
-        )
-    spec = importlib.util.spec_from_file_location(f"algorithms.{name}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = parse_config(module.TrainConfig, ["--config", str(folder / "config.yaml")])
-    state = checkpoints.load_checkpoint(_checkpoint(folder), name)
-    own = envs.task_of(config)
+    _checkpoint(folder)
+    run = trained.read(folder)
+    own = envs.task_of(run.config)
     sizes = own.state_dim, own.action_dim
     if sizes != (task.state_dim, task.action_dim):
         raise ValueError(
             f"--policy {folder} is of {own.name} with {sizes[0]} states and {sizes[1]} actions; "
             f"{task.name} has {task.state_dim} and {task.action_dim}"
         )
-    # The states' mean and standard deviation are those of the run's data.
-    rule = state["run"].get("return_rule", rewards.UPSTREAM)
-    data = training_data.load_data(config, own, rule=rule)
-    if data.provenance["sha256"] != state["dataset_sha256"]:
-        raise ValueError(
-            f"--policy {folder}: the dataset {data.provenance['path']} is not the run's (its "
-            "sha256 differs), and the policy needs its mean; put that file back"
-        )
-    trainer = module.make_trainer(config, *sizes, 1.0, "cpu")
-    trainer.load_state_dict(checkpoints.unpack(state["parts"]["trainer"]))
-    actor: Any = getattr(trainer, "composite", trainer.actor)
-    actor.train()
+    actor = run.after.train()
 
     @torch.no_grad()
     def act(state: np.ndarray) -> np.ndarray:
-        return actor.act(data.normalization.apply(state), "cpu")
+        return actor.act((state - run.mean) / run.std, "cpu")
 
     return act
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from algorithms import cal_ql, cql, dare_iql, iql
-from corl import tasks
+from corl import files, tasks
 from corl.data import card, row_order, schema, sources
 from corl.training_data import load_data
 
@@ -99,7 +99,7 @@ def test_rounding_is_no_seam(kind, tmp_path):
 def test_d4rls_own_bytes_are_read_by_its_rule_whatever_they_hold(tmp_path, monkeypatch):
     raw = permuted(rows_in_order())
     path = harness.write_dataset(tmp_path / "x.hdf5", raw)
-    known = f"hopper\nmedium 99 {sources.files.sha256(path)}\n"
+    known = f"hopper\nmedium 99 {files.sha256(path)}\n"
     monkeypatch.setattr(sources.published, "CHECKSUMS", known)
     found = sources.resolve(TASK, path=path)
     expected = schema.qlearning_dataset(raw)

@@ -515,9 +515,10 @@ def _without_idle(config_class: Any, values: dict, later: dict, origin: str) -> 
             idle = table.get(chosen.get(field), ())
             left_out = [name for name in given if name in idle]
             if left_out:
+                names = ", ".join(f"{block}.{name}" for name in left_out)
                 print(
-                    f"{origin}: {', '.join(f'{block}.{name}' for name in left_out)} would do "
-                    f"nothing with {block}.{field} {chosen[field]}, and is left out"
+                    f"{origin}: with {block}.{field} {chosen[field]} these would do nothing and "
+                    f"are left out: {names}"
                 )
             kept[block] = {k: v for k, v in given.items() if k not in idle}
     return kept
@@ -802,7 +803,7 @@ def make_config(config_class: type, layers: Iterable[tuple[str, dict]]) -> Any:
         if any("preset" in later for _, later in layers[number + 1 :]):
             layer = {k: v for k, v in layer.items() if k != "preset"}
         layer = _with_preset(config_class, layer, origin)
-        values = _without_idle(config_class, values, layer, "what it stands on")
+        values = _without_idle(config_class, values, layer, origin)
         values = _merged(values, _check(config_class, layer, origin))
     return _build(config_class, values)
 

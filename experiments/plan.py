@@ -11,13 +11,14 @@ import copy
 import dataclasses
 import difflib
 import hashlib
+import io
 import itertools
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,14 @@ def plan(
     runs_dir = Path(runs_dir)
     sweep = read_sweep(path)
     shared = _SharedSettings(sweep)
-    drafts = [
-        (method, overrides, _settings(sweep, method, shared, overrides, task, seed))
-        for method in sweep.methods
-        for overrides, task, seed in itertools.product(
-            method.combinations(), sweep.tasks, sweep.seeds
-        )
-    ]
+    with _each_line_once():
+        drafts = [
+            (method, overrides, _settings(sweep, method, shared, overrides, task, seed))
+            for method in sweep.methods
+            for overrides, task, seed in itertools.product(
+                method.combinations(), sweep.tasks, sweep.seeds
+            )
+        ]
     if sweep.by_seed:
         # Sorting keeps the order of the methods.
         drafts.sort(
@@ -180,6 +182,18 @@ def plan(
     for cell in ordered:
         check_begun(cell)
     return ordered
+
+
+@contextmanager
+def _each_line_once() -> Iterator[None]:
+    """Print what is said inside without repetitions: the cells of a method say the same."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        for line in dict.fromkeys(said.getvalue().splitlines()):
+            print(line)
 
 
 def planned_cells(sweep: Sweep) -> list[tuple[str, str, int]]:

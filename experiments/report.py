@@ -122,6 +122,8 @@ def _group_section(
             "of a run itself, all threads together; a shared offline model is not counted. "
             "Generator's share: its arithmetic, of what its authors spend.\n"
         )
+    if warned := tables.warnings_list(experiment, group):
+        text.append("Warnings of the runs:\n\n" + warned)
     for name, picture, alt in group_figures(experiment, group, tasks):
         pictures[name] = picture
         text.append(f"![{alt}](figures/{name}.png)\n")

@@ -73,6 +73,7 @@ class Summary(TypedDict, total=False):
     cpu_seconds: float
     generator_share: float | None
     offline_run: str | None
+    warnings: list[str]
 
 
 class RunConfig(TypedDict, total=False):
@@ -133,6 +134,8 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
     for name in LATER:
         if summary.get(name) is not None:
             record[name] = _digits(summary[name])
+    if summary.get("warnings"):
+        record["warnings"] = summary["warnings"]
     if (folder / "snapshot.json").is_file():
         record["snapshot"] = read_json(
             folder / "snapshot.json",

@@ -101,6 +101,7 @@ class _Later(TypedDict, total=False):
     training: float | None
     cpu_seconds: float
     generator_share: float
+    warnings: list[str]
 
 
 class StoredRun(_Later):
@@ -109,6 +110,7 @@ class StoredRun(_Later):
     before: the evaluation at the switch, else the last one of the offline model, where it is known.
     training: mean score of the training episodes over the online phase.
     generator_share: arithmetic of a generator of rows, as a share of what its paper spends.
+    warnings: lines that the run printed as warnings, in their order.
     """
 
     label: str

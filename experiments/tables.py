@@ -338,6 +338,20 @@ def cost_table(experiment: Experiment, group: Group) -> str:
     return _table(header + ["generator's share"] * generated, rows)
 
 
+def warnings_list(experiment: Experiment, group: Group) -> str:
+    """What the runs of a group warned of, a line per method, task and text; "" if of nothing."""
+    found: dict[tuple[str, str, str], dict[int, Mapping]] = {}
+    for label in group.labels:
+        for record in experiment.records([label]):
+            for text in record.get("warnings", ()):
+                seeds = found.setdefault((label, record["env"], text), {})
+                seeds[record["seed"]] = record
+    return "".join(
+        f"- {experiment.name(label)}, {env}, seed {_seeds(seeds)}: {text}\n"
+        for (label, env, text), seeds in found.items()
+    )
+
+
 def _collapsed(records: Sequence[Mapping]) -> str:
     """Tasks and seeds of the runs that ended below half of where they began."""
     found: dict[str, dict[int, Mapping]] = {}

@@ -200,12 +200,12 @@ def test_a_later_choice_leaves_out_what_an_earlier_place_says(tmp_path, capsys):
     )
     assert found.dare == type(found.dare)(weights="uniform")
     said = capsys.readouterr().out
-    assert f"{config}: dare.behavior, dare.behavior_batch_size" in said
-    assert "would do nothing with dare.weights uniform, and is left out" in said
+    idle = "these would do nothing and are left out: dare.behavior, dare.behavior_batch_size"
+    assert f"{config}: with dare.weights uniform {idle}" in said
     argv = ["--preset", "cpu", "--dare.weights", "anneal", "--dare.weight", "0"]
     found = parse_config(dare_td3_bc.TrainConfig, argv)
     assert found.dare == type(found.dare)(weights="anneal", weight=0.0)
-    assert "preset cpu: dare.behavior" in capsys.readouterr().out
+    assert "preset cpu: with dare.weights anneal" in capsys.readouterr().out
     layers = [
         ("file", {"dare": {"rule": "em"}}),
         ("sweep", {"dare": {"weights": "uniform"}}),

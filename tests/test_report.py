@@ -845,6 +845,22 @@ def test_the_costs_name_collapsed_seeds_cpu_time_and_a_generators_share(
     assert "CPU minutes" not in text_of(folder)
 
 
+def test_a_page_says_what_its_runs_warned_of(make_run, tmp_path, no_pictures):
+    folder = tmp_path / "results" / "trial"
+    made = [make_run(name="sa", seed=seed) for seed in range(4)]
+    for run in made[:3]:
+        change_summary(run, warnings=["no row is trusted"])
+    add([*made, make_run(name="calm")], folder)
+    report.write_report(folder)
+    warned = text_of(folder).split("Warnings of the runs:")[1].split("\n\n")[1]
+    assert warned == "- sa, hopper-medium-v2, seed 0–2: no row is trusted"
+    for run in made[:3]:
+        change_summary(run, warnings=[])
+    add(made, folder)
+    report.write_report(folder)
+    assert "Warnings" not in text_of(folder)
+
+
 def test_a_difference_inside_the_interval_is_called_that(experiment, no_pictures):
     report.write_report(experiment)
     text = text_of(experiment).split("## Alone")[0].replace("\\|", "/")

@@ -403,6 +403,14 @@ def test_blocks_of_other_algorithms_are_left_out_and_said_once_per_place(store, 
     assert lines[1].startswith("a.yaml")
 
 
+def test_fields_that_a_method_leaves_nothing_to_do_are_named_once(store, capsys):
+    own = {"dare.weights": "uniform", "dare.weight": 0.5}
+    methods = {"uniform": {"algorithm": "algorithms/dare_td3_bc.py", "settings": own}}
+    plan(store(methods=methods, settings={"dare.cap": 3}, seeds=[0, 1, 2]))
+    line = f"{Path.cwd() / 's.yaml'}: methods.uniform.settings: with dare.weights uniform"
+    assert capsys.readouterr().out.count(line) == 1
+
+
 def test_a_block_that_yaml_shares_between_methods_is_not_changed_by_one(store):
     block = {"cap": 1}  # safe_dump writes an anchor for the second use
     first = {"algorithm": "walk.py", "settings": {"dare": block, "dare.cap": 3}}

@@ -404,9 +404,12 @@ def test_blocks_of_other_algorithms_are_left_out_and_said_once_per_place(store, 
 
 
 def test_fields_that_a_method_leaves_nothing_to_do_are_named_once(store, capsys):
+    Path("algorithms").symlink_to(ROOT / "algorithms")
     own = {"dare.weights": "uniform", "dare.weight": 0.5}
     methods = {"uniform": {"algorithm": "algorithms/dare_td3_bc.py", "settings": own}}
-    plan(store(methods=methods, settings={"dare.cap": 3}, seeds=[0, 1, 2]))
+    fields = {"dare.cap": 3, "compile": False, "threads": 1}
+    tasks = ["hopper-medium-v2"]
+    plan(store(methods=methods, tasks=tasks, settings=fields, seeds=[0, 1, 2]))
     line = f"{Path.cwd() / 's.yaml'}: methods.uniform.settings: with dare.weights uniform"
     assert capsys.readouterr().out.count(line) == 1
 

@@ -72,6 +72,7 @@ class Summary(TypedDict, total=False):
     wall_seconds: float
     cpu_seconds: float
     generator_share: float | None
+    caveat: str
     offline_run: str | None
 
 
@@ -133,6 +134,8 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
     for name in LATER:
         if summary.get(name) is not None:
             record[name] = _digits(summary[name])
+    if "caveat" in summary:
+        record["caveat"] = summary["caveat"]
     if (folder / "snapshot.json").is_file():
         record["snapshot"] = read_json(
             folder / "snapshot.json",

@@ -101,6 +101,7 @@ class _Later(TypedDict, total=False):
     training: float | None
     cpu_seconds: float
     generator_share: float
+    caveat: str
 
 
 class StoredRun(_Later):
@@ -109,6 +110,7 @@ class StoredRun(_Later):
     before: the evaluation at the switch, else the last one of the offline model, where it is known.
     training: mean score of the training episodes over the online phase.
     generator_share: arithmetic of a generator of rows, as a share of what its paper spends.
+    caveat: what must be known of the method: a word, a colon and why.
     """
 
     label: str

@@ -6,6 +6,7 @@ import toy
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cql_sa,
     dare_awac,
     dare_cal_ql,
@@ -212,6 +213,12 @@ def edis_block(**fields):
         "negatives": 3,
     }
     return EdisConfig(**{**small, **fields})
+
+
+def baq_block(**fields):
+    """The block `baq:` of a short run."""
+    small = {"clone_updates": 30, "clone_batch_size": 32, "clone_lr": 1e-3}
+    return baq_cal_ql.BaqConfig(**{**small, **fields})
 
 
 def folder_of(tmp_path):

@@ -15,6 +15,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     edis_iql,
     iql,
     pex,
@@ -100,6 +101,8 @@ REBRAC_FIELDS = {
     "critic_bc_coef": 0.1,
 }
 PEX_FIELDS = {**FIELDS, "online_warmup": 50}
+E2O_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k not in ("alpha_multiplier", "cql_alpha_online")}
+E2O_FIELDS |= {"n_critics": 3, "hidden_dim": 32, "q_n_hidden_layers": 2, "online_warmup": 10}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -125,6 +128,7 @@ DEFAULTS = {
     dare_iql: FIELDS,
     pex: PEX_FIELDS,
     edis_iql: FIELDS,
+    e2o: E2O_FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,

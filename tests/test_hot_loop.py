@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -25,6 +26,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     iql,
     pex,
     rebrac,
@@ -97,6 +99,15 @@ def updates():
         trainer = make_trainer(pex)
         return lambda: trainer.train(batch(), online)
 
+    def ensemble(online):
+        trainer = make_trainer(e2o, n_critics=3, cql_n_actions=2)
+        return lambda: trainer.train(batch(), online)
+
+    def weighed():
+        trainer = make_trainer(baq_cal_ql, cql_n_actions=2)
+        more = [torch.randn(B, 1)]
+        return lambda: trainer.train(batch() + more, torch.rand(B))
+
     def dare(value):
         block = dare_iql.DareIQLConfig(value=value)
         trainer = make_trainer(dare_iql, dare=block)
@@ -153,6 +164,9 @@ def updates():
         "iql": plain(False),
         "pex": expanded(False),
         "pex online": expanded(True),
+        "e2o": ensemble(False),
+        "e2o online": ensemble(True),
+        "baq_cal_ql": weighed(),
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
     }
@@ -163,7 +177,7 @@ NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
-NAMES += ["pex", "pex online"]
+NAMES += ["pex", "pex online", "e2o", "e2o online", "baq_cal_ql"]
 
 
 @pytest.mark.parametrize("name", NAMES)

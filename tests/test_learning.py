@@ -8,6 +8,7 @@ import torch
 from short_runs import (
     assert_same_weights,
     awac_block,
+    baq_block,
     cal_ql_block,
     cql_block,
     dare_block,
@@ -20,6 +21,7 @@ from short_runs import (
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -30,6 +32,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     iql,
     pex,
     rebrac,
@@ -76,12 +79,16 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa])
+@pytest.mark.parametrize(
+    "module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o]
+)
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
     fields = {}
     if module in BLOCKS:
         fields = {"dare": BLOCKS[module](cap=8), "log_freq": 5}
+    if module is baq_cal_ql:
+        fields = {"baq": baq_block(clone_updates=200)}
     summary = run(module, tmp_path, monkeypatch, **fields)
     assert summary["score_offline"] > 65, summary
     assert summary["score_final"] > 85, summary

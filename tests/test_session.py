@@ -4,6 +4,7 @@ import pytest
 from helpers import assert_equal
 from short_runs import (
     awac_block,
+    baq_block,
     cal_ql_block,
     checkpoint_of,
     cql_block,
@@ -17,6 +18,7 @@ from short_runs import (
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -27,6 +29,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     edis_cal_ql,
     edis_iql,
     iql,
@@ -75,6 +78,15 @@ PEX_ONLINE = {
     "inv_temperature": 0.5,
     "eval_epsilon": 0.9,
     "clip_actions": True,
+}
+E2O_ONLINE = {
+    "mixing_ratio": 0.25,
+    "cql_alpha_online": 2.0,
+    "target_rule": "mean",
+    "uncertainty_temperature": 1.0,
+    "uncertainty_by": "row",
+    "exploration": "policy",
+    "ucb_lambda": 1.0,
 }
 # Fields of the online phase and other values for them.
 ONLINE = {
@@ -153,6 +165,11 @@ ONLINE = {
         },
     ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
+    "baq_cal_ql": (
+        baq_cal_ql,
+        {"cql_alpha_online": 7.0, "mixing_ratio": 0.25, "baq": baq_block()},
+    ),
+    "e2o": (e2o, E2O_ONLINE),
     "edis_iql": (edis_iql, {**IQL_ONLINE, "edis": edis_block(samples=7)}),
     "edis_cal_ql": (
         edis_cal_ql,
@@ -193,6 +210,8 @@ def test_the_offline_phase_does_not_read_the_fields_of_the_online_phase(
     base = {"online_iterations": 0}
     if "dare" in other:
         base["dare"] = type(other["dare"])(enabled=False)
+    if "baq" in other:
+        base["baq"] = baq_block(enabled=False)
     run(module, tmp_path / "a", monkeypatch, **{**SHORT, **base})
     with monkeypatch.context() as patch:
         stop_after(SHORT["offline_iterations"], patch)

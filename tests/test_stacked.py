@@ -15,6 +15,7 @@ from algorithms import (
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
+    e2o,
     iql,
     pex,
     rebrac,
@@ -43,6 +44,7 @@ CASES = {
     "dare_td3_bc, online": (dare_td3_bc, {}, 2, 12),
     "pex, offline": (pex, {}, 2, 12),
     "pex, online": (pex, {}, 2, 12),
+    "e2o, online": (e2o, {"hidden_dim": 16, "n_critics": 3}, 2, 10),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
     "rebrac": (rebrac, {"hidden_dim": 64}, 2, 12),
     "dare_rebrac, online": (dare_rebrac, {"hidden_dim": 64}, 2, 12),
@@ -152,7 +154,7 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
             for trainer in [stack.trainer, *alone]:
                 trainer.start_online()
         together, each = releases(number, seeds, online)
-        if module is pex:
+        if module in (e2o, pex):
             together, each = (online,), [(online,)] * seeds
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):

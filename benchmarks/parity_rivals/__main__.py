@@ -15,6 +15,7 @@ RIVALS = {
     "pex": "Haichao-Zhang/PEX",
     "edis": "liuxhym/EDIS",
     "ssar": "QinwenLuo/SSAR",
+    "e2o": "TJU-DRL-LAB/AI-Optimizer",
 }
 
 

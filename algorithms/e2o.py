@@ -278,7 +278,9 @@ class E2O:
         return rewards + (1.0 - dones) * self.discount * next_q, next_q
 
     @torch.no_grad()
-    def spread(self, next_observations: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def spread(
+        self, next_observations: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
         """Std of the target critics at actions of the noise (B, N, A), their mean: () or (B,)."""
         actions, _ = self.actor(next_observations, noise)
         q = self.target_critics(next_observations, actions)
@@ -421,9 +423,7 @@ def make_trainer(
     return trainer
 
 
-def step(
-    trainer: E2O, source: Any, config: TrainConfig, online: bool
-) -> Dict[str, Any]:
+def step(trainer: E2O, source: Any, config: TrainConfig, online: bool) -> Dict[str, Any]:
     """One update of a phase on a fresh batch of the source; returns its metrics."""
     return trainer.train(source.sample(config.batch_size), online)
 

@@ -8,8 +8,8 @@ dimension, A action dimension.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -38,9 +38,9 @@ class Form:
     n_hidden_layers: int = 2
     layer_norm: bool = False
     init: str = "torch"
-    last_hidden_gain: Optional[float] = None
+    last_hidden_gain: float | None = None
 
-    def linear(self, n_in: int, n_out: int, gain: Optional[float] = None) -> nn.Linear:
+    def linear(self, n_in: int, n_out: int, gain: float | None = None) -> nn.Linear:
         """A linear layer with its first weights; `gain` is of orthogonal ones.
 
         Raises:
@@ -58,7 +58,7 @@ class Form:
         nn.init.zeros_(layer.bias)
         return layer
 
-    def hidden(self, n_in: int) -> List[nn.Linear]:
+    def hidden(self, n_in: int) -> list[nn.Linear]:
         """The linear layers of the hidden part, the first one from n_in inputs."""
         widths = [n_in] + self.n_hidden_layers * [self.hidden_dim]
         gains = (self.n_hidden_layers - 1) * [None] + [self.last_hidden_gain]
@@ -67,7 +67,7 @@ class Form:
 
     def network(self, n_in: int) -> nn.Sequential:
         """The hidden part of one network, (..., n_in) -> (..., hidden_dim)."""
-        layers: List[nn.Module] = []
+        layers: list[nn.Module] = []
         for linear in self.hidden(n_in):
             layers.append(linear)
             if self.layer_norm:
@@ -86,7 +86,7 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(weights.contiguous())
         self.bias = nn.Parameter(biases.unsqueeze(1))
 
-    def forward(self, x: torch.Tensor, members: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor:
         """One layer for each of the x; `members` (M,) are their numbers, None: all."""
         if members is None:
             return torch.baddbmm(self.bias, x, self.weight)
@@ -101,7 +101,7 @@ class StackedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(count, 1, width))
         self.bias = nn.Parameter(torch.zeros(count, 1, width))
 
-    def forward(self, x: torch.Tensor, members: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor:
         """One normalization for each of the x; `members` (M,) as in `StackedLinear`."""
         x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
         if members is None:
@@ -117,7 +117,11 @@ class CriticEnsemble(nn.Module):
     """
 
     def __init__(
-        self, state_dim: int, action_dim: int, n_critics: int, form: Optional[Form] = None
+        self,
+        state_dim: int,
+        action_dim: int,
+        n_critics: int,
+        form: Form | None = None,
     ):
         super().__init__()
         form = form or Form()
@@ -137,7 +141,7 @@ class CriticEnsemble(nn.Module):
         self,
         states: torch.Tensor,
         actions: torch.Tensor,
-        members: Optional[torch.Tensor] = None,
+        members: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Values (M, B), or (M, B, n)."""
         if actions.ndim > states.ndim:

@@ -10,43 +10,14 @@ import math
 
 import torch
 from oracle_iql import Adam, double
-
-
-def layer(params, name, x):
-    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
-
-
-def q_values(params, s, a):
-    """One value of every critic, a list of (B,)."""
-    x0 = torch.cat([s, a], 1)
-    count = len({k.split(".")[1] for k in params})
-    found = []
-    for i in range(len(params["layers.0.weight"])):
-        x = x0
-        for k in range(count):
-            weight, bias = params[f"layers.{k}.weight"], params[f"layers.{k}.bias"]
-            x = x @ weight[i] + bias[i, 0]
-            x = x if k == count - 1 else x * (x > 0)
-        found.append(x[:, 0])
-    return found
-
-
-def mean_std(params, s):
-    x = s
-    for name in ("trunk.0", "trunk.2", "trunk.4"):
-        x = layer(params, name, x)
-        x = x * (x > 0)
-    std = layer(params, "log_std", x).clamp(-20.0, 2.0).exp()
-    return layer(params, "mean", x), std
+from oracle_sac import act, gaussian
+from oracle_sac import values as q_values
 
 
 def policy(params, s, noise, max_action):
     """An action of the noise (B, A) and the log-density of action / max_action."""
-    mean, std = mean_std(params, s)
-    x = mean + std * noise
-    rows = -0.5 * ((x - mean) / std) ** 2 - torch.log(std * math.sqrt(2 * math.pi))
-    inside = torch.tanh(x)
-    return max_action * inside, (rows - torch.log(1 - inside**2)).sum(1)
+    action, log_pi = act(params, s, noise)
+    return max_action * action, log_pi
 
 
 def mean_of_pair_minima(values):
@@ -110,7 +81,7 @@ class OracleE2O:
 
     def next_value(self, s2, noise, alpha, online):
         if not online:
-            mode = self.bound * torch.tanh(mean_std(self.actor, s2)[0])
+            mode = self.bound * torch.tanh(gaussian(self.actor, s2, -20.0, 2.0)[0])
             return RULES["min"](q_values(self.target, s2, mode))
         a2, log_pi = policy(self.actor, s2, noise, self.bound)
         rule = RULES[self.config.target_rule]

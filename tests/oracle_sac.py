@@ -213,7 +213,9 @@ class OracleWSRL(Oracle):
 
         def policy_loss(params):
             new, log_pi = self.act(params, s, noise.policy)
-            return (temperature * log_pi - minimum(values(old["critics"], s, new))).mean()
+            return (
+                temperature * log_pi - minimum(values(old["critics"], s, new))
+            ).mean()
 
         _, log_pi = self.act(old["actor"], s2, noise.temperature)
         entropy, goal = -log_pi.mean(), -self.action_dim

@@ -101,8 +101,17 @@ REBRAC_FIELDS = {
     "critic_bc_coef": 0.1,
 }
 PEX_FIELDS = {**FIELDS, "online_warmup": 50}
-E2O_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k not in ("alpha_multiplier", "cql_alpha_online")}
-E2O_FIELDS |= {"n_critics": 3, "hidden_dim": 32, "q_n_hidden_layers": 2, "online_warmup": 10}
+E2O_FIELDS = {
+    k: v
+    for k, v in CQL_FIELDS.items()
+    if k not in ("alpha_multiplier", "cql_alpha_online")
+}
+E2O_FIELDS |= {
+    "n_critics": 3,
+    "hidden_dim": 32,
+    "q_n_hidden_layers": 2,
+    "online_warmup": 10,
+}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from short_runs import (
     awac_block,
+    baq_block,
     cal_ql_block,
     checkpoint_of,
     cql_block,
     dare_block,
-    baq_block,
     edis_block,
     folder_of,
     noisy_block,

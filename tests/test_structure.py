@@ -279,7 +279,9 @@ def test_a_twin_names_its_baseline(name):
 def test_every_dataset_of_the_papers_table_has_a_config(algorithm):
     paths = [p for p in CONFIGS if p.parent.name == algorithm]
     tasks = {yaml.safe_load(p.read_text())["env"] for p in paths}
-    wanted = {task for task in TABLE_1 if algorithm not in LOCOMOTION or "maze" not in task}
+    wanted = {
+        task for task in TABLE_1 if algorithm not in LOCOMOTION or "maze" not in task
+    }
     assert wanted <= tasks and len(TABLE_1) == 13
 
 

@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 import torch
 
+from algorithms.baq_cal_ql import BaqConfig
 from corl import buffers, checkpoints, curves, envs, files, finetune, machine, tasks
 from corl.data import sources
 from corl_dare import hook
 from corl_dare.upstream import ExchangedBuffer, dare_for_corl
-from algorithms.baq_cal_ql import BaqConfig
 from transition_diffusion.generation import Generation
 
 ALGORITHMS = {

@@ -1,6 +1,6 @@
 """Our files of the paper's rivals against their authors' programs.
 
-    python -m benchmarks.parity_rivals --pex PATH --edis PATH --ssar PATH --e2o PATH [--out FILE.txt]
+    python -m benchmarks.parity_rivals --pex PATH --edis PATH --ssar PATH --e2o PATH [--out FILE]
 
 Each PATH is a checkout of the authors' repository; a rival without one is left out. Both sides get
 the same weights, batches and random draws and make their updates on the CPU in float32.

@@ -78,7 +78,8 @@ def as_cql(trainer):
 
     made = cql.ContinuousCQL(
         *(critics[0], adam(critics[0]), critics[1], adam(critics[1])),
-        *(actor, adam(actor), -float(A)),
+        # The two numbers that scale its log std are no part of E2O, and stay.
+        *(actor, adam(actor.base_network), -float(A)),
         backup_entropy=True,
         policy_lr=1e-3,
         bc_steps=0,

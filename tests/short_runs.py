@@ -110,6 +110,7 @@ E2O_FIELDS |= {
     "n_critics": 3,
     "hidden_dim": 32,
     "q_n_hidden_layers": 2,
+    "alpha_lr": 3e-2,
     "online_warmup": 10,
 }
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}

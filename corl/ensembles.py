@@ -1,15 +1,15 @@
 """N critics as one network, and how its layers begin.
 
-The parameters of all critics lie in one tensor each, (N, ...), so that a layer of all of them is one
-batched product. An Adam step or a soft update of such tensors is that of each critic alone.
+The parameters of all critics lie in one tensor each, (N, ...), so that a layer of all of them is
+one batched product. An Adam step or a soft update of such tensors is that of each critic alone.
 
 Shapes: N critics, M of them that are asked, B rows of a batch, n actions of a row, S state
 dimension, A action dimension.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -38,9 +38,9 @@ class Form:
     n_hidden_layers: int = 2
     layer_norm: bool = False
     init: str = "torch"
-    last_hidden_gain: Optional[float] = None
+    last_hidden_gain: float | None = None
 
-    def linear(self, n_in: int, n_out: int, gain: Optional[float] = None) -> nn.Linear:
+    def linear(self, n_in: int, n_out: int, gain: float | None = None) -> nn.Linear:
         """A linear layer with its first weights; `gain` is of orthogonal ones.
 
         Raises:
@@ -58,7 +58,7 @@ class Form:
         nn.init.zeros_(layer.bias)
         return layer
 
-    def hidden(self, n_in: int) -> List[nn.Linear]:
+    def hidden(self, n_in: int) -> list[nn.Linear]:
         """The linear layers of the hidden part, the first one from n_in inputs."""
         widths = [n_in] + self.n_hidden_layers * [self.hidden_dim]
         gains = (self.n_hidden_layers - 1) * [None] + [self.last_hidden_gain]
@@ -67,7 +67,7 @@ class Form:
 
     def network(self, n_in: int) -> nn.Sequential:
         """The hidden part of one network, (..., n_in) -> (..., hidden_dim)."""
-        layers: List[nn.Module] = []
+        layers: list[nn.Module] = []
         for linear in self.hidden(n_in):
             layers.append(linear)
             if self.layer_norm:
@@ -86,7 +86,7 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(weights.contiguous())
         self.bias = nn.Parameter(biases.unsqueeze(1))
 
-    def forward(self, x: torch.Tensor, members: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor:
         """One layer for each of the x; `members` (M,) are their numbers, None: all."""
         if members is None:
             return torch.baddbmm(self.bias, x, self.weight)
@@ -101,7 +101,7 @@ class StackedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(count, 1, width))
         self.bias = nn.Parameter(torch.zeros(count, 1, width))
 
-    def forward(self, x: torch.Tensor, members: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor:
         """One normalization for each of the x; `members` (M,) as in `StackedLinear`."""
         x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
         if members is None:
@@ -114,30 +114,43 @@ class CriticEnsemble(nn.Module):
 
     Actions (B, n, A) get values (N, B, n). `members` (M,) are the numbers of the critics that are
     asked; the others cost nothing then, and get no gradient.
+
+    Args:
+        state_dim, action_dim: of the task.
+        n_critics: N.
+        form: of each critic.
+        shared_head: all critics have one last layer, the same.
     """
 
     def __init__(
-        self, state_dim: int, action_dim: int, n_critics: int, form: Optional[Form] = None
+        self,
+        state_dim: int,
+        action_dim: int,
+        n_critics: int,
+        form: Form | None = None,
+        shared_head: bool = False,
     ):
         super().__init__()
         form = form or Form()
         self.n_critics = n_critics
-        # One critic after the other, as their first weights are drawn.
-        critics = [
-            [*form.hidden(state_dim + action_dim), form.linear(form.hidden_dim, 1)]
-            for _ in range(n_critics)
-        ]
-        self.layers = nn.ModuleList(map(StackedLinear, zip(*critics, strict=True)))
+        hidden = [form.hidden(state_dim + action_dim) for _ in range(n_critics)]
+        self.hidden = nn.ModuleList(map(StackedLinear, zip(*hidden, strict=True)))
         self.norms = nn.ModuleList(
             StackedNorm(n_critics, form.hidden_dim)
             for _ in range(form.n_hidden_layers * form.layer_norm)
         )
+        self.last: nn.Linear | StackedLinear
+        if shared_head:
+            self.last = form.linear(form.hidden_dim, 1)
+        else:
+            lasts = [form.linear(form.hidden_dim, 1) for _ in range(n_critics)]
+            self.last = StackedLinear(lasts)
 
     def forward(
         self,
         states: torch.Tensor,
         actions: torch.Tensor,
-        members: Optional[torch.Tensor] = None,
+        members: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Values (M, B), or (M, B, n)."""
         if actions.ndim > states.ndim:
@@ -146,13 +159,14 @@ class CriticEnsemble(nn.Module):
         rows = x.shape[:-1]
         count = self.n_critics if members is None else members.shape[0]
         x = x.reshape(-1, x.shape[-1]).expand(count, -1, -1)
-        *hidden, last = self.layers
-        for number, layer in enumerate(hidden):
+        for number, layer in enumerate(self.hidden):
             x = layer(x, members)
             if self.norms:
                 x = self.norms[number](x, members)
             x = x.relu()
-        return last(x, members).reshape(count, *rows)
+        last = self.last
+        q = last(x) if isinstance(last, nn.Linear) else last(x, members)
+        return q.reshape(count, *rows)
 
 
 def draw_members(

@@ -6,7 +6,6 @@ Shapes: B rows of a batch, n actions of a row, S state dimension, A action dimen
 """
 
 import math
-from typing import Optional, Tuple
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ class SquashedGaussianPolicy(nn.Module):
         state_dim: int,
         action_dim: int,
         max_action: float,
-        form: Optional[Form] = None,
+        form: Form | None = None,
         log_std_min: float = -20.0,
         log_std_max: float = 2.0,
         state_dependent_std: bool = True,
@@ -56,18 +55,18 @@ class SquashedGaussianPolicy(nn.Module):
         else:
             self.log_std = nn.Parameter(torch.zeros(action_dim))
 
-    def gaussian(self, states: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gaussian(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and logarithm of the standard deviation, each (B, A), before the tanh."""
         hidden = self.trunk(states)
         mean = self.mean(hidden)
-        log_std = self.log_std
-        log_std = log_std(hidden) if isinstance(log_std, nn.Linear) else log_std
+        raw = self.log_std
+        log_std = raw(hidden) if isinstance(raw, nn.Linear) else raw
         log_std = log_std.clamp(self.log_std_min, self.log_std_max)
         return mean, log_std.expand_as(mean)
 
     def forward(
         self, states: torch.Tensor, noise: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Actions for standard normal noise (B, A), or (B, n, A), and their log-densities.
 
         Actions have the shape of the noise, log-densities (B,) or (B, n), in nats.

@@ -28,9 +28,11 @@ from algorithms import (
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl_dare.hook import Release
 
@@ -97,6 +99,11 @@ def updates():
         trainer = make_trainer(pex)
         return lambda: trainer.train(batch(), online)
 
+    def ensemble(module, online, **fields):
+        trainer = make_trainer(module, utd=1, hidden_dim=16, **fields)
+        returns = [torch.randn(B, 1)] * (module is wsrl)
+        return lambda: trainer.train(batch() + returns, online)
+
     def dare(value):
         block = dare_iql.DareIQLConfig(value=value)
         trainer = make_trainer(dare_iql, dare=block)
@@ -153,6 +160,9 @@ def updates():
         "iql": plain(False),
         "pex": expanded(False),
         "pex online": expanded(True),
+        "rlpd online": ensemble(rlpd, True),
+        "wsrl": ensemble(wsrl, False, base="cal_ql", cql_lagrange=True),
+        "wsrl online": ensemble(wsrl, True),
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
     }
@@ -164,6 +174,7 @@ NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 NAMES += ["pex", "pex online"]
+NAMES += ["rlpd online", "wsrl", "wsrl online"]
 
 
 @pytest.mark.parametrize("name", NAMES)

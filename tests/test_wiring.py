@@ -8,7 +8,7 @@ import pytest
 import torch
 import wiring
 from helpers import assert_equal
-from wiring import CQL, DARE, EDIS, GOAL
+from wiring import CQL, DARE, EDIS, GOAL, LINEAR
 
 ALL = list(wiring.ALGORITHMS)
 IQL = [name for name in ALL if name.endswith("iql")]
@@ -71,12 +71,12 @@ def rewards_as_trained_on(record, rewards):
     config = record.config
     if not config.normalize_reward:
         return rewards
-    if config.env == GOAL and record.algorithm not in CQL:
+    if config.env == GOAL and record.algorithm not in LINEAR:
         return rewards - 1.0
     if config.env != GOAL:
         returns, _ = wiring.episodes_of(record.arrays)
         rewards = rewards / (returns.max() - returns.min()) * 1000
-    if record.algorithm in CQL:
+    if record.algorithm in LINEAR:
         rewards = rewards * config.reward_scale + config.reward_bias
     return rewards
 
@@ -645,6 +645,9 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "expl_noise": 0.1,
         "noise_clip": 0.3,
         "cql_alpha_online": 1.0,
+        "max_target_backup_online": True,
+        "zero_gradient_steps": True,
+        "random_steps": 3,
         "mixing_ratio": 0.5,
         "bc_online": "keep" if name in DARE else "drop",
         "critic_bc_online": "keep",

@@ -42,6 +42,8 @@ ALGORITHMS = {
     "pex": "algorithms.pex",
     "td3_bc_sa": "algorithms.td3_bc_sa",
     "cql_sa": "algorithms.cql_sa",
+    "rlpd": "algorithms.rlpd",
+    "wsrl": "algorithms.wsrl",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -59,6 +61,8 @@ DARE = (
 EDIS = ("edis_iql", "edis_cal_ql")
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
 CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa")
+# Whose rewards are scaled and shifted.
+LINEAR = (*CQL, "wsrl")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -121,6 +125,10 @@ COMMON = {
     "beta_lr": 1e-3,
     "beta_anneal_steps": 10,
     "n_period": 3,
+    # RLPD and WSRL
+    "temperature_lr": 1e-3,
+    "random_steps": 0,
+    "n_critics": 3,
     # AWAC
     "hidden_dim": 32,
     "learning_rate": 2e-3,
@@ -139,6 +147,8 @@ OWN = {
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
+    "rlpd": {"normalize": True},
+    "wsrl": {"normalize": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }

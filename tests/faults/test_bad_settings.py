@@ -23,6 +23,8 @@ from algorithms import (
     edis_iql,
     iql,
     pex,
+    rlpd,
+    wsrl,
 )
 from corl import machine
 from corl.config import FinetuneConfig, parse_config
@@ -107,6 +109,14 @@ FIELDS = [
     ((pex,), "eval_epsilon", SHARE),
     ((pex,), "mixing_ratio", ["0", "1", "0.3", "none", *SHARE]),
     ((pex,), "clip_actions", NO_SWITCH),
+    ((rlpd, wsrl), "actor_lr temperature_lr", RATE[:4]),
+    ((rlpd, wsrl), "n_critics n_target_critics hidden_dim", COUNT[:4]),
+    ((rlpd, wsrl), "mixing_ratio", ["1", "0.3", "none", *SHARE[:3]]),
+    ((rlpd,), "random_steps", STEPS[:4]),
+    ((rlpd,), "n_target_critics", ["11"]),
+    ((wsrl,), "base", ["best", "", "none", "iql"]),
+    ((wsrl,), "last_hidden_gain", ["0", "-1", "inf"]),
+    ((wsrl,), "cql_alpha_online multiplier_lr", NOT_NEGATIVE[:3]),
 ]
 INSTANCES = [
     (module, field, value)

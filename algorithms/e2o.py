@@ -87,7 +87,7 @@ class TrainConfig(FinetuneConfig):
     q_n_hidden_layers: int = 3  # hidden layers of the critics
     policy_lr: float = 3e-5  # actor learning rate
     qf_lr: float = 3e-4  # critics learning rate
-    alpha_lr: float = 1e-4  # learning rate of the entropy coefficient
+    temperature_lr: float = 1e-4  # learning rate of the entropy coefficient
     soft_target_update_rate: float = 5e-3  # target network update rate
     cql_alpha: float = 5.0  # weight of the mean conservative gap, offline
     cql_n_actions: int = 10  # actions of each kind under the soft maximum
@@ -106,7 +106,7 @@ class TrainConfig(FinetuneConfig):
         "n_critics": "[2, 1000]",
         "hidden_dim": "[1, 1e5]",
         "q_n_hidden_layers": "[1, 100]",
-        **dict.fromkeys(("policy_lr", "qf_lr", "alpha_lr"), "(0, inf)"),
+        **dict.fromkeys(("policy_lr", "qf_lr", "temperature_lr"), "(0, inf)"),
         "soft_target_update_rate": "(0, 1]",
         **dict.fromkeys(("cql_alpha", "cql_alpha_online"), "[0, inf)"),
         "cql_n_actions": "[1, 1e4]",
@@ -206,7 +206,7 @@ class E2O:
     critics: CriticEnsemble
     critic_optimizer: torch.optim.Optimizer
     target_entropy: float
-    alpha_lr: float = 1e-4
+    temperature_lr: float = 1e-4
     discount: float = 0.99
     soft_target_update_rate: float = 5e-3
     cql_alpha: float = 5.0
@@ -223,7 +223,9 @@ class E2O:
         self.target_critics = copy.deepcopy(self.critics).to(self.device)
         self.target_critics.requires_grad_(False)
         self.alpha = PositiveScalar(1.0).to(self.device)
-        self.alpha_optimizer = torch.optim.Adam(self.alpha.parameters(), self.alpha_lr)
+        self.alpha_optimizer = torch.optim.Adam(
+            self.alpha.parameters(), self.temperature_lr
+        )
         ucb = self.exploration == "ucb"
         self.composite = Explorer(self.actor, self.critics, ucb, self.ucb_lambda)
         self.total_it = 0

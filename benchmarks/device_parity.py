@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dare_td3_bc": {},
     "td3_bc_sa": {},
     "cql_sa": {},
+    "rlpd": {"hidden_dim": 64},
+    "wsrl": {"hidden_dim": 64},
     "awac": {},
     "dare_awac": {},
     "spot": {},

@@ -1,7 +1,7 @@
 """N critics as one network, and how its layers begin.
 
-The parameters of all critics lie in one tensor each, (N, ...), so that a layer of all of them is one
-batched product. An Adam step or a soft update of such tensors is that of each critic alone.
+The parameters of all critics lie in one tensor each, (N, ...), so that a layer of all of them is
+one batched product. An Adam step or a soft update of such tensors is that of each critic alone.
 
 Shapes: N critics, M of them that are asked, B rows of a batch, n actions of a row, S state
 dimension, A action dimension.
@@ -114,6 +114,12 @@ class CriticEnsemble(nn.Module):
 
     Actions (B, n, A) get values (N, B, n). `members` (M,) are the numbers of the critics that are
     asked; the others cost nothing then, and get no gradient.
+
+    Args:
+        state_dim, action_dim: of the task.
+        n_critics: N.
+        form: of each critic.
+        shared_head: all critics have one last layer, the same.
     """
 
     def __init__(
@@ -122,20 +128,23 @@ class CriticEnsemble(nn.Module):
         action_dim: int,
         n_critics: int,
         form: Form | None = None,
+        shared_head: bool = False,
     ):
         super().__init__()
         form = form or Form()
         self.n_critics = n_critics
-        # One critic after the other, as their first weights are drawn.
-        critics = [
-            [*form.hidden(state_dim + action_dim), form.linear(form.hidden_dim, 1)]
-            for _ in range(n_critics)
-        ]
-        self.layers = nn.ModuleList(map(StackedLinear, zip(*critics, strict=True)))
+        hidden = [form.hidden(state_dim + action_dim) for _ in range(n_critics)]
+        self.hidden = nn.ModuleList(map(StackedLinear, zip(*hidden, strict=True)))
         self.norms = nn.ModuleList(
             StackedNorm(n_critics, form.hidden_dim)
             for _ in range(form.n_hidden_layers * form.layer_norm)
         )
+        self.last: nn.Linear | StackedLinear
+        if shared_head:
+            self.last = form.linear(form.hidden_dim, 1)
+        else:
+            lasts = [form.linear(form.hidden_dim, 1) for _ in range(n_critics)]
+            self.last = StackedLinear(lasts)
 
     def forward(
         self,
@@ -150,13 +159,14 @@ class CriticEnsemble(nn.Module):
         rows = x.shape[:-1]
         count = self.n_critics if members is None else members.shape[0]
         x = x.reshape(-1, x.shape[-1]).expand(count, -1, -1)
-        *hidden, last = self.layers
-        for number, layer in enumerate(hidden):
+        for number, layer in enumerate(self.hidden):
             x = layer(x, members)
             if self.norms:
                 x = self.norms[number](x, members)
             x = x.relu()
-        return last(x, members).reshape(count, *rows)
+        last = self.last
+        q = last(x) if isinstance(last, nn.Linear) else last(x, members)
+        return q.reshape(count, *rows)
 
 
 def draw_members(

@@ -59,8 +59,8 @@ class SquashedGaussianPolicy(nn.Module):
         """Mean and logarithm of the standard deviation, each (B, A), before the tanh."""
         hidden = self.trunk(states)
         mean = self.mean(hidden)
-        log_std = self.log_std
-        log_std = log_std(hidden) if isinstance(log_std, nn.Linear) else log_std
+        raw = self.log_std
+        log_std = raw(hidden) if isinstance(raw, nn.Linear) else raw
         log_std = log_std.clamp(self.log_std_min, self.log_std_max)
         return mean, log_std.expand_as(mean)
 

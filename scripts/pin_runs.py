@@ -112,6 +112,24 @@ CASES = {
         f"{E2O} --online_warmup 10 --utd 2 --mixing_ratio 0.25 --cql_alpha_online 1 "
         "--uncertainty_by row --target_rule mean --exploration policy",
     ),
+    "rlpd": (
+        "rlpd",
+        "--online_warmup 10 --random_steps 15 --utd 3 --mixing_ratio 0.25 --hidden_dim 32 "
+        "--offline_iterations 0",
+    ),
+    "rlpd antmaze": (
+        "rlpd",
+        "--online_warmup 0 --random_steps 0 --utd 2 --hidden_dim 32 --n_hidden_layers 3 "
+        "--n_target_critics 1 --backup_entropy false",
+    ),
+    "wsrl": ("wsrl", "--online_warmup 10 --hidden_dim 32 --cql_n_actions 3"),
+    "wsrl cal_ql, penalty kept": (
+        "wsrl",
+        "--base cal_ql --online_warmup 0 --utd 2 --hidden_dim 32 --cql_n_actions 3 "
+        "--cql_lagrange true --cql_alpha 1 --cql_alpha_online 1 --mixing_ratio 0.25 "
+        "--max_target_backup_online true --state_dependent_std false --q_n_hidden_layers 3 "
+        "--normalize_reward true --reward_scale 2 --reward_bias -1",
+    ),
     "awac": ("awac", "--awac_lambda 0.3333"),
     "awac two buffers": ("awac", "--mixing_ratio 0.25 --hidden_dim 64 --gamma 0.9"),
     "rebrac": ("rebrac", "--hidden_dim 64"),

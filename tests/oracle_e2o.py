@@ -41,7 +41,11 @@ class OracleE2O:
         self.q = double(trainer.critics.state_dict())
         self.target = double(trainer.target_critics.state_dict())
         self.scalars = {"log_alpha": torch.zeros((), dtype=torch.float64)}
-        rates = {"actor": config.policy_lr, "q": config.qf_lr, "alpha": config.alpha_lr}
+        rates = {
+            "actor": config.policy_lr,
+            "q": config.qf_lr,
+            "alpha": config.temperature_lr,
+        }
         self.adam = {name: Adam(rate) for name, rate in rates.items()}
 
     def train(self, batch, noise, online):

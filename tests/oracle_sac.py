@@ -1,8 +1,8 @@
 """RLPD's and WSRL's updates written a second time, from the formulas, in float64 without modules.
 
 SAC (Haarnoja et al. 2018, arXiv 1812.05905) with N critics: Ball et al. 2023 (arXiv 2302.02948)
-Algorithm 1; Zhou et al. 2024 (arXiv 2412.07762) with the penalty of CQL (arXiv 2006.04779 eq. 4) and
-the bound of Cal-QL (arXiv 2303.05479 eq. 5.1). Each critic is computed alone, from its own
+Algorithm 1; Zhou et al. 2024 (arXiv 2412.07762) with the penalty of CQL (arXiv 2006.04779 eq. 4)
+and the bound of Cal-QL (arXiv 2303.05479 eq. 5.1). Each critic is computed alone, from its own
 matrices. Parameters are plain dicts; `noise` is what the trainer drew.
 """
 
@@ -19,24 +19,25 @@ def normalized(x, scale, shift):
 
 
 def critic(params, number, s, a):
-    """Q (..., ) of one critic at states and actions of one shape in front."""
+    """Q (...) of one critic at states and actions of one shape in front."""
     x = torch.cat([s, a], -1)
-    depth = sum(k.startswith("layers.") and k.endswith("weight") for k in params)
-    for i in range(depth):
-        x = x @ params[f"layers.{i}.weight"][number] + params[f"layers.{i}.bias"][number]
-        if i < depth - 1 and f"norms.{i}.weight" in params:
+    for i in range(sum(k.startswith("hidden.") for k in params) // 2):
+        x = x @ params[f"hidden.{i}.weight"][number] + params[f"hidden.{i}.bias"][number]
+        if f"norms.{i}.weight" in params:
             own = (params[f"norms.{i}.{k}"][number] for k in ("weight", "bias"))
             x = normalized(x, *own)
-        if i < depth - 1:
-            x = x * (x > 0)
-    return x[..., 0]
+        x = x * (x > 0)
+    weight, bias = params["last.weight"], params["last.bias"]
+    if weight.dim() == 2:  # one for all
+        return x @ weight[0] + bias
+    return (x @ weight[number] + bias[number])[..., 0]
 
 
 def values(params, s, a, members=None):
     """A list of Q, one for each critic that is asked; more actions of a state: (B, n, A)."""
     if a.dim() > s.dim():
         s = torch.stack([s] * a.shape[1], 1)
-    count = len(params["layers.0.weight"])
+    count = len(params["hidden.0.weight"])
     numbers = range(count) if members is None else members.tolist()
     return [critic(params, number, s, a) for number in numbers]
 
@@ -97,6 +98,11 @@ class Oracle:
 
     def step(self, name, loss_of):
         return descend(self.now[name], self.opt[name], loss_of)
+
+    def coast(self, *names):
+        for name in names:
+            zeros = {k: torch.zeros_like(v) for k, v in self.now[name].items()}
+            self.opt[name].step(self.now[name], zeros)
 
     def step_critics(self, loss_of):
         loss = self.step("critics", loss_of)
@@ -164,6 +170,11 @@ class OracleWSRL(Oracle):
         if online:
             found["critic_loss"] = self.step_critics(critic_loss)
             old["critics"] = dict(self.now["critics"])
+            if self.config.zero_gradient_steps:
+                self.coast("actor", "temperature")
+                if gap is not None:
+                    self.coast("multiplier")
+                old = {name: dict(params) for name, params in self.now.items()}
         if rows is not None:
             found.update(self.policy_steps(old, rows, noise))
             if gap is not None and self.config.cql_lagrange:
@@ -171,6 +182,8 @@ class OracleWSRL(Oracle):
                 found["multiplier_loss"] = self.step(
                     "multiplier", lambda p: -self.positive(p) * excess
                 )
+            if online and self.config.zero_gradient_steps:
+                self.coast("critics")
         if not online:
             found["critic_loss"] = self.step_critics(critic_loss)
         return found

@@ -20,9 +20,11 @@ from algorithms import (
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
@@ -110,9 +112,21 @@ E2O_FIELDS |= {
     "n_critics": 3,
     "hidden_dim": 32,
     "q_n_hidden_layers": 2,
-    "alpha_lr": 3e-2,
+    "temperature_lr": 3e-2,
     "online_warmup": 10,
 }
+# Small networks, few updates per step, and an entropy that leaves room for the rewards of the toy.
+SAC_FIELDS = {
+    **{k: v for k, v in FIELDS.items() if k not in ("vf_lr", "beta")},
+    "utd": 2,
+    "hidden_dim": 64,
+    "n_critics": 4,
+    "online_warmup": 50,
+    "init_temperature": 0.02,
+    "temperature_lr": 1e-4,
+}
+RLPD_FIELDS = {**SAC_FIELDS, "offline_iterations": 0, "random_steps": 50}
+WSRL_FIELDS = {**SAC_FIELDS, "cql_n_actions": 2, "cql_alpha": 0.3}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -137,6 +151,8 @@ DEFAULTS = {
     iql: FIELDS,
     dare_iql: FIELDS,
     pex: PEX_FIELDS,
+    rlpd: RLPD_FIELDS,
+    wsrl: WSRL_FIELDS,
     edis_iql: FIELDS,
     e2o: E2O_FIELDS,
     td3_bc: TD3_FIELDS,

@@ -12,7 +12,7 @@ from algorithms import cql, e2o
 
 SMALL = {"n_critics": 4, "hidden_dim": 24, "q_n_hidden_layers": 2, "cql_n_actions": 3}
 RATES = {"policy_lr": 1e-3, "qf_lr": 1e-3}
-ALPHA_LR = e2o.TrainConfig.alpha_lr
+ALPHA_LR = e2o.TrainConfig.temperature_lr
 
 
 def make(max_action=1.0, **fields):
@@ -56,7 +56,7 @@ def test_updates_equal_the_float64_oracle(case, max_action):
 
 def as_cql(trainer):
     """CQL's trainer with the networks of an E2O trainer of two critics."""
-    width, layers = SMALL["hidden_dim"], list(trainer.critics.layers)
+    width, layers = SMALL["hidden_dim"], [*trainer.critics.hidden, trainer.critics.last]
     critics = [
         cql.FullyConnectedQFunction(S, A, False, len(layers) - 1, width) for _ in (0, 1)
     ]
@@ -139,7 +139,7 @@ def test_two_critics_without_a_factor_and_a_gap_are_cql(in_float64):
         assert (value - base[name]).abs().max() < 1e-8, name
     assert trainer.alpha.raw.abs() > ALPHA_LR
     for i, critic in enumerate((theirs.target_critic_1, theirs.target_critic_2)):
-        target = trainer.target_critics.layers[-1].weight[i].T
+        target = trainer.target_critics.last.weight[i].T
         assert (critic.network[-1].weight - target).abs().max() < 1e-8
 
 

@@ -15,9 +15,10 @@ from corl.sac import PositiveScalar, SquashedGaussianPolicy
 S, A, B, N = 5, 2, 7, 4
 
 
-def ensemble(**fields):
+def ensemble(shared_head=False, **fields):
     torch.manual_seed(0)
-    made = CriticEnsemble(S, A, N, Form(hidden_dim=8, **fields)).double()
+    form = Form(hidden_dim=8, **fields)
+    made = CriticEnsemble(S, A, N, form, shared_head).double()
     with torch.no_grad():
         for parameter in made.parameters():
             # A bias, a scale and a shift that show.
@@ -25,11 +26,13 @@ def ensemble(**fields):
     return made
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("layer_norm, shared_head", [(False, False), (True, True)])
 @pytest.mark.parametrize("shape", [(B, A), (B, 3, A)])
 @pytest.mark.parametrize("members", [None, [2], [3, 0], [1, 1, 2]])
-def test_an_ensemble_is_its_critics_side_by_side(layer_norm, shape, members):
-    critics = ensemble(layer_norm=layer_norm, n_hidden_layers=3)
+def test_an_ensemble_is_its_critics_side_by_side(
+    layer_norm, shared_head, shape, members
+):
+    critics = ensemble(shared_head, layer_norm=layer_norm, n_hidden_layers=3)
     s, a = torch.randn(B, S).double(), torch.rand(shape).double()
     members = None if members is None else torch.tensor(members)
     found = critics(s, a, members)
@@ -48,20 +51,21 @@ def test_a_critic_that_is_not_asked_gets_no_gradient():
 
 def test_first_weights_are_those_of_their_rule():
     torch.manual_seed(0)
-    plain = CriticEnsemble(S, A, N, Form(hidden_dim=8)).layers
+    plain = CriticEnsemble(S, A, N, Form(hidden_dim=8))
     torch.manual_seed(0)
-    linear = [[torch.nn.Linear(*n) for n in ((7, 8), (8, 8), (8, 1))] for _ in range(N)]
-    for layer, own in zip(plain, zip(*linear, strict=True), strict=True):
+    linear = [[torch.nn.Linear(*n) for n in ((7, 8), (8, 8))] for _ in range(N)]
+    for layer, own in zip(plain.hidden, zip(*linear, strict=True), strict=True):
         expected = StackedLinear(own)
         assert torch.equal(layer.weight, expected.weight)
         assert torch.equal(layer.bias, expected.bias)
-    for layer in CriticEnsemble(S, A, N, Form(64, init="xavier")).layers:
+    xavier = CriticEnsemble(S, A, N, Form(64, init="xavier"))
+    for layer in (*xavier.hidden, xavier.last):
         bound = math.sqrt(6 / sum(layer.weight.shape[1:]))
         assert 0.9 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
     form = Form(8, 2, init="orthogonal", last_hidden_gain=0.01)
-    for layer, gain in zip(
-        CriticEnsemble(S, A, N, form).layers, (2, 1e-4, 2), strict=True
-    ):
+    critics = CriticEnsemble(S, A, N, form)
+    layers = (*critics.hidden, critics.last)
+    for layer, gain in zip(layers, (2, 1e-4, 2), strict=True):
         small, large = sorted(layer.weight.shape[1:])
         product = layer.weight @ layer.weight.mT
         if layer.weight.shape[1] == large:

@@ -36,9 +36,11 @@ from algorithms import (
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import curves
 from corl_dare import hook
@@ -122,6 +124,15 @@ def test_pex_learns_offline_and_online(tmp_path, monkeypatch):
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     shares = [float(x) for x in metrics["new_policy"] if x]
     assert 0.3 < shares[-1] < 1.0 and summary["updates"] == 950
+
+
+def test_rlpd_learns_online_and_wsrl_in_both_phases(tmp_path, monkeypatch):
+    """WSRL goes on without an offline row."""
+    summary = run(rlpd, tmp_path / "rlpd", monkeypatch)
+    assert summary["score_offline"] is None and summary["updates"] == 2 * 550
+    assert summary["score_final"] > 85, summary
+    summary = run(wsrl, tmp_path / "wsrl", monkeypatch)
+    assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
 
 
 def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):

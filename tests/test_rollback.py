@@ -44,9 +44,11 @@ from algorithms import (
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import compiled, finetune
 from corl.rollback import Snapshot
@@ -257,6 +259,8 @@ RUNS = {
         {"dare": cql_block(behavior_updates=5), "cql_lagrange": True},
     ),
     "pex": (pex, {"online_warmup": 5, "utd": 2}),
+    "rlpd": (rlpd, {"online_warmup": 5, "random_steps": 12, "utd": 3}),
+    "wsrl": (wsrl, {"online_warmup": 5, "utd": 3, "cql_lagrange": True}),
     "spot": (spot, {"vae_iterations": 30, "policy_freq": 3}),
     "dare_spot": (
         dare_spot,
@@ -319,6 +323,8 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
         "cql_sa",
         "e2o",
         "baq_cal_ql",
+        "rlpd",
+        "wsrl",
     ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])

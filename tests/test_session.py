@@ -35,9 +35,11 @@ from algorithms import (
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import curves, finetune
 
@@ -127,6 +129,16 @@ ONLINE = {
     ),
     "spot": (spot, SPOT_ONLINE),
     "pex": (pex, PEX_ONLINE),
+    "rlpd": (rlpd, {"mixing_ratio": 0.25, "random_steps": 3}),
+    "wsrl": (
+        wsrl,
+        {
+            "mixing_ratio": 0.25,
+            "cql_alpha_online": 7.0,
+            "max_target_backup_online": True,
+            "zero_gradient_steps": True,
+        },
+    ),
     "td3_bc_sa": (
         td3_bc_sa,
         {**SA_ONLINE, "expl_noise": 0.9, "policy_freq_online": 3},

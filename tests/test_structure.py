@@ -32,9 +32,11 @@ from algorithms import (
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl.config import parse_config
 from corl.tasks import ANTMAZES, KINDS
@@ -104,6 +106,8 @@ READERS = {  # folder of configs -> the files that read them
     "edis_cal_ql": (edis_cal_ql,),
     "td3_bc_sa": (td3_bc_sa,),
     "cql_sa": (cql_sa,),
+    "rlpd": (rlpd,),
+    "wsrl": (wsrl,),
 }
 # Algorithms that have no form for antmaze.
 LOCOMOTION = ("e2o",)
@@ -214,7 +218,7 @@ print("exchanged")
     "name",
     [
         *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
-        *("pex", "td3_bc_sa", "cql_sa", "e2o"),
+        *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
     ],
 )
 def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):
@@ -222,6 +226,7 @@ def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):
     small += "--online_iterations 3 --eval_freq 3 --n_episodes 1 --batch_size 8 "
     small += "--dataset_source self-collected --device cpu --buffer_size 2000 "
     small += "--threads 1 --compile false --online_warmup 0"
+    small += " --utd 1"
     small += " --vae_iterations 2" * (name == "spot")
     small += " --online_warmup 0" * name.endswith("_sa")
     program = f"""

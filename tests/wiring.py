@@ -45,6 +45,8 @@ ALGORITHMS = {
     "cql_sa": "algorithms.cql_sa",
     "e2o": "algorithms.e2o",
     "baq_cal_ql": "algorithms.baq_cal_ql",
+    "rlpd": "algorithms.rlpd",
+    "wsrl": "algorithms.wsrl",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -63,8 +65,8 @@ EDIS = ("edis_iql", "edis_cal_ql")
 NO_ANTMAZE = ("e2o",)
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
 CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa", "baq_cal_ql")
-# That scale rewards by reward_scale and reward_bias.
-LINEAR = (*CQL, "e2o")
+# Whose rewards are scaled and shifted.
+LINEAR = (*CQL, "wsrl", "e2o")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -127,6 +129,10 @@ COMMON = {
     "beta_lr": 1e-3,
     "beta_anneal_steps": 10,
     "n_period": 3,
+    # RLPD and WSRL
+    "temperature_lr": 1e-3,
+    "random_steps": 0,
+    "n_critics": 3,
     # AWAC
     "hidden_dim": 32,
     "learning_rate": 2e-3,
@@ -145,9 +151,11 @@ OWN = {
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
+    "rlpd": {"normalize": True},
+    "wsrl": {"normalize": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
-    "e2o": {"normalize": True, "n_critics": 3, "alpha_lr": 2e-3},
+    "e2o": {"normalize": True},
 }
 COMMON_BAQ = {"clone_updates": 3, "clone_batch_size": 8, "clone_lr": 1e-3, "floor": 0.1}
 COMMON_DARE = {

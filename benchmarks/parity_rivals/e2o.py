@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "published": {},
     "three critics, larger rates": {
         "n_critics": 3,
-        **{"policy_lr": 3e-4, "qf_lr": 1e-3, "alpha_lr": 1e-3, "cql_n_actions": 3},
+        **{"policy_lr": 3e-4, "qf_lr": 1e-3, "temperature_lr": 1e-3, "cql_n_actions": 3},
     },
 }
 # Of a batch, and updates: 30 actions of every row in ten critics take their time.
@@ -89,7 +89,7 @@ def their_trainer(modules: list[Any], config: e2o.TrainConfig, online: bool) -> 
         "action_size": parity.A,
         "actor_learning_rate": config.policy_lr,
         "critic_learning_rate": config.qf_lr,
-        "temp_learning_rate": config.alpha_lr,
+        "temp_learning_rate": config.temperature_lr,
         "actor_optim_factory": adam,
         "critic_optim_factory": adam,
         "temp_optim_factory": adam,
@@ -134,9 +134,9 @@ def their_state(trainer: e2o.E2O) -> dict[str, dict[str, torch.Tensor]]:
         ("_targ_q_func", trainer.target_critics),
     ):
         found[part] = {}
-        last = len(critics.layers) - 1
-        for number, layer in enumerate(critics.layers):
-            place = "_fc" if number == last else f"_encoder._fcs.{number}"
+        for number, layer in enumerate([*critics.hidden, critics.last]):
+            hidden = number < len(critics.hidden)
+            place = f"_encoder._fcs.{number}" if hidden else "_fc"
             for i in range(critics.n_critics):
                 where = f"_q_funcs.{i}.{place}"
                 weight, bias = layer.weight.detach()[i].T, layer.bias.detach()[i, 0]

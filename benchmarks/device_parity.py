@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dare_td3_bc": {},
     "td3_bc_sa": {},
     "cql_sa": {},
+    "rlpd": {"hidden_dim": 64},
+    "wsrl": {"hidden_dim": 64},
     "awac": {},
     "dare_awac": {},
     "spot": {},
@@ -46,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "cql": {},
     "dare_cql": {},
     "cal_ql": {"bc_steps": 0},
+    "baq_cal_ql": {"bc_steps": 0},
+    "e2o": {},
     "dare_cal_ql": {"bc_steps": 0},
 }
 MODES = {"launch by launch": False, "CUDA graph": True}
@@ -82,8 +86,10 @@ class Updates:
         if name.startswith("dare_"):
             weight = (torch.arange(B) < B // 2).float().to(device)
             self.given = [Release(weight, B // 2)]
-        if name == "pex":
-            # Its online update, which is more than that of IQL.
+        if name == "baq_cal_ql":
+            self.given = [torch.linspace(0.1, 1.0, B).to(device)]
+        if name in ("pex", "e2o"):
+            # Their online updates, which are more than those of the offline phase.
             self.given = [True]
         # IQL's update draws nothing.
         if hasattr(self.trainer, "_noise"):

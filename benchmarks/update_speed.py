@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -127,6 +128,8 @@ SUBJECTS = {
     "cql": Subject("CQL", "finetune/cql.py", parity.cql_trainer, CQL),
     # CORL's file is JAX. DARE's policy ratio needs a policy with noise.
     "rebrac": Subject("ReBRAC", None, None, {"expl_noise": 0.1}),
+    "rlpd": Subject("RLPD", None, None),
+    "wsrl": Subject("WSRL", None, None),
 }
 
 
@@ -154,7 +157,9 @@ def random_buffer(module, device: str, seed: int):
     extra = {"mc_returns": True} if keeps else {}
     if getattr(module.TrainConfig, "NEXT_ACTIONS", False):
         extra = {"next_actions": True}
-    buffer = module.ReplayBuffer(S, A, ROWS, device, **extra)
+    # A file that has no such name takes the host's.
+    kind = getattr(module, "ReplayBuffer", finetune.ReplayBuffer)
+    buffer = kind(S, A, ROWS, device, **extra)
     buffer.load_d4rl_dataset(
         {
             "observations": rng.normal(size=(ROWS, S)),
@@ -248,8 +253,10 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     config = module.TrainConfig(env=TASK, compile=compile, device=device, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
+    # The online update, where a file has one of its own.
+    phase = (True,) if "online" in inspect.signature(module.step).parameters else ()
     if fields is None:
-        return lambda: module.step(trainer, source, config)
+        return lambda: module.step(trainer, source, config, *phase)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
     source = hook.DareHook(

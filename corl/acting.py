@@ -258,6 +258,7 @@ class OnlineCollector:
         task: the environment's task.
         device: of the policy.
         reward: reward -> reward to store.
+        random_steps: that many first steps have uniformly random actions in place of the actor's.
     """
 
     def __init__(
@@ -267,9 +268,11 @@ class OnlineCollector:
         task: tasks.Task,
         device: str,
         reward: Callable[[Any], float] = float,
+        random_steps: int = 0,
     ):
         self.env, self.buffer, self.task = env, buffer, task
         self.device, self.reward = device, reward
+        self._random_left = random_steps
         self.state, _ = env.reset()
         self.episode_step, self.episode_return, self.success = 0, 0.0, False
         self.successes: List[float] = []  # one for each finished episode
@@ -286,6 +289,8 @@ class OnlineCollector:
         """
 
         def act(state: np.ndarray) -> np.ndarray:
+            if self._random_left:
+                return self._random_action()
             action = actor.act(state, self.device)
             return action if explore is None else explore(action)
 
@@ -304,9 +309,16 @@ class OnlineCollector:
         # What the policy would do now: it learns before its next step.
         more = (act(next_state),) if self.buffer.keeps_next_actions else ()
         self.buffer.add_transition(*row, *more)
+        self._random_left = max(self._random_left - 1, 0)
         self.state = next_state
         if terminated or truncated:
             self._finish_episode()
+
+    def _random_action(self) -> np.ndarray:
+        """An action (A,), uniform in the box."""
+        space: Any = self.env.action_space
+        share = torch.rand(space.shape).numpy()
+        return space.low + share * (space.high - space.low)
 
     def _finish_episode(self) -> None:
         self.successes.append(float(self.success))
@@ -325,13 +337,16 @@ class OnlineCollector:
 
     def state_dict(self) -> Dict[str, Any]:
         """The environment's state and the running episode's numbers."""
-        return {
+        state = {
             "env": physics.get_state(self.env, exact=self.task.is_d4rls),
             "state": self.state,
             "unfinished": [self.episode_step, self.episode_return, self.success],
             "successes": self.successes,
             "episode": self.episode,
         }
+        # Runs that never act at random have no such entry.
+        left = {"random_left": self._random_left} if self._random_left else {}
+        return {**state, **left}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Restore a `state_dict`."""
@@ -339,6 +354,7 @@ class OnlineCollector:
         self.state = state["state"]
         self.episode_step, self.episode_return, self.success = state["unfinished"]
         self.successes, self.episode = list(state["successes"]), dict(state["episode"])
+        self._random_left = state.get("random_left", 0)
         if not again:
             print(
                 f"{self.task.name} has no get_state and set_state, so the run goes on with a new "

@@ -190,6 +190,9 @@ class FinetuneConfig:
     COMPAT_EVAL_SEED: ClassVar[str] = "seed"
     # What a long run names for a first look in minutes.
     QUICK_START: ClassVar[str] = ""
+    # What every result of the algorithm says of it: a word, a colon and why. Reports put the word
+    # behind the name of the method.
+    CAVEAT: ClassVar[str] = ""
     # Name -> values of fields that `preset: NAME` or `--preset NAME` sets in one word.
     PRESETS: ClassVar[dict] = {}
 

@@ -280,7 +280,12 @@ class Session:
         set_env_seed(eval_env, config.eval_seed)
         self._reward = self._reward_rule(data.reward_args)
         self._collector = OnlineCollector(
-            env, self.online_buffer, task, device, self._reward
+            env,
+            self.online_buffer,
+            task,
+            device,
+            self._reward,
+            getattr(config, "random_steps", 0),
         )
         self._evaluator = Evaluator(eval_env, config, device, self._collector, more)
         self.keep("online_buffer", self.online_buffer)

@@ -105,6 +105,9 @@ class OnPolicyBuffer:
         Raises:
             FloatingPointError: as of `refresh`.
         """
+        if not batch_size:
+            # As half of a batch of online rows alone.
+            return np.empty(0, np.int64)
         self._count_new_rows()
         if self.draws % self.refresh_every == 0:
             self.refresh()
@@ -149,15 +152,27 @@ class OnPolicyBuffer:
         """Compute the weights of all rows.
 
         Raises:
-            FloatingPointError: the policy's fit is not finite.
+            FloatingPointError: as of `weights`.
         """
         size, capacity = self.buffer._size, self.buffer._buffer_size
         self._start = self.buffer._pointer % capacity if size == capacity else 0
         self._added, self._online_before = 0, self._online
         training = self.actor.training
         self.actor.eval()
-        g, begins = self._fits_and_begins()
+        weights = self.weights()
         self.actor.train(training)
+        self._set_weights(weights.astype(np.float32))
+        squares = np.square(self._weights, dtype=np.float64).sum()
+        share = self._cumulative[-1] ** 2 / squares / size
+        self.metrics["effective_share"] = float(share)
+
+    def weights(self) -> np.ndarray:
+        """The weights (N,) of all rows by age, of about 1 at most. Other rules overwrite this.
+
+        Raises:
+            FloatingPointError: the policy's fit is not finite.
+        """
+        g, begins = self.fits_and_begins()
         if not np.isfinite(g).all():
             raise FloatingPointError(
                 f"sampling on_policy: the policy's fit to a row is {g[~np.isfinite(g)][0]}; the "
@@ -166,12 +181,9 @@ class OnPolicyBuffer:
         g -= g.max()
         if self.unit == "trajectory":
             starts = np.flatnonzero(begins)
-            lengths = np.diff(np.append(starts, size))
+            lengths = np.diff(np.append(starts, len(g)))
             g = np.repeat(np.add.reduceat(g, starts) / lengths, lengths)
-        self._set_weights(np.exp(g / self.temperature).astype(np.float32))
-        squares = np.square(self._weights, dtype=np.float64).sum()
-        share = self._cumulative[-1] ** 2 / squares / size
-        self.metrics["effective_share"] = float(share)
+        return np.exp(g / self.temperature)
 
     def _set_weights(self, weights: np.ndarray) -> None:
         """Weights (N,) of the rows by age, and the sum of those before each row (N + 1,)."""
@@ -179,7 +191,7 @@ class OnPolicyBuffer:
         self._cumulative = np.append(0.0, np.cumsum(weights, dtype=np.float64))
 
     @torch.no_grad()
-    def _fits_and_begins(self) -> tuple[np.ndarray, np.ndarray]:
+    def fits_and_begins(self) -> tuple[np.ndarray, np.ndarray]:
         """By age, f / A between its bounds (N,), and whether a trajectory begins (N,)."""
         fits: list[np.ndarray] = []
         begins: list[np.ndarray] = []

@@ -71,8 +71,10 @@ def summary_of(run: Any) -> dict[str, Any]:
     data = run.dataset
     metrics = curves.read_csv(run.folder / "metrics.csv")
     found = drop.drop_of(run.scores, run.config.offline_iterations)
+    caveat = getattr(run.config, "CAVEAT", "")
     return {
         "algorithm": run.algorithm,
+        **({"caveat": caveat} if caveat else {}),
         "env": run.config.env,
         "seed": run.config.seed,
         **({} if run.scale is tasks.D4RL else {"score_unit": run.scale.label}),
@@ -119,10 +121,17 @@ def result_of(run: Any, summary: Mapping[str, Any]) -> str:
         f"{min(4, len(seen))} evaluations; last {show(summary['score_last'])}, best "
         f"{show(summary['score_best'])})\n"
         f"{_drop_of(summary)}"
+        f"{_caveat_of(summary)}"
         f"dataset: {run.dataset.get('label', 'unknown')}\n"
         f"run folder: {machine.tidy_path(run.folder)}\n"
         f"curves: {machine.tidy_path(run.folder / 'curves.png')}"
     )
+
+
+def _caveat_of(summary: Mapping[str, Any]) -> str:
+    """A line that says what must be known of the method, where there is something."""
+    caveat = summary.get("caveat")
+    return f"{caveat}\n" if caveat else ""
 
 
 def _drop_of(summary: Mapping[str, Any]) -> str:

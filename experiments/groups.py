@@ -63,8 +63,11 @@ class Experiment(NamedTuple):
     planned: list[tuple[str, str, int]]
 
     def name(self, label: str) -> str:
-        """What tables and figures call a method."""
-        return self.names.get(label, label)
+        """What tables and figures call a method, with the word of its caveat."""
+        known = [label] if label in self.runs else []
+        caveats = {r["caveat"] for r in self.records(known) if "caveat" in r}
+        words = sorted({caveat.split(":")[0] for caveat in caveats})
+        return " ".join([self.names.get(label, label), *(f"({w})" for w in words)])
 
     def records(self, labels: Iterable[str]) -> Iterator[Mapping]:
         """The stored runs of some methods, by task and seed."""

@@ -72,6 +72,7 @@ class Summary(TypedDict, total=False):
     wall_seconds: float
     cpu_seconds: float
     generator_share: float | None
+    caveat: str
     offline_run: str | None
     warnings: list[str]
 
@@ -136,6 +137,8 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
             record[name] = _digits(summary[name])
     if summary.get("warnings"):
         record["warnings"] = summary["warnings"]
+    if "caveat" in summary:
+        record["caveat"] = summary["caveat"]
     if (folder / "snapshot.json").is_file():
         record["snapshot"] = read_json(
             folder / "snapshot.json",

@@ -102,6 +102,7 @@ class _Later(TypedDict, total=False):
     cpu_seconds: float
     generator_share: float
     warnings: list[str]
+    caveat: str
 
 
 class StoredRun(_Later):
@@ -111,6 +112,7 @@ class StoredRun(_Later):
     training: mean score of the training episodes over the online phase.
     generator_share: arithmetic of a generator of rows, as a share of what its paper spends.
     warnings: lines that the run printed as warnings, in their order.
+    caveat: what must be known of the method: a word, a colon and why.
     """
 
     label: str

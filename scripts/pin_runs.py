@@ -48,6 +48,7 @@ EDIS = (
     "--edis.sampler_steps 5 --edis.generation_batch_size 150 --edis.energy_updates 2 "
     "--edis.energy_batch_size 8 --edis.energy_levels 3 --edis.negatives 4 "
 )
+E2O = "--n_critics 3 --hidden_dim 32 --cql_n_actions 3 "
 # Name -> algorithm, flags beyond the common ones.
 CASES = {
     "iql": ("iql", ""),
@@ -100,6 +101,34 @@ CASES = {
         "pex",
         "--online_warmup 10 --utd 2 --mixing_ratio 0.25 --clip_actions true "
         "--eval_epsilon 0 --inv_temperature 0.5 --normalize_reward true",
+    ),
+    "baq_cal_ql": (
+        "baq_cal_ql",
+        f"{CQL} --baq.clone_updates 30 --baq.clone_batch_size 32 --sampling_refresh 9",
+    ),
+    "e2o": ("e2o", f"{E2O} --online_warmup 5"),
+    "e2o gap kept, by row": (
+        "e2o",
+        f"{E2O} --online_warmup 10 --utd 2 --mixing_ratio 0.25 --cql_alpha_online 1 "
+        "--uncertainty_by row --target_rule mean --exploration policy",
+    ),
+    "rlpd": (
+        "rlpd",
+        "--online_warmup 10 --random_steps 15 --utd 3 --mixing_ratio 0.25 --hidden_dim 32 "
+        "--offline_iterations 0",
+    ),
+    "rlpd antmaze": (
+        "rlpd",
+        "--online_warmup 0 --random_steps 0 --utd 2 --hidden_dim 32 --n_hidden_layers 3 "
+        "--n_target_critics 1 --backup_entropy false",
+    ),
+    "wsrl": ("wsrl", "--online_warmup 10 --hidden_dim 32 --cql_n_actions 3"),
+    "wsrl cal_ql, penalty kept": (
+        "wsrl",
+        "--base cal_ql --online_warmup 0 --utd 2 --hidden_dim 32 --cql_n_actions 3 "
+        "--cql_lagrange true --cql_alpha 1 --cql_alpha_online 1 --mixing_ratio 0.25 "
+        "--max_target_backup_online true --state_dependent_std false --q_n_hidden_layers 3 "
+        "--normalize_reward true --reward_scale 2 --reward_bias -1",
     ),
     "awac": ("awac", "--awac_lambda 0.3333"),
     "awac two buffers": ("awac", "--mixing_ratio 0.25 --hidden_dim 64 --gamma 0.9"),

@@ -143,10 +143,11 @@ class OracleCQL:
             drawn[name] = torch.cat([drawn[name], rest])
         return drawn
 
-    def train(self, batch, drawn, weight=None, kept=None):
+    def train(self, batch, drawn, weight=None, kept=None, td_weight=1.0):
         """`batch`: s, a, r, s', d and, when calibrated, returns to go; `weight`: (B,).
 
         `kept`: what is logged of the actions under the soft maximum is of so many rows.
+        `td_weight`: of the squared TD errors, (B,).
         """
         settings, self.kept = self.settings, kept
         s, a, r, s2, d = (x.double() for x in batch[:5])
@@ -170,7 +171,7 @@ class OracleCQL:
         penalty, prime_gradient = self.penalty([g.detach() for g in gaps], target, logs)
         critic_gradients = []
         for i in range(2):
-            td = ((q_value(leaves[i], s, a) - y) ** 2).mean()
+            td = (td_weight * (q_value(leaves[i], s, a) - y) ** 2).mean()
             conservative = penalty * (gaps[i] - target)
             critic_gradients.append(gradients(td + conservative, leaves[i]))
             logs[f"qf{i + 1}_loss"] = td.item()

@@ -6,6 +6,7 @@ import toy
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cql_sa,
     dare_awac,
     dare_cal_ql,
@@ -14,13 +15,16 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     edis_iql,
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
@@ -99,6 +103,30 @@ REBRAC_FIELDS = {
     "critic_bc_coef": 0.1,
 }
 PEX_FIELDS = {**FIELDS, "online_warmup": 50}
+E2O_FIELDS = {
+    k: v
+    for k, v in CQL_FIELDS.items()
+    if k not in ("alpha_multiplier", "cql_alpha_online")
+}
+E2O_FIELDS |= {
+    "n_critics": 3,
+    "hidden_dim": 32,
+    "q_n_hidden_layers": 2,
+    "temperature_lr": 3e-2,
+    "online_warmup": 10,
+}
+# Small networks, few updates per step, and an entropy that leaves room for the rewards of the toy.
+SAC_FIELDS = {
+    **{k: v for k, v in FIELDS.items() if k not in ("vf_lr", "beta")},
+    "utd": 2,
+    "hidden_dim": 64,
+    "n_critics": 4,
+    "online_warmup": 50,
+    "init_temperature": 0.02,
+    "temperature_lr": 1e-4,
+}
+RLPD_FIELDS = {**SAC_FIELDS, "offline_iterations": 0, "random_steps": 50}
+WSRL_FIELDS = {**SAC_FIELDS, "cql_n_actions": 2, "cql_alpha": 0.3}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -123,7 +151,10 @@ DEFAULTS = {
     iql: FIELDS,
     dare_iql: FIELDS,
     pex: PEX_FIELDS,
+    rlpd: RLPD_FIELDS,
+    wsrl: WSRL_FIELDS,
     edis_iql: FIELDS,
+    e2o: E2O_FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,
@@ -212,6 +243,12 @@ def edis_block(**fields):
         "negatives": 3,
     }
     return EdisConfig(**{**small, **fields})
+
+
+def baq_block(**fields):
+    """The block `baq:` of a short run."""
+    small = {"clone_updates": 30, "clone_batch_size": 32, "clone_lr": 1e-3}
+    return baq_cal_ql.BaqConfig(**{**small, **fields})
 
 
 def folder_of(tmp_path):

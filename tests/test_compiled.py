@@ -19,12 +19,15 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import compiled
 from corl_dare.exchange import exchange
@@ -39,7 +42,7 @@ needs_compiler = pytest.mark.skipif(
 def batches(module, count):
     rng = np.random.default_rng(0)
     shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)] + [(B, 1)] * (
-        module is dare_cal_ql
+        module in (dare_cal_ql, wsrl)
     )
     shapes += [(B, A)] * getattr(module.TrainConfig, "NEXT_ACTIONS", False)
     for _ in range(count):
@@ -78,6 +81,8 @@ DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot"
 DELAYED += ("td3_bc_sa",)
 # The threshold is checked in one of the updates; so it is no number in the graph.
 SA = {"beta_lr": 1e-4, "n_period": 4}
+WSRL = {"cql_n_actions": 2, "hidden_dim": 16}
+DELAYED += ("rlpd, online", "wsrl, online")
 GRAPHS = dict.fromkeys(DELAYED, 2)  # with an update of the policy, and without
 # Where a gradient is as small as Adam's epsilon, rounding is a part of the step (3e-4): seven of
 # the policy's 65536 weights in one layer are such.
@@ -86,6 +91,14 @@ CASES = {
     "iql": (iql, {}, ()),
     "pex": (pex, {}, ()),
     "pex, online": (pex, {}, (True,)),
+    "e2o, gap kept": (
+        e2o,
+        {"n_critics": 3, "hidden_dim": 32, "cql_n_actions": 2, "cql_alpha_online": 1.0},
+        (True,),
+    ),
+    "rlpd, online": (rlpd, {"utd": 2, "hidden_dim": 16}, (True,)),
+    "wsrl": (wsrl, {**WSRL, "base": "cal_ql", "cql_lagrange": True}, ()),
+    "wsrl, online": (wsrl, {**WSRL, "utd": 3, "zero_gradient_steps": True}, (True,)),
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
     "td3_bc_sa": (td3_bc_sa, SA, ()),

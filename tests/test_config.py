@@ -14,6 +14,7 @@ from small_config import Block, Config, parse
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -24,14 +25,17 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     edis_cal_ql,
     edis_iql,
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl.config import (
     NOTHING,
@@ -49,13 +53,16 @@ FAMILIES = {
     "iql": [iql, dare_iql, edis_iql],
     "pex": [pex],
     "cql": [cql, dare_cql],
-    "cal_ql": [cal_ql, dare_cal_ql, edis_cal_ql],
+    "cal_ql": [cal_ql, dare_cal_ql, edis_cal_ql, baq_cal_ql],
     "td3_bc": [td3_bc, dare_td3_bc],
     "awac": [awac, dare_awac],
     "rebrac": [rebrac, dare_rebrac],
     "spot": [spot, dare_spot],
     "td3_bc_sa": [td3_bc_sa],
     "cql_sa": [cql_sa],
+    "e2o": [e2o],
+    "rlpd": [rlpd],
+    "wsrl": [wsrl],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -398,7 +405,42 @@ CQL_SA_ARGUMENTS = {
     "actor_bc_weight": 0.4,
     "threshold_cap": 0.2,
 }
+E2O_ARGUMENTS = {
+    "discount": 0.5,
+    "soft_target_update_rate": 0.1,
+    "cql_alpha": 2.0,
+    "cql_alpha_online": 3.0,
+    "cql_n_actions": 4,
+    "target_rule": "min",
+    "uncertainty_temperature": 2.0,
+    "uncertainty_by": "row",
+    "exploration": "policy",
+    "ucb_lambda": 1.0,
+}
+SAC_ARGUMENTS = {
+    "n_target_critics": 3,
+    "discount": 0.5,
+    "tau": 0.1,
+    "utd": 7,
+}
+RLPD_ARGUMENTS = {**SAC_ARGUMENTS, "backup_entropy": False}
+WSRL_ARGUMENTS = {
+    **SAC_ARGUMENTS,
+    "n_penalty_critics": 3,
+    "base": "cal_ql",
+    "cql_alpha": 2.0,
+    "cql_alpha_online": 2.0,
+    "cql_n_actions": 3,
+    "cql_lagrange": True,
+    "cql_target_action_gap": 0.3,
+    "cql_max_target_backup": False,
+    "max_target_backup_online": True,
+    "zero_gradient_steps": True,
+}
 ARGUMENTS = {
+    e2o: E2O_ARGUMENTS,
+    rlpd: RLPD_ARGUMENTS,
+    wsrl: WSRL_ARGUMENTS,
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
@@ -425,8 +467,12 @@ TD3_RATES = {"qf_lr": 0.1, "actor_lr": 0.3}, [0.1, 0.1, 0.3]
 SA = {"beta_lr": 0.4}
 TD3_BC_SA_RATES = {**TD3_RATES[0], **SA}, [*TD3_RATES[1], 0.4]
 CQL_SA_RATES = {**CQL_RATES[0], **SA}, [*CQL_RATES[1], 0.4]
+SAC_RATES = {"qf_lr": 0.1, "actor_lr": 0.3, "temperature_lr": 0.2}
 NOISY = ("td3_bc", "rebrac", "spot")
 RATES = {
+    e2o: ({"qf_lr": 0.1, "policy_lr": 0.3, "temperature_lr": 0.2}, [0.1, 0.3, 0.2]),
+    rlpd: (SAC_RATES, [0.1, 0.3, 0.2]),
+    wsrl: ({**SAC_RATES, "multiplier_lr": 0.4}, [0.1, 0.3, 0.2, 0.4]),
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_RATES),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_RATES),
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),

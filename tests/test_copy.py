@@ -167,6 +167,23 @@ trainer = SPOT(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1]
                adam(critics[1]), vae, adam(vae), policy_freq=1)
 trainer.vae_train([torch.randn(8, 4), torch.rand(8, 2)])
 """,
+    "rlpd": """
+actor, critics = SquashedGaussianPolicy(4, 2, 1.0), CriticEnsemble(4, 2, 10)
+adam, heat = lambda network: torch.optim.Adam(network.parameters()), PositiveScalar()
+trainer = RLPD(critics, adam(critics), actor, adam(actor), heat, adam(heat), -1.0)
+""",
+    "e2o": """
+actor, critics = SquashedGaussianPolicy(4, 2, 1.0), CriticEnsemble(4, 2, 3)
+adam = lambda network: torch.optim.Adam(network.parameters())
+trainer = E2O(actor, adam(actor), critics, adam(critics), -2.0, uncertainty_temperature=0.0)
+""",
+    "wsrl": """
+actor, critics = SquashedGaussianPolicy(4, 2, 1.0), CriticEnsemble(4, 2, 10)
+adam, heat = lambda network: torch.optim.Adam(network.parameters()), PositiveScalar()
+more = PositiveScalar(1.0, softplus=True)
+trainer = WSRL(critics, adam(critics), actor, adam(actor), heat, adam(heat), more,
+               adam(more), -2.0)
+""",
     "awac": """
 actor, critics = Actor(4, 2, 32), [Critic(4, 2, 32) for _ in range(2)]
 adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
@@ -216,7 +233,7 @@ def pasted(file, names=()):
     "name",
     [
         *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
-        *("pex", "td3_bc_sa", "cql_sa"),
+        *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
     ],
 )
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
@@ -226,10 +243,14 @@ def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path)
     if name.endswith("_sa"):
         steps += pasted("adaptive_regularization/coefficient.py")
         steps += pasted("adaptive_regularization/trust.py", ("split",))
+    if name in ("rlpd", "wsrl", "e2o"):
+        steps += pasted("corl/ensembles.py") + pasted("corl/sac.py")
     make = MAKE.get(name, MAKE["cql"])
     kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
     program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN
-    program = program.replace("KIND", kind).replace("EXTRA", str(1 + (name == "cal_ql")))
+    program = program.replace("KIND", kind).replace(
+        "EXTRA", str(1 + (name in ("cal_ql", "wsrl")))
+    )
     program = program.replace("NEXT_ACTIONS", str(int(name == "rebrac")))
     (tmp_path / "program.py").write_text(program)
     done = run([sys.executable, "program.py"], tmp_path)

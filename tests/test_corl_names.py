@@ -6,6 +6,7 @@ import pytest
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -27,8 +28,8 @@ from algorithms import (
 from corl import compiled, finetune
 
 IQL = [iql, dare_iql, edis_iql]
-FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa]
-CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql]
+FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa, baq_cal_ql]
+CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql, baq_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
 OTHERS += [td3_bc_sa]
 ALL = [*IQL, *FAMILY, *OTHERS]

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -25,12 +26,15 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl_dare.hook import Release
 
@@ -97,6 +101,16 @@ def updates():
         trainer = make_trainer(pex)
         return lambda: trainer.train(batch(), online)
 
+    def weighed():
+        trainer = make_trainer(baq_cal_ql, cql_n_actions=2)
+        more = [torch.randn(B, 1)]
+        return lambda: trainer.train(batch() + more, torch.rand(B))
+
+    def ensemble(module, online, **fields):
+        trainer = make_trainer(module, utd=1, hidden_dim=16, **fields)
+        returns = [torch.randn(B, 1)] * (module is wsrl)
+        return lambda: trainer.train(batch() + returns, online)
+
     def dare(value):
         block = dare_iql.DareIQLConfig(value=value)
         trainer = make_trainer(dare_iql, dare=block)
@@ -153,6 +167,12 @@ def updates():
         "iql": plain(False),
         "pex": expanded(False),
         "pex online": expanded(True),
+        "e2o": ensemble(e2o, False, cql_n_actions=2),
+        "e2o online": ensemble(e2o, True),
+        "baq_cal_ql": weighed(),
+        "rlpd online": ensemble(rlpd, True),
+        "wsrl": ensemble(wsrl, False, base="cal_ql", cql_lagrange=True),
+        "wsrl online": ensemble(wsrl, True),
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
     }
@@ -163,7 +183,8 @@ NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
-NAMES += ["pex", "pex online"]
+NAMES += ["pex", "pex online", "e2o", "e2o online", "baq_cal_ql"]
+NAMES += ["rlpd online", "wsrl", "wsrl online"]
 
 
 @pytest.mark.parametrize("name", NAMES)

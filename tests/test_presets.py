@@ -7,6 +7,7 @@ from short_runs import CQL_FIELDS, DEFAULTS, SMALL, run
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     dare_awac,
@@ -16,13 +17,16 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     edis_cal_ql,
     edis_iql,
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
+    wsrl,
 )
 from corl import finetune
 from corl.config import (
@@ -39,7 +43,7 @@ WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_re
 WITH_PRESETS += [dare_spot]
 BASELINES = [
     *(iql, cql, cal_ql, td3_bc, awac, rebrac, spot),
-    *(pex, edis_iql, edis_cal_ql),
+    *(pex, edis_iql, edis_cal_ql, rlpd, wsrl, e2o, baq_cal_ql),
 ]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 # ReBRAC acts without noise, so a ratio of densities needs a width.

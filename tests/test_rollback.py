@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from short_runs import (
     awac_block,
+    baq_block,
     cal_ql_block,
     checkpoint_of,
     cql_block,
@@ -27,6 +28,7 @@ from torch._dynamo.utils import counters
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -37,13 +39,16 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     edis_iql,
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import compiled, finetune
 from corl.rollback import Snapshot
@@ -254,6 +259,8 @@ RUNS = {
         {"dare": cql_block(behavior_updates=5), "cql_lagrange": True},
     ),
     "pex": (pex, {"online_warmup": 5, "utd": 2}),
+    "rlpd": (rlpd, {"online_warmup": 5, "random_steps": 12, "utd": 3}),
+    "wsrl": (wsrl, {"online_warmup": 5, "utd": 3, "cql_lagrange": True}),
     "spot": (spot, {"vae_iterations": 30, "policy_freq": 3}),
     "dare_spot": (
         dare_spot,
@@ -262,6 +269,11 @@ RUNS = {
     "rebrac": (rebrac, {"mixing_ratio": 0.5, "bc_anneal_steps": 30, "policy_freq": 3}),
     "dare_rebrac": (dare_rebrac, {"dare": noisy_block(behavior_updates=5)}),
     "edis_iql": (edis_iql, {"mixing_ratio": 0.3, "edis": edis_block()}),
+    "baq_cal_ql": (
+        baq_cal_ql,
+        {"baq": baq_block(), "sampling_refresh": 7, "normalize_reward": True},
+    ),
+    "e2o": (e2o, {"online_warmup": 5, "utd": 2}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }
@@ -309,6 +321,10 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
         "pex",
         "td3_bc_sa",
         "cql_sa",
+        "e2o",
+        "baq_cal_ql",
+        "rlpd",
+        "wsrl",
     ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])

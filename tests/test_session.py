@@ -4,6 +4,7 @@ import pytest
 from helpers import assert_equal
 from short_runs import (
     awac_block,
+    baq_block,
     cal_ql_block,
     checkpoint_of,
     cql_block,
@@ -17,6 +18,7 @@ from short_runs import (
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cal_ql,
     cql,
     cql_sa,
@@ -27,14 +29,17 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    e2o,
     edis_cal_ql,
     edis_iql,
     iql,
     pex,
     rebrac,
+    rlpd,
     spot,
     td3_bc,
     td3_bc_sa,
+    wsrl,
 )
 from corl import curves, finetune
 
@@ -76,6 +81,15 @@ PEX_ONLINE = {
     "eval_epsilon": 0.9,
     "clip_actions": True,
 }
+E2O_ONLINE = {
+    "mixing_ratio": 0.25,
+    "cql_alpha_online": 2.0,
+    "target_rule": "mean",
+    "uncertainty_temperature": 1.0,
+    "uncertainty_by": "row",
+    "exploration": "policy",
+    "ucb_lambda": 1.0,
+}
 # Fields of the online phase and other values for them.
 ONLINE = {
     "iql": (iql, IQL_ONLINE),
@@ -115,6 +129,16 @@ ONLINE = {
     ),
     "spot": (spot, SPOT_ONLINE),
     "pex": (pex, PEX_ONLINE),
+    "rlpd": (rlpd, {"mixing_ratio": 0.25, "random_steps": 3}),
+    "wsrl": (
+        wsrl,
+        {
+            "mixing_ratio": 0.25,
+            "cql_alpha_online": 7.0,
+            "max_target_backup_online": True,
+            "zero_gradient_steps": True,
+        },
+    ),
     "td3_bc_sa": (
         td3_bc_sa,
         {**SA_ONLINE, "expl_noise": 0.9, "policy_freq_online": 3},
@@ -153,6 +177,11 @@ ONLINE = {
         },
     ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
+    "baq_cal_ql": (
+        baq_cal_ql,
+        {"cql_alpha_online": 7.0, "mixing_ratio": 0.25, "baq": baq_block()},
+    ),
+    "e2o": (e2o, E2O_ONLINE),
     "edis_iql": (edis_iql, {**IQL_ONLINE, "edis": edis_block(samples=7)}),
     "edis_cal_ql": (
         edis_cal_ql,
@@ -193,6 +222,8 @@ def test_the_offline_phase_does_not_read_the_fields_of_the_online_phase(
     base = {"online_iterations": 0}
     if "dare" in other:
         base["dare"] = type(other["dare"])(enabled=False)
+    if "baq" in other:
+        base["baq"] = baq_block(enabled=False)
     run(module, tmp_path / "a", monkeypatch, **{**SHORT, **base})
     with monkeypatch.context() as patch:
         stop_after(SHORT["offline_iterations"], patch)

@@ -15,10 +15,13 @@ from algorithms import (
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
+    e2o,
     iql,
     pex,
     rebrac,
+    rlpd,
     td3_bc,
+    wsrl,
 )
 from corl import stacked
 from corl.stacked_session import StackedBuffer
@@ -34,6 +37,7 @@ FAST = dare_iql.DareIQLConfig(backup_actions=1)
 # Case -> module, fields, seeds, updates. The batches of `online` have a release.
 CQL = {"cql_n_actions": 2, "bc_steps": 3}
 MOST = {**CQL, "cql_lagrange": True, "cql_max_target_backup": True}
+WSRL = {"cql_n_actions": 2, "hidden_dim": 16, "base": "cal_ql"}
 CASES = {
     "iql": (iql, {}, 8, 100),
     "iql, deterministic": (iql, {"iql_deterministic": True}, 2, 10),
@@ -43,6 +47,10 @@ CASES = {
     "dare_td3_bc, online": (dare_td3_bc, {}, 2, 12),
     "pex, offline": (pex, {}, 2, 12),
     "pex, online": (pex, {}, 2, 12),
+    "e2o, online": (e2o, {"hidden_dim": 16, "n_critics": 3}, 2, 10),
+    "rlpd, online": (rlpd, {"utd": 3, "hidden_dim": 16}, 2, 12),
+    "wsrl, offline": (wsrl, {**WSRL, "cql_lagrange": True}, 2, 6),
+    "wsrl, online": (wsrl, {**WSRL, "utd": 3, "cql_alpha_online": 2.0}, 2, 12),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
     "rebrac": (rebrac, {"hidden_dim": 64}, 2, 12),
     "dare_rebrac, online": (dare_rebrac, {"hidden_dim": 64}, 2, 12),
@@ -52,7 +60,9 @@ CASES = {
     "cal_ql": (cal_ql, CQL, 2, 10),
     "dare_cal_ql, online": (dare_cal_ql, CQL, 2, 10),
 }
-WITH_RETURNS = (cal_ql, dare_cal_ql)
+WITH_RETURNS = (cal_ql, dare_cal_ql, wsrl)
+# Their update takes the phase.
+WITH_PHASE = (pex, rlpd, wsrl, e2o)
 # What a release may look like: half of the rows kept, all of them (k = B), soft weights.
 KEPT = (B // 2, B, None)
 
@@ -152,7 +162,7 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
             for trainer in [stack.trainer, *alone]:
                 trainer.start_online()
         together, each = releases(number, seeds, online)
-        if module is pex:
+        if module in WITH_PHASE:
             together, each = (online,), [(online,)] * seeds
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):

@@ -15,10 +15,13 @@ from algorithms import (
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
+    e2o,
     iql,
     pex,
     rebrac,
+    rlpd,
     td3_bc,
+    wsrl,
 )
 from corl.config import ConfigError, parse_config
 from corl.stacked_session import StackedSession
@@ -36,6 +39,9 @@ CASES = {
     "iql, two buffers": (iql, {"mixing_ratio": 0.5, "iql_deterministic": True}),
     "dare_iql": (dare_iql, {"dare": dare_block("policy_ratio", behavior_updates=3)}),
     "pex": (pex, {"online_warmup": 0}),
+    "e2o": (e2o, {"online_warmup": 0}),
+    "rlpd": (rlpd, {"online_warmup": 2, "random_steps": 3}),
+    "wsrl": (wsrl, {"online_warmup": 0}),
     "cql": (cql, {}),
     "cal_ql": (cal_ql, {}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=3)}),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import wiring
 from helpers import assert_equal
-from wiring import CQL, DARE, EDIS, GOAL
+from wiring import CQL, DARE, EDIS, GOAL, LINEAR, LOCOMOTION, NO_ANTMAZE
 
 ALL = list(wiring.ALGORITHMS)
 IQL = [name for name in ALL if name.endswith("iql")]
@@ -71,12 +71,12 @@ def rewards_as_trained_on(record, rewards):
     config = record.config
     if not config.normalize_reward:
         return rewards
-    if config.env == GOAL and record.algorithm not in CQL:
+    if config.env == GOAL and record.algorithm not in LINEAR:
         return rewards - 1.0
     if config.env != GOAL:
         returns, _ = wiring.episodes_of(record.arrays)
         rewards = rewards / (returns.max() - returns.min()) * 1000
-    if record.algorithm in CQL:
+    if record.algorithm in LINEAR:
         rewards = rewards * config.reward_scale + config.reward_bias
     return rewards
 
@@ -545,8 +545,8 @@ def test_the_conservative_weight_and_the_calibration_change_at_the_switch(
 def test_checkpoints_are_written_after_every_evaluation_and_at_the_end(name, recorded):
     record = recorded(name)
     saved = [e.step for e in record.of("save", name="checkpoint.pt")]
-    # After the phase of the VAE or of the filter.
-    before = [0] * (name in (*SPOT, "td3_bc_sa"))
+    # After the phase of the VAE, of the filter or of the clone.
+    before = [0] * (name in (*SPOT, "td3_bc_sa", "baq_cal_ql"))
     # At the end of every refresh, before the online steps 0, 6 and 12.
     refreshes = [7, 13, 19] * (name in EDIS)
     assert saved == sorted([*before, 4, 8, 12, 16, 20, 23, *refreshes])
@@ -599,7 +599,8 @@ def without_losses(row):
 @every_algorithm
 def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, recorded):
     """In the offline phase, in the energy's training, in the warm-up, between two updates."""
-    whole = recorded(name, env=GOAL)
+    env = LOCOMOTION if name in NO_ANTMAZE else GOAL
+    whole = recorded(name, env=env)
     stops = [
         stop_after(5, "update"),
         *([stop_after(2, "energy")] if name in DARE else []),
@@ -611,7 +612,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
     resume = None
     for stop in [*stops, None]:
         with pytest.MonkeyPatch.context() as patch:
-            part = wiring.run(patch, name, tmp_path, stop, env=GOAL, resume=resume)
+            part = wiring.run(patch, name, tmp_path, stop, env=env, resume=resume)
         resume = str(part.folder)
         if stop is not None:
             assert part.summary == {}
@@ -645,6 +646,9 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "expl_noise": 0.1,
         "noise_clip": 0.3,
         "cql_alpha_online": 1.0,
+        "max_target_backup_online": True,
+        "zero_gradient_steps": True,
+        "random_steps": 3,
         "mixing_ratio": 0.5,
         "bc_online": "keep" if name in DARE else "drop",
         "critic_bc_online": "keep",
@@ -671,8 +675,14 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "part_trajectories": 2,
         "online_trust": "all",
         "policy_freq_online": 3,
+        "target_rule": "mean",
+        "uncertainty_temperature": 1.0,
+        "uncertainty_by": "row",
+        "exploration": "policy",
+        "ucb_lambda": 1.0,
         "dare": {"cap": 1},
         "edis": {"samples": 11},
+        "baq": {"median_weight": 0.5},
     }
     unread = config.ONLINE - {"load_model"}
     assert unread <= other.keys()

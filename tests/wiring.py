@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from algorithms.baq_cal_ql import BaqConfig
 from corl import buffers, checkpoints, curves, envs, files, finetune, machine, tasks
 from corl.data import sources
 from corl_dare import hook
@@ -42,6 +43,10 @@ ALGORITHMS = {
     "pex": "algorithms.pex",
     "td3_bc_sa": "algorithms.td3_bc_sa",
     "cql_sa": "algorithms.cql_sa",
+    "e2o": "algorithms.e2o",
+    "baq_cal_ql": "algorithms.baq_cal_ql",
+    "rlpd": "algorithms.rlpd",
+    "wsrl": "algorithms.wsrl",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -57,8 +62,11 @@ DARE = (
     *("dare_rebrac", "dare_spot"),
 )
 EDIS = ("edis_iql", "edis_cal_ql")
+NO_ANTMAZE = ("e2o",)
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa", "baq_cal_ql")
+# Whose rewards are scaled and shifted.
+LINEAR = (*CQL, "wsrl", "e2o")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -121,6 +129,10 @@ COMMON = {
     "beta_lr": 1e-3,
     "beta_anneal_steps": 10,
     "n_period": 3,
+    # RLPD and WSRL
+    "temperature_lr": 1e-3,
+    "random_steps": 0,
+    "n_critics": 3,
     # AWAC
     "hidden_dim": 32,
     "learning_rate": 2e-3,
@@ -139,9 +151,13 @@ OWN = {
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
+    "rlpd": {"normalize": True},
+    "wsrl": {"normalize": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
+    "e2o": {"normalize": True},
 }
+COMMON_BAQ = {"clone_updates": 3, "clone_batch_size": 8, "clone_lr": 1e-3, "floor": 0.1}
 COMMON_DARE = {
     "cap": 2,
     "references": 2,
@@ -393,6 +409,9 @@ class Recorder:
 def networks_of(trainer: Any) -> dict[str, torch.nn.Module]:
     if hasattr(trainer, "critic_1"):
         names = ["actor", "critic_1", "critic_2", *target_names(trainer)]
+        return {name: getattr(trainer, name) for name in names}
+    if hasattr(trainer, "critics"):
+        names = ("actor", "critics", "target_critics")
         return {name: getattr(trainer, name) for name in names}
     names = "actor qf q_target vf"
     networks = {name: getattr(trainer, name) for name in names.split()}
@@ -664,6 +683,7 @@ def make_config(
     folder: Path,
     dare: dict | None = None,
     edis: dict | None = None,
+    baq: dict | None = None,
     **fields,
 ):
     """Config of the toy; fields that the algorithm lacks are left out."""
@@ -678,6 +698,10 @@ def make_config(
     if algorithm in EDIS:
         block = module.TrainConfig.__dataclass_fields__["edis"].default_factory
         values["edis"] = block(**{**COMMON_EDIS, **(edis or {})})
+    if algorithm.startswith("baq"):
+        values["baq"] = BaqConfig(**{**COMMON_BAQ, **(baq or {})})
+    if algorithm in NO_ANTMAZE and values["env"] == GOAL:
+        pytest.skip(f"{algorithm} has no form for antmaze")
     known = module.TrainConfig.__dataclass_fields__
     return module.TrainConfig(**{k: v for k, v in values.items() if k in known})
 

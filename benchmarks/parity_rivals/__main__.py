@@ -15,7 +15,13 @@ RIVALS = {
     "pex": "Haichao-Zhang/PEX",
     "edis": "liuxhym/EDIS",
     "ssar": "QinwenLuo/SSAR",
+    "e2o": "TJU-DRL-LAB/AI-Optimizer",
+    "rlpd": "ikostrikov/rlpd",
+    "wsrl": "zhouzypaul/wsrl",
 }
+
+# Those that are JAX.
+JAX = ("rlpd", "wsrl")
 
 
 def commit_of(checkout: Path) -> str:
@@ -41,6 +47,11 @@ def main() -> None:
     for rival, repository in RIVALS.items():
         says = f"a checkout of {repository}"
         parser.add_argument(f"--{rival}", type=arguments.path, help=says)
+    parser.add_argument(
+        "--jax_python",
+        type=arguments.path,
+        help="a Python with jax, flax, optax, distrax and tensorflow_probability",
+    )
     parser.add_argument("--out", type=arguments.path, help="also write the report here")
     args = parser.parse_args()
     checkouts = {name: getattr(args, name) for name in RIVALS if getattr(args, name)}
@@ -49,6 +60,8 @@ def main() -> None:
     for name, checkout in checkouts.items():
         if not checkout.is_dir():
             parser.error(f"--{name} {checkout} is no folder")
+    if args.jax_python is None and set(JAX) & set(checkouts):
+        parser.error("the updates of rlpd and wsrl are JAX: --jax_python names a Python")
     machine.configure_threads(1)
     lines = [
         f"float32 on {machine.describe()['processor']}, torch {torch.__version__}, "
@@ -57,8 +70,9 @@ def main() -> None:
     with arguments.errors_in_one_line():
         for name, checkout in checkouts.items():
             rival = importlib.import_module(f"{package.__name__}.{name}")
+            given = [args.jax_python] * (name in JAX)
             lines.append(f"\n== {RIVALS[name]} {commit_of(checkout)}")
-            lines += lines_of(rival.cases(checkout))
+            lines += lines_of(rival.cases(checkout, *given))
     text = "\n".join(lines)
     print(text)
     if args.out is not None:

@@ -15,14 +15,18 @@ import yaml
 import corl.ranges
 import corl_dare.ranges
 from algorithms import (
+    baq_cal_ql,
     cal_ql,
     cql,
     dare_cal_ql,
     dare_iql,
+    e2o,
     edis_cal_ql,
     edis_iql,
     iql,
     pex,
+    rlpd,
+    wsrl,
 )
 from corl import machine
 from corl.config import FinetuneConfig, parse_config
@@ -107,6 +111,24 @@ FIELDS = [
     ((pex,), "eval_epsilon", SHARE),
     ((pex,), "mixing_ratio", ["0", "1", "0.3", "none", *SHARE]),
     ((pex,), "clip_actions", NO_SWITCH),
+    ((e2o,), "env", ["antmaze-umaze-v2"]),
+    ((e2o,), "n_critics", ["1", *COUNT]),
+    ((e2o,), "target_rule uncertainty_by exploration", ["best", "", "none"]),
+    ((e2o,), "uncertainty_temperature ucb_lambda cql_alpha_online", NOT_NEGATIVE),
+    ((e2o,), "temperature_lr", RATE),
+    ((e2o, baq_cal_ql), "sampling", ["best", "none"]),
+    ((baq_cal_ql,), "baq.median_weight", ["0", "1", *SHARE]),
+    ((baq_cal_ql,), "baq.clone_updates baq.clone_batch_size", COUNT[:4]),
+    ((baq_cal_ql,), "baq.floor", ["0", *SHARE[:4]]),
+    ((baq_cal_ql,), "baq.enabled baq.weigh baq.prioritize", NO_SWITCH),
+    ((rlpd, wsrl), "actor_lr temperature_lr", RATE[:4]),
+    ((rlpd, wsrl), "n_critics n_target_critics hidden_dim", COUNT[:4]),
+    ((rlpd, wsrl), "mixing_ratio", ["1", "0.3", "none", *SHARE[:3]]),
+    ((rlpd,), "random_steps", STEPS[:4]),
+    ((rlpd,), "n_target_critics", ["11"]),
+    ((wsrl,), "base", ["best", "", "none", "iql"]),
+    ((wsrl,), "last_hidden_gain", ["0", "-1", "inf"]),
+    ((wsrl,), "cql_alpha_online multiplier_lr", NOT_NEGATIVE[:3]),
 ]
 INSTANCES = [
     (module, field, value)

@@ -1,0 +1,183 @@
+"""WSRL: updates of both phases against a float64 oracle, and what the online phase keeps."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_equal
+from oracle_sac import OracleWSRL
+from short_runs import checkpoint_of, folder_of, run, stop_after
+from test_rlpd import A, B, S, assert_same_weights, watch_noise
+from test_rlpd import batches as plain_batches
+
+from algorithms import wsrl
+from corl import buffers
+
+TASK = "hopper-medium-v2"
+SMALL = {"hidden_dim": 16, "cql_n_actions": 3, "n_critics": 4, "compile": False}
+
+
+def batches(count):
+    rng = np.random.default_rng(2)
+    for number, batch in enumerate(plain_batches(count)):
+        returns = rng.normal(size=(B, 1))
+        if number % 2:
+            # As of rows that were collected online.
+            returns[::3] = -np.inf
+        yield [*batch, torch.tensor(returns, dtype=torch.float32)]
+
+
+def make_trainer(max_action=1.0, **fields):
+    config = wsrl.TrainConfig(env=TASK, **{**SMALL, **fields})
+    torch.manual_seed(0)
+    return wsrl.make_trainer(config, S, A, max_action, "cpu"), config
+
+
+MAZE = {
+    "base": "cal_ql",
+    "cql_alpha": 1.0,
+    "cql_lagrange": True,
+    "state_dependent_std": False,
+    "q_n_hidden_layers": 3,
+}
+OFFLINE = {
+    "locomotion": {},
+    "antmaze": MAZE,
+    "one action": {"cql_max_target_backup": False, "layer_norm": False},
+    "no penalty": {"cql_alpha": 0.0, "last_hidden_gain": None, "shared_head": False},
+}
+ONLINE = {
+    "locomotion": {},
+    "antmaze": {**MAZE, "max_target_backup_online": True, "utd": 2},
+    "penalty kept": {**MAZE, "cql_alpha_online": 0.7, "utd": 3},
+    "zero gradients": {
+        **{**MAZE, "cql_alpha_online": 0.7, "utd": 3, "shared_head": False},
+        "zero_gradient_steps": True,
+    },
+    "other rates": {"utd": 1, "temperature_lr": 1e-2, "init_temperature": 0.3},
+}
+
+
+@pytest.mark.parametrize("max_action", [1.0, 2.0])
+@pytest.mark.parametrize("case", OFFLINE)
+def test_ten_offline_updates_equal_the_float64_oracle(case, max_action):
+    trainer, config = make_trainer(max_action, **OFFLINE[case])
+    oracle, drawn = OracleWSRL(trainer, config, A, max_action), watch_noise(trainer)
+    for batch in batches(10):
+        logs = trainer.train(batch)
+        expected = oracle.train(batch, drawn[-1], (batch[0], batch[3]), False)
+        assert_logged(logs, expected)
+    assert_same_weights(trainer, oracle)
+
+
+@pytest.mark.parametrize("case", ONLINE)
+def test_twelve_online_updates_equal_the_float64_oracle(case):
+    """The policy and the temperature learn once, from the rows of all batches of a step."""
+    trainer, config = make_trainer(**ONLINE[case])
+    oracle, drawn = OracleWSRL(trainer, config, A), watch_noise(trainer)
+    waiting = []
+    for batch in batches(12):
+        given = [field.clone() for field in batch]
+        logs = trainer.train(given, online=True)
+        for field in given:
+            # A captured buffer writes its next batch into the same tensors.
+            field.zero_()
+        waiting.append(batch)
+        rows = None
+        if len(waiting) == config.utd:
+            rows = [torch.cat([x[i] for x in waiting]) for i in (0, 3)]
+            waiting = []
+        assert ("actor_loss" in logs) is (rows is not None)
+        assert_logged(logs, oracle.train(batch, drawn[-1], rows, True))
+    assert trainer.waiting == []
+    assert_same_weights(trainer, oracle)
+
+
+def assert_logged(logs, expected):
+    for name, value in expected.items():
+        if name == "critic_loss":
+            found = logs["td_loss"]
+            if "cql_gap" in logs:
+                found = found + logs["cql_weight"] * logs["cql_gap"]
+        else:
+            found = logs[name]
+        assert found.item() == pytest.approx(value, rel=2e-4, abs=2e-5), name
+
+
+def test_losses_have_a_value_per_row():
+    trainer, _ = make_trainer(**MAZE)
+    (batch,) = batches(1)
+    noise = trainer._noise(batch[1], 2 * B, False)
+    values = trainer.critics(*batch[:2])
+    gaps, _ = trainer.conservative_gaps(values, batch, noise)
+    assert gaps.shape == trainer.td_losses(values, values[0]).shape == (B,)
+    rows = [torch.cat([batch[i]] * 2) for i in (0, 3)]
+    policy_losses, log_pi = trainer.policy_losses(rows[0], noise.policy)
+    losses = trainer.temperature_losses(rows[1], noise.temperature)
+    assert policy_losses.shape == log_pi.shape == losses.shape == (2 * B,)
+
+
+def test_only_the_drawn_critics_have_the_penalty():
+    trainer, _ = make_trainer(n_penalty_critics=1)
+    (batch,) = batches(1)
+    noise = trainer._noise(batch[1], 0, False)
+    values = trainer.critics(*batch[:2])
+    gaps, _ = trainer.conservative_gaps(values, batch, noise)
+    (grad,) = torch.autograd.grad(gaps.sum(), [trainer.critics.hidden[0].weight])
+    asked = grad.flatten(1).abs().sum(1) > 0
+    assert torch.nonzero(asked).flatten().tolist() == noise.penalized.tolist()
+
+
+SHORT = {"offline_iterations": 6, "online_iterations": 20, "eval_freq": 26}
+SHORT |= {"n_episodes": 1, "log_freq": 1, "online_warmup": 8, "utd": 3, "batch_size": 8}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25])
+def test_online_batches_have_the_kept_share_of_offline_rows(
+    ratio, tmp_path, monkeypatch
+):
+    seen, read = [], buffers.MixedBuffer.read
+    halves = lambda self, *rows: seen.append([*map(len, rows)]) or read(self, *rows)  # noqa: E731
+    monkeypatch.setattr(buffers.MixedBuffer, "read", halves)
+    summary = run(wsrl, tmp_path, monkeypatch, **SHORT, mixing_ratio=ratio)
+    # 12 steps after the warm-up, in which the pre-trained policy acts.
+    assert summary["updates"] == 6 + 12 * 3
+    offline = int(8 * ratio)
+    assert len(seen) >= 36 and all(row == [offline, 8 - offline] for row in seen)
+
+
+@pytest.mark.parametrize("base", ["cql", "cal_ql"])
+@pytest.mark.parametrize("stop_at", [3, 10, 20])
+def test_stopped_and_resumed_equals_an_unbroken_run(
+    base, stop_at, tmp_path, monkeypatch
+):
+    """Offline, in the warm-up, and later."""
+    fields = {**SHORT, "base": base, "cql_lagrange": base == "cal_ql"}
+    run(wsrl, tmp_path / "a", monkeypatch, **fields)
+    with monkeypatch.context() as patch:
+        stop_after(stop_at, patch)
+        assert run(wsrl, tmp_path / "b", monkeypatch, **fields) == {}
+    resume = str(folder_of(tmp_path / "b"))
+    run(wsrl, tmp_path / "b", monkeypatch, **fields, resume=resume)
+    one, two = (checkpoint_of(tmp_path / name) for name in "ab")
+    for key in ("parts", "rng", "step"):
+        assert_equal(one[key], two[key], key)
+    texts = [(folder_of(tmp_path / x) / "metrics.csv").read_text() for x in "ab"]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"base": "iql"}, "base 'iql' is not one of cql, cal_ql"),
+        ({"mixing_ratio": 0.3}, "batch_size 256 cannot be split by mixing_ratio 0.3"),
+        ({"n_penalty_critics": 0}, r"n_penalty_critics must lie in \[1, 1000\], not 0"),
+        ({"last_hidden_gain": 0.0}, r"last_hidden_gain must lie in \(0, inf\)"),
+        (
+            {"is_sparse_reward": True, "discount": 1.0},
+            "is_sparse_reward needs a discount below 1",
+        ),
+    ],
+)
+def test_bad_settings_name_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        wsrl.TrainConfig(**{"env": TASK, **fields})

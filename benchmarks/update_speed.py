@@ -100,6 +100,7 @@ class Subject(NamedTuple):
         settings: fields of the config that are not the defaults.
         variants: what is measured of it.
         online: (trainer, config) -> None: the change to the online phase, where it has a cost.
+        phase: what its `step` takes beside trainer, source and config.
     """
 
     title: str
@@ -108,6 +109,7 @@ class Subject(NamedTuple):
     settings: dict[str, Any] = {}
     variants: Variants = VARIANTS
     online: Callable[[Any, Any], Any] = lambda trainer, config: None
+    phase: tuple[Any, ...] = ()
 
 
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
@@ -127,6 +129,9 @@ SUBJECTS = {
     "cql": Subject("CQL", "finetune/cql.py", parity.cql_trainer, CQL),
     # CORL's file is JAX. DARE's policy ratio needs a policy with noise.
     "rebrac": Subject("ReBRAC", None, None, {"expl_noise": 0.1}),
+    # Their authors' files are JAX. The phase is the online one.
+    "famo2o_iql": Subject("FamO2O-IQL", None, None, phase=(True,)),
+    "famo2o_cql": Subject("FamCQL", None, None, phase=(True,)),
 }
 
 
@@ -154,7 +159,8 @@ def random_buffer(module, device: str, seed: int):
     extra = {"mc_returns": True} if keeps else {}
     if getattr(module.TrainConfig, "NEXT_ACTIONS", False):
         extra = {"next_actions": True}
-    buffer = module.ReplayBuffer(S, A, ROWS, device, **extra)
+    kind = getattr(module, "ReplayBuffer", finetune.ReplayBuffer)
+    buffer = kind(S, A, ROWS, device, **extra)
     buffer.load_d4rl_dataset(
         {
             "observations": rng.normal(size=(ROWS, S)),
@@ -249,7 +255,7 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
     if fields is None:
-        return lambda: module.step(trainer, source, config)
+        return lambda: module.step(trainer, source, config, *subject.phase)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
     source = hook.DareHook(

@@ -15,6 +15,8 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -99,6 +101,9 @@ REBRAC_FIELDS = {
     "critic_bc_coef": 0.1,
 }
 PEX_FIELDS = {**FIELDS, "online_warmup": 50}
+FAMO2O_IQL_FIELDS = {k: v for k, v in FIELDS.items() if k != "beta"}
+FAMO2O_IQL_FIELDS |= {"balance_lr": 2e-3, "beta_low": 5.0, "beta_high": 20.0}
+FAMO2O_CQL_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k != "cql_alpha_online"}
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -123,6 +128,8 @@ DEFAULTS = {
     iql: FIELDS,
     dare_iql: FIELDS,
     pex: PEX_FIELDS,
+    famo2o_iql: FAMO2O_IQL_FIELDS,
+    famo2o_cql: FAMO2O_CQL_FIELDS,
     edis_iql: FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,

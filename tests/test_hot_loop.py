@@ -25,6 +25,8 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -93,8 +95,8 @@ def updates():
         trainer = make_trainer(iql, iql_deterministic=deterministic)
         return lambda: trainer.train(batch())
 
-    def expanded(online):
-        trainer = make_trainer(pex)
+    def in_phase(module, online, **fields):
+        trainer = make_trainer(module, **fields)
         return lambda: trainer.train(batch(), online)
 
     def dare(value):
@@ -151,19 +153,24 @@ def updates():
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
         "dare_cal_ql": conservative(dare_cal_ql, **maze),
         "iql": plain(False),
-        "pex": expanded(False),
-        "pex online": expanded(True),
+        "pex": in_phase(pex, False),
+        "pex online": in_phase(pex, True),
+        "famo2o_iql": in_phase(famo2o_iql, False, weights_of="batch"),
+        "famo2o_iql online": in_phase(famo2o_iql, True),
+        "famo2o_cql": in_phase(famo2o_cql, False, cql_n_actions=2),
+        "famo2o_cql online": in_phase(famo2o_cql, True, cql_n_actions=2),
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
     }
 
 
+PHASES = ("", " online")
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
-NAMES += ["pex", "pex online"]
+NAMES += [f"{x}{phase}" for x in ("pex", "famo2o_iql", "famo2o_cql") for phase in PHASES]
 
 
 @pytest.mark.parametrize("name", NAMES)

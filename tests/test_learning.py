@@ -30,6 +30,8 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -76,7 +78,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa])
+@pytest.mark.parametrize(
+    "module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, famo2o_cql]
+)
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
     fields = {}
@@ -113,6 +117,11 @@ def test_pex_learns_offline_and_online(tmp_path, monkeypatch):
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     shares = [float(x) for x in metrics["new_policy"] if x]
     assert 0.3 < shares[-1] < 1.0 and summary["updates"] == 950
+
+
+def test_famo2o_on_iql_learns_offline_and_online(tmp_path, monkeypatch):
+    summary = run(famo2o_iql, tmp_path, monkeypatch)
+    assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
 
 
 def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):

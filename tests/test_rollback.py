@@ -38,6 +38,8 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -254,6 +256,8 @@ RUNS = {
         {"dare": cql_block(behavior_updates=5), "cql_lagrange": True},
     ),
     "pex": (pex, {"online_warmup": 5, "utd": 2}),
+    "famo2o_iql": (famo2o_iql, {"balance_period": 3}),
+    "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.5}),
     "spot": (spot, {"vae_iterations": 30, "policy_freq": 3}),
     "dare_spot": (
         dare_spot,
@@ -309,6 +313,8 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
         "pex",
         "td3_bc_sa",
         "cql_sa",
+        "famo2o_iql",
+        "famo2o_cql",
     ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])

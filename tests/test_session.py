@@ -29,6 +29,8 @@ from algorithms import (
     dare_td3_bc,
     edis_cal_ql,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -115,6 +117,8 @@ ONLINE = {
     ),
     "spot": (spot, SPOT_ONLINE),
     "pex": (pex, PEX_ONLINE),
+    "famo2o_iql": (famo2o_iql, {"mixing_ratio": 0.25}),
+    "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.25}),
     "td3_bc_sa": (
         td3_bc_sa,
         {**SA_ONLINE, "expl_noise": 0.9, "policy_freq_online": 3},

@@ -15,6 +15,8 @@ from algorithms import (
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -43,6 +45,8 @@ CASES = {
     "dare_td3_bc, online": (dare_td3_bc, {}, 2, 12),
     "pex, offline": (pex, {}, 2, 12),
     "pex, online": (pex, {}, 2, 12),
+    "famo2o_iql, offline": (famo2o_iql, {"balance_period": 2}, 2, 6),
+    "famo2o_cql, online": (famo2o_cql, {"cql_n_actions": 2}, 2, 6),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
     "rebrac": (rebrac, {"hidden_dim": 64}, 2, 12),
     "dare_rebrac, online": (dare_rebrac, {"hidden_dim": 64}, 2, 12),
@@ -53,6 +57,8 @@ CASES = {
     "dare_cal_ql, online": (dare_cal_ql, CQL, 2, 10),
 }
 WITH_RETURNS = (cal_ql, dare_cal_ql)
+# Their updates are told the phase.
+IN_PHASES = (pex, famo2o_iql, famo2o_cql)
 # What a release may look like: half of the rows kept, all of them (k = B), soft weights.
 KEPT = (B // 2, B, None)
 
@@ -152,7 +158,7 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
             for trainer in [stack.trainer, *alone]:
                 trainer.start_online()
         together, each = releases(number, seeds, online)
-        if module is pex:
+        if module in IN_PHASES:
             together, each = (online,), [(online,)] * seeds
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):

@@ -42,6 +42,8 @@ ALGORITHMS = {
     "pex": "algorithms.pex",
     "td3_bc_sa": "algorithms.td3_bc_sa",
     "cql_sa": "algorithms.cql_sa",
+    "famo2o_iql": "algorithms.famo2o_iql",
+    "famo2o_cql": "algorithms.famo2o_cql",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -58,7 +60,7 @@ DARE = (
 )
 EDIS = ("edis_iql", "edis_cal_ql")
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa", "famo2o_cql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -141,6 +143,8 @@ OWN = {
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
+    "famo2o_iql": {"normalize": True, "balance_period": 2},
+    "famo2o_cql": {"normalize": True},
 }
 COMMON_DARE = {
     "cap": 2,

@@ -253,7 +253,9 @@ class Noise(NamedTuple):
     next_balance: Optional[torch.Tensor]  # (B,), normal: in the next state
     share: Optional[torch.Tensor]  # (B,), in [0, 1): offline, pi_u's coefficient
     policy: torch.Tensor  # (B, A), normal: the action that pi_u learns from
-    induced: Optional[torch.Tensor]  # (B, A), normal: offline, pi_b's; online it is the same
+    induced: Optional[
+        torch.Tensor
+    ]  # (B, A), normal: offline, pi_b's; online it is the same
     backup: torch.Tensor  # (B, A), normal
     uniform: torch.Tensor  # (B, n, A), in [-1, 1]
     current: torch.Tensor  # (B, n, A), normal
@@ -312,9 +314,7 @@ class FamCQL:
             self.balance_optimizer,
         ]
 
-    def least_q(
-        self, observations: torch.Tensor, actions: torch.Tensor
-    ) -> torch.Tensor:
+    def least_q(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """min(Q1, Q2) of the critics, (B,)."""
         critics = (self.critic_1, self.critic_2)
         return torch.minimum(*(critic(observations, actions) for critic in critics))

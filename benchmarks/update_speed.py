@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -100,7 +101,6 @@ class Subject(NamedTuple):
         settings: fields of the config that are not the defaults.
         variants: what is measured of it.
         online: (trainer, config) -> None: the change to the online phase, where it has a cost.
-        phase: what its `step` takes beside trainer, source and config.
     """
 
     title: str
@@ -109,7 +109,6 @@ class Subject(NamedTuple):
     settings: dict[str, Any] = {}
     variants: Variants = VARIANTS
     online: Callable[[Any, Any], Any] = lambda trainer, config: None
-    phase: tuple[Any, ...] = ()
 
 
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
@@ -129,9 +128,8 @@ SUBJECTS = {
     "cql": Subject("CQL", "finetune/cql.py", parity.cql_trainer, CQL),
     # CORL's file is JAX. DARE's policy ratio needs a policy with noise.
     "rebrac": Subject("ReBRAC", None, None, {"expl_noise": 0.1}),
-    # Their authors' files are JAX. The phase is the online one.
-    "famo2o_iql": Subject("FamO2O-IQL", None, None, phase=(True,)),
-    "famo2o_cql": Subject("FamCQL", None, None, phase=(True,)),
+    "famo2o_iql": Subject("FamO2O-IQL", None, None),
+    "famo2o_cql": Subject("FamCQL", None, None),
 }
 
 
@@ -159,6 +157,7 @@ def random_buffer(module, device: str, seed: int):
     extra = {"mc_returns": True} if keeps else {}
     if getattr(module.TrainConfig, "NEXT_ACTIONS", False):
         extra = {"next_actions": True}
+    # A file that has no such name takes the host's.
     kind = getattr(module, "ReplayBuffer", finetune.ReplayBuffer)
     buffer = kind(S, A, ROWS, device, **extra)
     buffer.load_d4rl_dataset(
@@ -254,8 +253,10 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     config = module.TrainConfig(env=TASK, compile=compile, device=device, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
+    # The online update, where a file has one of its own.
+    phase = (True,) if "online" in inspect.signature(module.step).parameters else ()
     if fields is None:
-        return lambda: module.step(trainer, source, config, *subject.phase)
+        return lambda: module.step(trainer, source, config, *phase)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
     source = hook.DareHook(

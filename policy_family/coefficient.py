@@ -18,9 +18,7 @@ def encode(coefficients: torch.Tensor, base: float, pairs: int) -> torch.Tensor:
 
     Element 2i is sin(beta / base^(i / pairs)), element 2i + 1 the cosine of the same.
     """
-    exponents = torch.arange(
-        pairs, dtype=coefficients.dtype, device=coefficients.device
-    )
+    exponents = torch.arange(pairs, dtype=coefficients.dtype, device=coefficients.device)
     angles = coefficients.unsqueeze(-1) / base ** (exponents / pairs)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 

@@ -12,6 +12,7 @@ from test_ssar import assert_near, next_noise
 
 from algorithms import cql, famo2o_cql, famo2o_iql, iql
 from corl import curves
+from corl.compiled import descend
 from corl.config import parse_config
 from policy_family.balance import BalanceModel
 from policy_family.coefficient import encode
@@ -112,7 +113,7 @@ def test_with_one_coefficient_its_losses_are_those_of_iql():
     base.actor.load_state_dict(state)
     batch = random_batch(np.random.default_rng(0))
     observations, actions, rewards, next_observations, dones = batch
-    noise = next_noise(ours, batch, online=True)
+    noise = next_noise(ours, batch, True)
     # Whatever pi_b has drawn, offline and online.
     beta = ours.coefficients(observations, noise)
     assert (beta == 3.0).all()
@@ -144,7 +145,7 @@ def test_with_the_coefficient_1_its_losses_are_those_of_cql():
         setattr(base, f"{name}_optimizer", made)
     batch = random_batch(np.random.default_rng(0))
     batch[1].clamp_(-0.999, 0.999)
-    noise = next_noise(ours, batch, online=True)
+    noise = next_noise(ours, batch, True)
     of_base = cql.Noise(
         noise.policy, None, noise.backup, noise.uniform, noise.current, noise.following
     )
@@ -222,33 +223,29 @@ def test_what_acts_is_the_member_that_the_balance_models_mode_picks(module):
     assert (actor.balance.mode(tensors) == beta).all()
 
 
-def test_the_balance_model_raises_q_and_keeps_its_entropy():
-    """Q is made to prefer what pi_u does at the highest coefficient."""
-    trainer, _ = make(famo2o_iql, balance_lr=1e-2, eta_init=1e-3)
+def test_the_balance_model_raises_q_and_eta_keeps_its_entropy():
+    trainer, _ = make(famo2o_iql, balance_lr=1e-2, eta_init=1e-3, eta_lr=1e-2)
     direction = torch.randn(A)
-
-    class Prefers(torch.nn.Module):
-        def forward(self, states, actions):
-            return actions @ direction
-
-    trainer.q_target = Prefers()
-    with torch.no_grad():
-        trainer.actor.policy.net.net[4].weight.mul_(0.5)
+    trainer.q_target = lambda states, actions: actions @ direction
     batch = random_batch(np.random.default_rng(0))
 
     def gain():
         with torch.no_grad():
             beta = trainer.actor.balance.mode(batch[0])
-            return trainer.q_target(
-                batch[0], trainer.actor.policy(batch[0], beta).mean
-            ).mean()
+            mean = trainer.actor.policy(batch[0], beta).mean
+            return trainer.q_target(batch[0], mean).mean()
 
-    before, eta = gain(), trainer.log_eta().item()
+    before = gain()
     for _ in range(40):
         trainer._learn_balance(batch[0], trainer._noise(batch[1], False))
     assert gain() > before
-    # The entropy of the first balance model lies above the target, so its weight falls.
-    assert trainer.log_eta().item() < eta
+    # Mean log-density below and above that of the target entropy.
+    for log_prob, rises in ((-0.5, False), (1.5, True)):
+        eta = trainer.log_eta().item()
+        for _ in range(20):
+            losses = trainer.eta_losses(torch.full((4,), log_prob))
+            descend(losses.mean(), trainer.eta_optimizer)
+        assert (trainer.log_eta().item() > eta) is rises
 
 
 # ---------------------------------------------------------------- settings and runs

@@ -1,6 +1,7 @@
 """Our files of the paper's rivals against their authors' programs.
 
-    python -m benchmarks.parity_rivals --pex PATH --edis PATH --ssar PATH [--out FILE.txt]
+    python -m benchmarks.parity_rivals --pex PATH --edis PATH --ssar PATH --famo2o PATH
+                                        [--out FILE.txt]
 
 Each PATH is a checkout of the authors' repository; a rival without one is left out. Both sides get
 the same weights, batches and random draws and make their updates on the CPU in float32.

@@ -15,6 +15,7 @@ RIVALS = {
     "pex": "Haichao-Zhang/PEX",
     "edis": "liuxhym/EDIS",
     "ssar": "QinwenLuo/SSAR",
+    "famo2o": "LeapLabTHU/FamO2O",
 }
 
 

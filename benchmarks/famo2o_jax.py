@@ -24,9 +24,13 @@ class Draws:
     """Stands for jax.random's normal and uniform: hands out an update's numbers in their order.
 
     The CQL program computes all its losses once for each network; each time the numbers begin anew.
+    First weights, whose shapes flax asks for in every call of a network, are drawn as before.
     """
 
     def __init__(self, case: dict[str, np.ndarray], kind: str):
+        import jax
+
+        self.otherwise = getattr(jax.random, kind)
         names = itertools.takewhile(
             lambda name: name in case, (f"{kind}.{i}" for i in itertools.count())
         )
@@ -36,13 +40,24 @@ class Draws:
     def begin(self, update: int) -> None:
         """The numbers of an update, from 0."""
         self.left = itertools.cycle([draw[update] for draw in self.all])
+        self.next = next(self.left, None)
 
     def __call__(
-        self, key: Any = None, shape: Any = (), dtype: Any = None, **bounds: Any
+        self, key: Any, shape: Any = (), dtype: Any = float, *args: Any, **bounds: Any
     ) -> Any:
         import jax.numpy as jnp
 
-        return jnp.asarray(next(self.left)).reshape(shape)
+        if self.next is None or longer_than_one(shape) != longer_than_one(
+            self.next.shape
+        ):
+            return self.otherwise(key, shape, dtype, *args, **bounds)
+        found, self.next = self.next, next(self.left)
+        return jnp.asarray(found).reshape(shape)
+
+
+def longer_than_one(shape: Any) -> list[int]:
+    """The dimensions of a shape that have more than one element."""
+    return [int(size) for size in shape if size != 1]
 
 
 def paths_of(names: list[str], layers: dict[str, tuple[str, ...]]) -> dict[str, tuple]:

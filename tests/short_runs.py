@@ -104,6 +104,8 @@ PEX_FIELDS = {**FIELDS, "online_warmup": 50}
 FAMO2O_IQL_FIELDS = {k: v for k, v in FIELDS.items() if k != "beta"}
 FAMO2O_IQL_FIELDS |= {"balance_lr": 2e-3, "beta_low": 5.0, "beta_high": 20.0}
 FAMO2O_CQL_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k != "cql_alpha_online"}
+# Its published weight is a fifth of its base's.
+FAMO2O_CQL_FIELDS["cql_alpha"] = 0.1
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {

@@ -144,14 +144,16 @@ class TrainConfig(FamilyFields, FinetuneConfig):
             self.check_mixing_ratio("; leave it out for a single buffer")
 
 
+@torch.no_grad()
 def init_module_weights(network: nn.Sequential) -> None:
     """The authors' first weights: LeCun's normal ones, a small last layer, no biases."""
     *hidden, last = [layer for layer in network if isinstance(layer, nn.Linear)]
     for layer in hidden:
-        std = 1.0 / math.sqrt(layer.in_features)
-        # Of a normal that is cut off at two deviations, 0.8796 of the deviation is left.
-        std /= 0.87962566103423978
-        nn.init.trunc_normal_(layer.weight, std=std, a=-2.0 * std, b=2.0 * std)
+        # A normal that is cut off at two deviations, of which 0.8796 is left.
+        std = 1.0 / math.sqrt(layer.in_features) / 0.87962566103423978
+        inside = math.erf(math.sqrt(2.0))
+        nn.init.uniform_(layer.weight, -inside, inside)
+        layer.weight.erfinv_().mul_(math.sqrt(2.0) * std)
     bound = math.sqrt(3.0 * 1e-2 / last.in_features)
     nn.init.uniform_(last.weight, -bound, bound)
     for layer in (*hidden, last):

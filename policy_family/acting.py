@@ -1,5 +1,7 @@
 """The policy that acts: of each state the member of the family that the balance model picks."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -11,14 +13,15 @@ class FamilyActor(nn.Module):
     """A family of policies and its balance model.
 
     Args:
-        policy: pi_u; `choose(states (B, S), coefficients (B,))` gives executable actions (B, A),
-            samples in training mode.
+        policy: pi_u, a module; its `choose(states (B, S), coefficients (B,))` gives executable
+            actions (B, A), samples in training mode.
         balance: pi_b; its mode acts in both modes.
     """
 
-    def __init__(self, policy: nn.Module, balance: BalanceModel):
+    def __init__(self, policy: Any, balance: BalanceModel):
         super().__init__()
-        self.policy, self.balance = policy, balance
+        self.policy: Any = policy
+        self.balance = balance
 
     @torch.inference_mode()
     def act(self, state: np.ndarray, device: str = "cpu") -> np.ndarray:

@@ -11,7 +11,7 @@ from helpers import assert_equal
 from wiring import CQL, DARE, EDIS, GOAL
 
 ALL = list(wiring.ALGORITHMS)
-IQL = [name for name in ALL if name.endswith("iql")]
+IQL = [name for name in ALL if name.endswith("iql") and name != "famo2o_iql"]
 REBRAC = [name for name in ALL if name.endswith("rebrac")]
 TD3 = [name for name in ALL if "td3_bc" in name]
 SPOT = [name for name in ALL if name.endswith("spot")]

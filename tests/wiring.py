@@ -143,8 +143,8 @@ OWN = {
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
-    "famo2o_iql": {"normalize": True, "balance_period": 2},
-    "famo2o_cql": {"normalize": True},
+    "famo2o_iql": {"seed": 1, "normalize": True, "balance_period": 2},
+    "famo2o_cql": {"seed": 0, "normalize": True},
 }
 COMMON_DARE = {
     "cap": 2,

@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "iql": {},
     "dare_iql": {},
     "pex": {},
+    "famo2o_iql": {},
+    "famo2o_cql": {},
     "td3_bc": {},
     "dare_td3_bc": {},
     "td3_bc_sa": {},
@@ -88,8 +90,8 @@ class Updates:
             self.given = [Release(weight, B // 2)]
         if name == "baq_cal_ql":
             self.given = [torch.linspace(0.1, 1.0, B).to(device)]
-        if name in ("pex", "e2o"):
-            # Their online updates, which are more than those of the offline phase.
+        if name in ("pex", "e2o", "famo2o_iql", "famo2o_cql"):
+            # Their online updates, which differ from those of the offline phase.
             self.given = [True]
         # IQL's update draws nothing.
         if hasattr(self.trainer, "_noise"):

@@ -130,6 +130,8 @@ SUBJECTS = {
     "rebrac": Subject("ReBRAC", None, None, {"expl_noise": 0.1}),
     "rlpd": Subject("RLPD", None, None),
     "wsrl": Subject("WSRL", None, None),
+    "famo2o_iql": Subject("FamO2O-IQL", None, None),
+    "famo2o_cql": Subject("FamCQL", None, None),
 }
 
 

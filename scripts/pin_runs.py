@@ -175,6 +175,17 @@ CASES = {
         "--cql_lagrange true --cql_target_action_gap 0.8 --trust_penalty false "
         "--actor_bc_weight 0.5 --beta_lr 1e-4 --n_period 8",
     ),
+    "famo2o_iql": ("famo2o_iql", "--balance_period 2"),
+    "famo2o_iql public code, two buffers": (
+        "famo2o_iql",
+        "--preset public_code --mixing_ratio 0.25 --utd 2 --online_warmup 10 "
+        "--beta_low 8 --beta_high 14 --iql_tau 0.9 --normalize_reward true",
+    ),
+    "famo2o_cql": ("famo2o_cql", "--cql_n_actions 3"),
+    "famo2o_cql public code": (
+        "famo2o_cql",
+        "--preset public_code --cql_n_actions 3 --normalize_reward true --reward_scale 2",
+    ),
     "cql two buffers": ("cql", f"{CQL} --mixing_ratio 0.25 --cql_lagrange true"),
     "dare_cql": ("dare_cql", f"{CQL} {RATIO} --cql_lagrange true"),
     "dare_cql guided": ("dare_cql", f"{CQL} {GUIDED} --dare.reference_max_age 3"),

@@ -17,6 +17,8 @@ from algorithms import (
     dare_td3_bc,
     e2o,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -128,6 +130,11 @@ SAC_FIELDS = {
 }
 RLPD_FIELDS = {**SAC_FIELDS, "offline_iterations": 0, "random_steps": 50}
 WSRL_FIELDS = {**SAC_FIELDS, "cql_n_actions": 2, "cql_alpha": 0.3}
+FAMO2O_IQL_FIELDS = {k: v for k, v in FIELDS.items() if k != "beta"}
+FAMO2O_IQL_FIELDS |= {"balance_lr": 2e-3, "beta_low": 5.0, "beta_high": 20.0}
+FAMO2O_CQL_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k != "cql_alpha_online"}
+# Its published weight is a fifth of its base's.
+FAMO2O_CQL_FIELDS["cql_alpha"] = 0.1
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -154,6 +161,8 @@ DEFAULTS = {
     pex: PEX_FIELDS,
     rlpd: RLPD_FIELDS,
     wsrl: WSRL_FIELDS,
+    famo2o_iql: FAMO2O_IQL_FIELDS,
+    famo2o_cql: FAMO2O_CQL_FIELDS,
     edis_iql: FIELDS,
     e2o: E2O_FIELDS,
     td3_bc: TD3_FIELDS,

@@ -19,6 +19,7 @@ SOURCES = (
     "corl_dare",
     "transition_diffusion",
     "adaptive_regularization",
+    "policy_family",
     "pyproject.toml",
     "setup.py",
     "README.md",

@@ -28,6 +28,8 @@ from algorithms import (
     e2o,
     edis_cal_ql,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -63,6 +65,8 @@ FAMILIES = {
     "e2o": [e2o],
     "rlpd": [rlpd],
     "wsrl": [wsrl],
+    "famo2o_iql": [famo2o_iql],
+    "famo2o_cql": [famo2o_cql],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -437,10 +441,22 @@ WSRL_ARGUMENTS = {
     "max_target_backup_online": True,
     "zero_gradient_steps": True,
 }
+FAMO2O_IQL_ARGUMENTS = {
+    **{k: v for k, v in IQL_ARGUMENTS.items() if k != "beta"},
+    **{"balance_period": 4, "target_entropy": -0.7, "weights_of": "batch"},
+}
+IN_FAMCQL = ("discount", "alpha_multiplier", "policy_lr", "soft_target_update_rate")
+IN_FAMCQL += ("cql_n_actions", "cql_alpha")
+FAMO2O_CQL_ARGUMENTS = {
+    **{k: CQL_ARGUMENTS[k] for k in IN_FAMCQL},
+    "next_beta": "before",
+}
 ARGUMENTS = {
     e2o: E2O_ARGUMENTS,
     rlpd: RLPD_ARGUMENTS,
     wsrl: WSRL_ARGUMENTS,
+    famo2o_iql: FAMO2O_IQL_ARGUMENTS,
+    famo2o_cql: FAMO2O_CQL_ARGUMENTS,
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
@@ -477,6 +493,11 @@ RATES = {
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_RATES),
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
     pex: (IQL_RATES[0], [*IQL_RATES[1], 0.3]),
+    famo2o_iql: (
+        {**IQL_RATES[0], "balance_lr": 0.4, "eta_lr": 0.5},
+        [*IQL_RATES[1], 0.4, 0.5],
+    ),
+    famo2o_cql: ({**CQL_RATES[0], "balance_lr": 0.4}, [*CQL_RATES[1][:4], 0.4]),
     **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
     **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
 }

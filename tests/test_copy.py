@@ -106,6 +106,7 @@ def test_the_hook_needs_no_host(tmp_path):
 
 # What an installation brings.
 PACKAGES = ("corl", "corl_dare", "transition_diffusion", "adaptive_regularization")
+PACKAGES += ("policy_family",)
 HEAD = """
 import sys
 sys.modules["corl"] = sys.modules["corl_dare"] = None
@@ -153,6 +154,20 @@ adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
 beta = CoefficientNet(4, 10.0, 32)
 trainer = CQL_SA(critics[0], adam(critics[0]), critics[1], adam(critics[1]), actor,
                  adam(actor), beta, adam(beta), Threshold(1.0, 3.0, 10), target_entropy=-2.0)
+""",
+    "famo2o_iql": """
+balance = BalanceModel(MLP([4, 8, 1]), 1.0, 5.0, -10.0)
+actor, q, v = FamilyActor(FamilyPolicy(4, 2, 1.0), balance), TwinQ(4, 2), ValueFunction(4)
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = FamO2OIQL(1.0, actor, adam(actor.policy), adam(balance), q, adam(q), v, adam(v))
+""",
+    "famo2o_cql": """
+balance = BalanceModel(relu_network(4, 2, 8), 0.5, 1.5, -20.0, state_std=True)
+actor = FamilyActor(FamilyPolicy(4, 2, 1.0), balance)
+critics = [FullyConnectedQFunction(4, 2) for _ in range(2)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+trainer = FamCQL(critics[0], adam(critics[0]), critics[1], adam(critics[1]), actor,
+                 adam(actor.policy), adam(balance), target_entropy=-2.0)
 """,
     "rebrac": """
 actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(2)]
@@ -234,6 +249,7 @@ def pasted(file, names=()):
     [
         *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
         *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
+        *("pex", "td3_bc_sa", "cql_sa", "famo2o_iql", "famo2o_cql"),
     ],
 )
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
@@ -245,6 +261,9 @@ def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path)
         steps += pasted("adaptive_regularization/trust.py", ("split",))
     if name in ("rlpd", "wsrl", "e2o"):
         steps += pasted("corl/ensembles.py") + pasted("corl/sac.py")
+    if name.startswith("famo2o"):
+        for file in ("coefficient", "balance", "acting"):
+            steps += pasted(f"policy_family/{file}.py")
     make = MAKE.get(name, MAKE["cql"])
     kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
     program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN

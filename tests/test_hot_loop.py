@@ -27,6 +27,8 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     e2o,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -97,8 +99,8 @@ def updates():
         trainer = make_trainer(iql, iql_deterministic=deterministic)
         return lambda: trainer.train(batch())
 
-    def expanded(online):
-        trainer = make_trainer(pex)
+    def in_phase(module, online, **fields):
+        trainer = make_trainer(module, **fields)
         return lambda: trainer.train(batch(), online)
 
     def weighed():
@@ -173,11 +175,18 @@ def updates():
         "rlpd online": ensemble(rlpd, True),
         "wsrl": ensemble(wsrl, False, base="cal_ql", cql_lagrange=True),
         "wsrl online": ensemble(wsrl, True),
+        "pex": in_phase(pex, False),
+        "pex online": in_phase(pex, True),
+        "famo2o_iql": in_phase(famo2o_iql, False, weights_of="batch"),
+        "famo2o_iql online": in_phase(famo2o_iql, True),
+        "famo2o_cql": in_phase(famo2o_cql, False, cql_n_actions=2),
+        "famo2o_cql online": in_phase(famo2o_cql, True, cql_n_actions=2),
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
     }
 
 
+PHASES = ("", " online")
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
@@ -185,6 +194,7 @@ NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 NAMES += ["pex", "pex online", "e2o", "e2o online", "baq_cal_ql"]
 NAMES += ["rlpd online", "wsrl", "wsrl online"]
+NAMES += [f"{x}{phase}" for x in ("pex", "famo2o_iql", "famo2o_cql") for phase in PHASES]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -33,6 +33,8 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     e2o,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -83,6 +85,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize(
     "module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o]
+    "module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, famo2o_cql]
 )
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
@@ -132,6 +135,8 @@ def test_rlpd_learns_online_and_wsrl_in_both_phases(tmp_path, monkeypatch):
     assert summary["score_offline"] is None and summary["updates"] == 2 * 350
     assert summary["score_final"] > 85, summary
     summary = run(wsrl, tmp_path / "wsrl", monkeypatch)
+def test_famo2o_on_iql_learns_offline_and_online(tmp_path, monkeypatch):
+    summary = run(famo2o_iql, tmp_path, monkeypatch)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
 
 

@@ -41,6 +41,8 @@ from algorithms import (
     dare_td3_bc,
     e2o,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -261,6 +263,8 @@ RUNS = {
     "pex": (pex, {"online_warmup": 5, "utd": 2}),
     "rlpd": (rlpd, {"online_warmup": 5, "random_steps": 12, "utd": 3}),
     "wsrl": (wsrl, {"online_warmup": 5, "utd": 3, "cql_lagrange": True}),
+    "famo2o_iql": (famo2o_iql, {"balance_period": 3}),
+    "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.5}),
     "spot": (spot, {"vae_iterations": 30, "policy_freq": 3}),
     "dare_spot": (
         dare_spot,
@@ -325,6 +329,8 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
         "baq_cal_ql",
         "rlpd",
         "wsrl",
+        "famo2o_iql",
+        "famo2o_cql",
     ],
 )
 @pytest.mark.parametrize("stop_at", [10, 30])

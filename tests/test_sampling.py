@@ -19,6 +19,8 @@ from algorithms import (
     cql,
     dare_rebrac,
     dare_td3_bc,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     rebrac,
     spot,
@@ -239,6 +241,8 @@ def trainer_of(module, **fields):
 DETERMINISTIC = {"expl_noise": 0.2}
 FITS = {
     "iql": (iql, {}, 0),
+    "famo2o_iql": (famo2o_iql, {}, 0),
+    "famo2o_cql": (famo2o_cql, {}, 0),
     "iql, deterministic": (iql, {"iql_deterministic": True, **DETERMINISTIC}, 0.2),
     "awac": (awac, {}, 0),
     "td3_bc": (td3_bc, DETERMINISTIC, 0.2),
@@ -268,6 +272,10 @@ def test_the_fit_is_that_of_the_policy_that_acts(case):
         mean, log_std = trainer.actor._parameters_of(torch.tensor(states))
         std = log_std.clamp(-20.0, 2.0).exp()
         actions_of = actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+    elif module is famo2o_cql:
+        beta = trainer.actor.balance.mode(torch.tensor(states))
+        std = trainer.actor.policy.moments(torch.tensor(states), beta)[1].exp()
+        mean, actions_of = mean.atanh(), actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
     else:
         actions_of = actions
     expected = (Normal(mean, std).log_prob(actions_of) + std.log()).sum(-1)

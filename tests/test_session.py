@@ -32,6 +32,8 @@ from algorithms import (
     e2o,
     edis_cal_ql,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -139,6 +141,8 @@ ONLINE = {
             "zero_gradient_steps": True,
         },
     ),
+    "famo2o_iql": (famo2o_iql, {"mixing_ratio": 0.25}),
+    "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.25}),
     "td3_bc_sa": (
         td3_bc_sa,
         {**SA_ONLINE, "expl_noise": 0.9, "policy_freq_online": 3},

@@ -46,10 +46,10 @@ def flags(rng, share=0.6):
     return torch.tensor(rng.random(B) < share).float()
 
 
-def next_noise(trainer, batch):
+def next_noise(trainer, batch, *flags):
     """The noise of the next update; the global stream stays where it is."""
     stream = torch.get_rng_state()
-    noise = trainer._noise(batch[1])
+    noise = trainer._noise(batch[1], *flags)
     torch.set_rng_state(stream)
     return noise
 

@@ -16,6 +16,8 @@ from algorithms import (
     dare_rebrac,
     dare_td3_bc,
     e2o,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -51,6 +53,8 @@ CASES = {
     "rlpd, online": (rlpd, {"utd": 3, "hidden_dim": 16}, 2, 12),
     "wsrl, offline": (wsrl, {**WSRL, "cql_lagrange": True}, 2, 6),
     "wsrl, online": (wsrl, {**WSRL, "utd": 3, "cql_alpha_online": 2.0}, 2, 12),
+    "famo2o_iql, offline": (famo2o_iql, {"balance_period": 2}, 2, 6),
+    "famo2o_cql, online": (famo2o_cql, {"cql_n_actions": 2}, 2, 6),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
     "rebrac": (rebrac, {"hidden_dim": 64}, 2, 12),
     "dare_rebrac, online": (dare_rebrac, {"hidden_dim": 64}, 2, 12),
@@ -63,6 +67,9 @@ CASES = {
 WITH_RETURNS = (cal_ql, dare_cal_ql, wsrl)
 # Their update takes the phase.
 WITH_PHASE = (pex, rlpd, wsrl, e2o)
+WITH_RETURNS = (cal_ql, dare_cal_ql)
+# Their updates are told the phase.
+IN_PHASES = (pex, famo2o_iql, famo2o_cql)
 # What a release may look like: half of the rows kept, all of them (k = B), soft weights.
 KEPT = (B // 2, B, None)
 
@@ -163,6 +170,7 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
                 trainer.start_online()
         together, each = releases(number, seeds, online)
         if module in WITH_PHASE:
+        if module in IN_PHASES:
             together, each = (online,), [(online,)] * seeds
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):

@@ -29,6 +29,8 @@ from algorithms import (
     e2o,
     edis_cal_ql,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rebrac,
@@ -48,11 +50,13 @@ WALLS = {
     "corl": {"corl"},
     "transition_diffusion": {"transition_diffusion"},
     "adaptive_regularization": {"adaptive_regularization"},
+    "policy_family": {"policy_family"},
     "algorithms": {
         "corl",
         "corl_dare",
         "transition_diffusion",
         "adaptive_regularization",
+        "policy_family",
     },
     "experiments": {"corl", "experiments"},
 }
@@ -60,6 +64,7 @@ OURS = {
     "corl",
     "corl_dare",
     "adaptive_regularization",
+    "policy_family",
     "transition_diffusion",
     "algorithms",
     "experiments",
@@ -108,6 +113,8 @@ READERS = {  # folder of configs -> the files that read them
     "cql_sa": (cql_sa,),
     "rlpd": (rlpd,),
     "wsrl": (wsrl,),
+    "famo2o_iql": (famo2o_iql,),
+    "famo2o_cql": (famo2o_cql,),
 }
 # Algorithms that have no form for antmaze.
 LOCOMOTION = ("e2o",)
@@ -115,6 +122,10 @@ TABLE_1 = [
     *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),
     *(f"antmaze-{k}-v2" for k in ANTMAZES[:4]),
 ]
+
+
+# Algorithms that have no form for antmaze.
+LOCOMOTION = ("famo2o_cql",)
 
 
 def imports(path):
@@ -164,9 +175,12 @@ def test_the_plugin_needs_only_well_kept_libraries():
         found = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
         alone = {"torch"} if path.stem in ("exchange", "guidance") else ALONE
         assert found - {"corl_dare"} <= alone, path
-    for path in files_of("transition_diffusion"):
-        found = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
-        assert found - {"transition_diffusion"} <= {"torch", "numpy"}, path
+    for room in ("transition_diffusion", "policy_family"):
+        for path in files_of(room):
+            found = {n.split(".")[0] for n in imports(path)} - set(
+                sys.stdlib_module_names
+            )
+            assert found - {room} <= {"torch", "numpy"}, path
 
 
 def run_blocked(blocked, program, cwd=ROOT):
@@ -219,6 +233,7 @@ print("exchanged")
     [
         *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
         *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
+        *("pex", "td3_bc_sa", "cql_sa", "famo2o_iql", "famo2o_cql"),
     ],
 )
 def test_a_baseline_trains_with_the_plugin_blocked(name, tmp_path):

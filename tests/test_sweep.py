@@ -410,7 +410,9 @@ def test_fields_that_a_method_leaves_nothing_to_do_are_named_once(store, capsys)
     fields = {"dare.cap": 3, "compile": False, "threads": 1}
     tasks = ["hopper-medium-v2"]
     plan(store(methods=methods, tasks=tasks, settings=fields, seeds=[0, 1, 2]))
-    line = f"{Path.cwd() / 's.yaml'}: methods.uniform.settings: with dare.weights uniform"
+    line = (
+        f"{Path.cwd() / 's.yaml'}: methods.uniform.settings: with dare.weights uniform"
+    )
     assert capsys.readouterr().out.count(line) == 1
 
 

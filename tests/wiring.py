@@ -47,6 +47,8 @@ ALGORITHMS = {
     "baq_cal_ql": "algorithms.baq_cal_ql",
     "rlpd": "algorithms.rlpd",
     "wsrl": "algorithms.wsrl",
+    "famo2o_iql": "algorithms.famo2o_iql",
+    "famo2o_cql": "algorithms.famo2o_cql",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -67,6 +69,7 @@ PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
 CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa", "baq_cal_ql")
 # Whose rewards are scaled and shifted.
 LINEAR = (*CQL, "wsrl", "e2o")
+CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa", "famo2o_cql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -156,6 +159,8 @@ OWN = {
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
     "e2o": {"normalize": True},
+    "famo2o_iql": {"seed": 1, "normalize": True, "balance_period": 2},
+    "famo2o_cql": {"seed": 0, "normalize": True},
 }
 COMMON_BAQ = {"clone_updates": 3, "clone_batch_size": 8, "clone_lr": 1e-3, "floor": 0.1}
 COMMON_DARE = {

@@ -1,7 +1,7 @@
 """Our files of the paper's rivals against their authors' programs.
 
     python -m benchmarks.parity_rivals --pex PATH --edis PATH --ssar PATH --e2o PATH [--out FILE]
-    python -m benchmarks.parity_rivals --rlpd PATH --wsrl PATH --jax_python PYTHON
+    python -m benchmarks.parity_rivals --rlpd PATH --wsrl PATH --famo2o PATH --jax_python PYTHON
 
 Each PATH is a checkout of the authors' repository; a rival without one is left out. PYTHON runs
 those that are JAX. Both sides get the same weights, batches and random draws and make their

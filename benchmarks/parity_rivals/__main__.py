@@ -18,10 +18,10 @@ RIVALS = {
     "e2o": "TJU-DRL-LAB/AI-Optimizer",
     "rlpd": "ikostrikov/rlpd",
     "wsrl": "zhouzypaul/wsrl",
+    "famo2o": "LeapLabTHU/FamO2O",
 }
-
 # Those that are JAX.
-JAX = ("rlpd", "wsrl")
+JAX = ("rlpd", "wsrl", "famo2o")
 
 
 def commit_of(checkout: Path) -> str:
@@ -61,7 +61,7 @@ def main() -> None:
         if not checkout.is_dir():
             parser.error(f"--{name} {checkout} is no folder")
     if args.jax_python is None and set(JAX) & set(checkouts):
-        parser.error("the updates of rlpd and wsrl are JAX: --jax_python names a Python")
+        parser.error(f"{', '.join(JAX)} are JAX: --jax_python names a Python")
     machine.configure_threads(1)
     lines = [
         f"float32 on {machine.describe()['processor']}, torch {torch.__version__}, "

@@ -23,6 +23,8 @@ from algorithms import (
     e2o,
     edis_cal_ql,
     edis_iql,
+    famo2o_cql,
+    famo2o_iql,
     iql,
     pex,
     rlpd,
@@ -38,6 +40,7 @@ pytestmark = pytest.mark.fault("bad inputs")
 IQL, CQL = (iql, dare_iql), (cql, cal_ql, dare_cal_ql)
 DARE, MIXED = (dare_iql, dare_cal_ql), (cal_ql, dare_cal_ql)
 EDIS = (edis_iql, edis_cal_ql)
+FAMO2O = (famo2o_iql, famo2o_cql)
 ALL = (*IQL, *CQL)
 NO_INT = ["1.5", "nan", "inf", "-inf", "soon", "", "true", "0x10", "٣", "[1]", "1e400"]
 NO_FLOAT = ["nan", "low", "", "true", "0x1p-3", "٠.٥", "0,5", "1e-3e", "[0.5]", "--1"]
@@ -129,6 +132,16 @@ FIELDS = [
     ((wsrl,), "base", ["best", "", "none", "iql"]),
     ((wsrl,), "last_hidden_gain", ["0", "-1", "inf"]),
     ((wsrl,), "cql_alpha_online multiplier_lr", NOT_NEGATIVE[:3]),
+    (FAMO2O, "beta_low beta_high", NOT_NEGATIVE[:4]),
+    (FAMO2O, "encoding_base", ["0", "0.5", "inf", *NO_FLOAT]),
+    (FAMO2O, "encoding_pairs", COUNT[:4]),
+    (FAMO2O, "balance_lr", RATE[:4]),
+    (FAMO2O, "mixing_ratio", ["1", "0.3", "2"]),
+    ((famo2o_iql,), "balance_period", COUNT[:4]),
+    ((famo2o_iql,), "eta_init eta_lr", RATE[:4]),
+    ((famo2o_iql,), "target_entropy", FINITE[:4]),
+    ((famo2o_iql,), "weights_of", ["best", "", "none"]),
+    ((famo2o_cql,), "balance_range next_beta", ["best", "", "none"]),
 ]
 INSTANCES = [
     (module, field, value)

@@ -6,6 +6,7 @@ import toy
 
 from algorithms import (
     awac,
+    cfdg_iql,
     cql_sa,
     dare_awac,
     dare_cal_ql,
@@ -24,7 +25,7 @@ from algorithms import (
 )
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
-from transition_diffusion.config import EdisConfig
+from transition_diffusion.config import CfdgConfig, EdisConfig
 
 FIELDS = {
     "env": toy.TASK,
@@ -124,6 +125,7 @@ DEFAULTS = {
     dare_iql: FIELDS,
     pex: PEX_FIELDS,
     edis_iql: FIELDS,
+    cfdg_iql: FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,
@@ -212,6 +214,22 @@ def edis_block(**fields):
         "negatives": 3,
     }
     return EdisConfig(**{**small, **fields})
+
+
+def cfdg_block(**fields):
+    """The block `cfdg:` of a short run."""
+    small = {
+        "refresh_every": 10,
+        "samples": 60,
+        "diffusion_updates": 15,
+        "refresh_updates": 5,
+        "diffusion_batch_size": 32,
+        "width": 16,
+        "depth": 1,
+        "sampler_steps": 5,
+        "generation_batch_size": 25,
+    }
+    return CfdgConfig(**{**small, **fields})
 
 
 def folder_of(tmp_path):

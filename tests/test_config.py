@@ -15,6 +15,7 @@ from small_config import Block, Config, parse
 from algorithms import (
     awac,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -46,7 +47,7 @@ from corl.config import (
 ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
 FAMILIES = {
-    "iql": [iql, dare_iql, edis_iql],
+    "iql": [iql, dare_iql, edis_iql, cfdg_iql],
     "pex": [pex],
     "cql": [cql, dare_cql],
     "cal_ql": [cal_ql, dare_cal_ql, edis_cal_ql],

@@ -7,6 +7,7 @@ import pytest
 from algorithms import (
     awac,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -26,7 +27,7 @@ from algorithms import (
 )
 from corl import compiled, finetune
 
-IQL = [iql, dare_iql, edis_iql]
+IQL = [iql, dare_iql, edis_iql, cfdg_iql]
 FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa]
 CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from short_runs import (
     awac_block,
     cal_ql_block,
+    cfdg_block,
     checkpoint_of,
     cql_block,
     dare_block,
@@ -28,6 +29,7 @@ from torch._dynamo.utils import counters
 from algorithms import (
     awac,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -262,6 +264,7 @@ RUNS = {
     "rebrac": (rebrac, {"mixing_ratio": 0.5, "bc_anneal_steps": 30, "policy_freq": 3}),
     "dare_rebrac": (dare_rebrac, {"dare": noisy_block(behavior_updates=5)}),
     "edis_iql": (edis_iql, {"mixing_ratio": 0.3, "edis": edis_block()}),
+    "cfdg_iql": (cfdg_iql, {"cfdg": cfdg_block()}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }

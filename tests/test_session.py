@@ -5,6 +5,7 @@ from helpers import assert_equal
 from short_runs import (
     awac_block,
     cal_ql_block,
+    cfdg_block,
     checkpoint_of,
     cql_block,
     dare_block,
@@ -18,6 +19,7 @@ from short_runs import (
 from algorithms import (
     awac,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -154,6 +156,7 @@ ONLINE = {
     ),
     "cal_ql": (cal_ql, {"cql_alpha_online": 7.0, "mixing_ratio": 0.25}),
     "edis_iql": (edis_iql, {**IQL_ONLINE, "edis": edis_block(samples=7)}),
+    "cfdg_iql": (cfdg_iql, {**IQL_ONLINE, "cfdg": cfdg_block(samples=7)}),
     "edis_cal_ql": (
         edis_cal_ql,
         {"cql_alpha_online": 7.0, "mixing_ratio": 0.3, "edis": edis_block(samples=7)},

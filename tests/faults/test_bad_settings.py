@@ -16,6 +16,7 @@ import corl.ranges
 import corl_dare.ranges
 from algorithms import (
     cal_ql,
+    cfdg_iql,
     cql,
     dare_cal_ql,
     dare_iql,
@@ -88,6 +89,13 @@ FIELDS = [
     (EDIS, "edis.diffusion_lr edis.energy_lr", RATE[:4]),
     (EDIS, "edis.state_scale edis.action_scale", NOT_NEGATIVE[:4]),
     (EDIS, "edis.energies edis.guidance edis.schedule", ["best", "", "none"]),
+    ((cfdg_iql,), "mixing_ratio", ["1", "2", "-0.1"]),
+    ((cfdg_iql,), "cfdg.samples cfdg.width cfdg.refresh_updates", COUNT[:4]),
+    ((cfdg_iql,), "cfdg.synthetic_ratio cfdg.offline_share", SHARE[:4]),
+    ((cfdg_iql,), "cfdg.online_rows", ["0", "1", *SHARE[:3]]),
+    ((cfdg_iql,), "cfdg.guidance", NOT_NEGATIVE[:4]),
+    ((cfdg_iql,), "cfdg.label_dropout", ["1", *SHARE[:3]]),
+    ((cfdg_iql,), "cfdg.models", ["best", "", "none"]),
     (DARE, "dare.references dare.sampler_steps dare.support_actions", COUNT),
     (DARE, "dare.behavior_batch_size dare.energy_batch_states", COUNT),
     (DARE, "dare.behavior_updates dare.energy_update_freq", COUNT),

@@ -319,15 +319,15 @@ def test_it_learns_with_generated_rows(tmp_path, monkeypatch):
     """The toy: 0 is standing still, 100 the optimum."""
     block = cfdg_block(
         refresh_every=200,
-        samples=400,
-        diffusion_updates=250,
-        refresh_updates=100,
-        diffusion_lr=3e-3,
+        samples=300,
+        diffusion_updates=200,
+        refresh_updates=50,
+        diffusion_lr=5e-3,
         width=32,
-        sampler_steps=12,
-        generation_batch_size=400,
+        sampler_steps=10,
+        generation_batch_size=300,
     )
-    summary = run(cfdg_iql, tmp_path, monkeypatch, cfdg=block)
+    summary = run(cfdg_iql, tmp_path, monkeypatch, cfdg=block, n_episodes=10)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     assert float(metrics["refreshes"][-1]) == 2.0 and len(summary["work_seconds"]) == 2

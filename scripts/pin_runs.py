@@ -49,6 +49,11 @@ EDIS = (
     "--edis.energy_batch_size 8 --edis.energy_levels 3 --edis.negatives 4 "
 )
 E2O = "--n_critics 3 --hidden_dim 32 --cql_n_actions 3 "
+CFDG = (
+    "--cfdg.refresh_every 25 --cfdg.samples 200 --cfdg.diffusion_updates 20 "
+    "--cfdg.refresh_updates 10 --cfdg.diffusion_batch_size 32 --cfdg.width 32 "
+    "--cfdg.depth 2 --cfdg.sampler_steps 5 --cfdg.generation_batch_size 150 "
+)
 # Name -> algorithm, flags beyond the common ones.
 CASES = {
     "iql": ("iql", ""),
@@ -202,6 +207,13 @@ CASES = {
         "edis_cal_ql",
         f"{CQL} {EDIS} --mixing_ratio 0.3 --edis.model_terminals true "
         "--edis.guidance exact",
+    ),
+    "cfdg_iql": ("cfdg_iql", CFDG),
+    "cfdg_iql two models": (
+        "cfdg_iql",
+        f"{CFDG} --cfdg.models unconditional --cfdg.model_terminals false "
+        "--cfdg.normalize_rewards false --cfdg.offline_share 0.5 --utd 2 "
+        "--online_warmup 10 --mixing_ratio 0.3",
     ),
     "dare_td3_bc guided": ("dare_td3_bc", f"{GUIDED} --dare.reference_max_age 3"),
 }

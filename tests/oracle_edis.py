@@ -14,12 +14,14 @@ def linear(p, name, x):
     return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
 
-def denoise(p, x, sigma):
-    """D(x; sigma) of (B, D) and (B,), from a `Denoiser`'s parameters."""
+def denoise(p, x, sigma, label=None):
+    """D(x; sigma) of (B, D), (B,) and label numbers, from a `Denoiser`'s parameters."""
     c = (sigma.log() / 4)[:, None]
     angles = 2 * math.pi * c * p["noise.0.frequencies"]
     h = linear(p, "noise.1", torch.cat([c, angles.sin(), angles.cos()], 1))
     h = linear(p, "noise.3", h / (1 + (-h).exp()))
+    if label is not None:
+        h = h + torch.stack([p["label.weight"][k] for k in label])
     s = sigma[:, None]
     h = linear(p, "first", linear(p, "project", x / (s**2 + 1).sqrt()) + h)
     depth = len({name.split(".")[1] for name in p if name.startswith("blocks")})
@@ -29,10 +31,10 @@ def denoise(p, x, sigma):
     return x / (s**2 + 1) + s / (s**2 + 1).sqrt() * out
 
 
-def denoising_loss(p, x, level, noise):
+def denoising_loss(p, x, level, noise, label=None):
     sigma = (-1.2 + 1.2 * level).exp()
     weight = (sigma**2 + 1) / sigma**2
-    error = denoise(p, x + sigma[:, None] * noise, sigma) - x
+    error = denoise(p, x + sigma[:, None] * noise, sigma, label) - x
     return (weight * (error**2).mean(1)).mean()
 
 
@@ -45,9 +47,10 @@ class OracleFit:
         self.m = {k: torch.zeros_like(v) for k, v in self.p.items()}
         self.v, self.done = dict(self.m), 0
 
-    def update(self, x, level, noise):
+    def update(self, x, level, noise, label=None):
         leaves = {k: v.clone().requires_grad_(True) for k, v in self.p.items()}
-        loss = denoising_loss(leaves, x.double(), level.double(), noise.double())
+        batch = x.double(), level.double(), noise.double()
+        loss = denoising_loss(leaves, *batch, label)
         learned = [k for k in leaves if "frequencies" not in k]
         grads = torch.autograd.grad(loss, [leaves[k] for k in learned])
         norm = sum(float((g**2).sum()) for g in grads) ** 0.5

@@ -7,6 +7,7 @@ import toy
 from algorithms import (
     awac,
     baq_cal_ql,
+    cfdg_iql,
     cql_sa,
     dare_awac,
     dare_cal_ql,
@@ -30,7 +31,7 @@ from algorithms import (
 )
 from corl import finetune, runs
 from corl_dare.config import NoisyDareConfig
-from transition_diffusion.config import EdisConfig
+from transition_diffusion.config import CfdgConfig, EdisConfig
 
 FIELDS = {
     "env": toy.TASK,
@@ -165,6 +166,7 @@ DEFAULTS = {
     famo2o_cql: FAMO2O_CQL_FIELDS,
     edis_iql: FIELDS,
     e2o: E2O_FIELDS,
+    cfdg_iql: FIELDS,
     td3_bc: TD3_FIELDS,
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,
@@ -259,6 +261,22 @@ def baq_block(**fields):
     """The block `baq:` of a short run."""
     small = {"clone_updates": 30, "clone_batch_size": 32, "clone_lr": 1e-3}
     return baq_cal_ql.BaqConfig(**{**small, **fields})
+
+
+def cfdg_block(**fields):
+    """The block `cfdg:` of a short run."""
+    small = {
+        "refresh_every": 10,
+        "samples": 60,
+        "diffusion_updates": 15,
+        "refresh_updates": 5,
+        "diffusion_batch_size": 32,
+        "width": 16,
+        "depth": 1,
+        "sampler_steps": 5,
+        "generation_batch_size": 25,
+    }
+    return CfdgConfig(**{**small, **fields})
 
 
 def folder_of(tmp_path):

@@ -16,6 +16,7 @@ from algorithms import (
     awac,
     baq_cal_ql,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -52,7 +53,7 @@ from corl.config import (
 ROOT = Path(__file__).parent.parent
 SMALL = settings(deadline=None, derandomize=True, max_examples=60)
 FAMILIES = {
-    "iql": [iql, dare_iql, edis_iql],
+    "iql": [iql, dare_iql, edis_iql, cfdg_iql],
     "pex": [pex],
     "cql": [cql, dare_cql],
     "cal_ql": [cal_ql, dare_cal_ql, edis_cal_ql, baq_cal_ql],

@@ -249,7 +249,7 @@ def pasted(file, names=()):
     [
         *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
         *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
-        *("pex", "td3_bc_sa", "cql_sa", "famo2o_iql", "famo2o_cql"),
+        *("famo2o_iql", "famo2o_cql"),
     ],
 )
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):

@@ -8,6 +8,7 @@ from algorithms import (
     awac,
     baq_cal_ql,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -27,7 +28,7 @@ from algorithms import (
 )
 from corl import compiled, finetune
 
-IQL = [iql, dare_iql, edis_iql]
+IQL = [iql, dare_iql, edis_iql, cfdg_iql]
 FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa, baq_cal_ql]
 CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql, baq_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]

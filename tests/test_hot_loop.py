@@ -167,8 +167,6 @@ def updates():
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
         "dare_cal_ql": conservative(dare_cal_ql, **maze),
         "iql": plain(False),
-        "pex": expanded(False),
-        "pex online": expanded(True),
         "e2o": ensemble(e2o, False, cql_n_actions=2),
         "e2o online": ensemble(e2o, True),
         "baq_cal_ql": weighed(),
@@ -192,7 +190,7 @@ NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
-NAMES += ["pex", "pex online", "e2o", "e2o online", "baq_cal_ql"]
+NAMES += ["e2o", "e2o online", "baq_cal_ql"]
 NAMES += ["rlpd online", "wsrl", "wsrl online"]
 NAMES += [f"{x}{phase}" for x in ("pex", "famo2o_iql", "famo2o_cql") for phase in PHASES]
 

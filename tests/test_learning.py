@@ -84,8 +84,8 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize(
-    "module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o]
-    "module", [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, famo2o_cql]
+    "module",
+    [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql],
 )
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
@@ -135,6 +135,9 @@ def test_rlpd_learns_online_and_wsrl_in_both_phases(tmp_path, monkeypatch):
     assert summary["score_offline"] is None and summary["updates"] == 2 * 350
     assert summary["score_final"] > 85, summary
     summary = run(wsrl, tmp_path / "wsrl", monkeypatch)
+    assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
+
+
 def test_famo2o_on_iql_learns_offline_and_online(tmp_path, monkeypatch):
     summary = run(famo2o_iql, tmp_path, monkeypatch)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary

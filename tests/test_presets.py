@@ -9,6 +9,7 @@ from algorithms import (
     awac,
     baq_cal_ql,
     cal_ql,
+    cfdg_iql,
     cql,
     dare_awac,
     dare_cal_ql,
@@ -43,7 +44,7 @@ WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_re
 WITH_PRESETS += [dare_spot]
 BASELINES = [
     *(iql, cql, cal_ql, td3_bc, awac, rebrac, spot),
-    *(pex, edis_iql, edis_cal_ql, rlpd, wsrl, e2o, baq_cal_ql),
+    *(pex, edis_iql, edis_cal_ql, cfdg_iql, rlpd, wsrl, e2o, baq_cal_ql),
 ]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 # ReBRAC acts without noise, so a ratio of densities needs a width.

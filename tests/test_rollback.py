@@ -15,6 +15,7 @@ from short_runs import (
     awac_block,
     baq_block,
     cal_ql_block,
+    cfdg_block,
     checkpoint_of,
     cql_block,
     dare_block,
@@ -30,6 +31,7 @@ from algorithms import (
     awac,
     baq_cal_ql,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -278,6 +280,7 @@ RUNS = {
         {"baq": baq_block(), "sampling_refresh": 7, "normalize_reward": True},
     ),
     "e2o": (e2o, {"online_warmup": 5, "utd": 2}),
+    "cfdg_iql": (cfdg_iql, {"cfdg": cfdg_block()}),
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }

@@ -6,6 +6,7 @@ from short_runs import (
     awac_block,
     baq_block,
     cal_ql_block,
+    cfdg_block,
     checkpoint_of,
     cql_block,
     dare_block,
@@ -20,6 +21,7 @@ from algorithms import (
     awac,
     baq_cal_ql,
     cal_ql,
+    cfdg_iql,
     cql,
     cql_sa,
     dare_awac,
@@ -187,6 +189,7 @@ ONLINE = {
     ),
     "e2o": (e2o, E2O_ONLINE),
     "edis_iql": (edis_iql, {**IQL_ONLINE, "edis": edis_block(samples=7)}),
+    "cfdg_iql": (cfdg_iql, {**IQL_ONLINE, "cfdg": cfdg_block(samples=7)}),
     "edis_cal_ql": (
         edis_cal_ql,
         {"cql_alpha_online": 7.0, "mixing_ratio": 0.3, "edis": edis_block(samples=7)},

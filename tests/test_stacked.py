@@ -66,10 +66,7 @@ CASES = {
 }
 WITH_RETURNS = (cal_ql, dare_cal_ql, wsrl)
 # Their update takes the phase.
-WITH_PHASE = (pex, rlpd, wsrl, e2o)
-WITH_RETURNS = (cal_ql, dare_cal_ql)
-# Their updates are told the phase.
-IN_PHASES = (pex, famo2o_iql, famo2o_cql)
+WITH_PHASE = (pex, rlpd, wsrl, e2o, famo2o_iql, famo2o_cql)
 # What a release may look like: half of the rows kept, all of them (k = B), soft weights.
 KEPT = (B // 2, B, None)
 
@@ -170,7 +167,6 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
                 trainer.start_online()
         together, each = releases(number, seeds, online)
         if module in WITH_PHASE:
-        if module in IN_PHASES:
             together, each = (online,), [(online,)] * seeds
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):

@@ -555,6 +555,8 @@ def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp
         "algorithms/cql.py",
         "algorithms/td3_bc.py",
         "algorithms/rebrac.py",
+        "algorithms/awac.py",
+        "algorithms/spot.py",
         "algorithms/cql_sa.py",
         "algorithms/td3_bc_sa.py",
     }
@@ -565,6 +567,21 @@ def test_the_shipped_sweeps_are_sorted_and_can_be_planned(file, monkeypatch, tmp
         assert shared["edis-cal-ql"] == shared["dare-cal-ql"] == shared["cal-ql"]
     count = len(families) * len(values["tasks"]) * len(values["seeds"])
     assert len(models) == count
+
+
+def test_the_smoke_sweep_runs_every_method_for_as_many_steps(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    cells = plan(ROOT / "sweeps" / "methods_smoke.yaml", tmp_path)
+    runs = [c for c in cells if not c.is_model]
+    for cell in runs:
+        module = load_algorithm(cell.algorithm)
+        module.make_trainer(cell.config, 11, 3, 1.0, "cpu")
+    files = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("algorithms/*.py")}
+    assert sorted(c.algorithm for c in runs) == sorted(files)
+    steps = {c.config.online_iterations for c in runs}
+    assert steps == {1000} and {(c.task, c.seed) for c in runs} == {
+        ("hopper-medium-v2", 0)
+    }
 
 
 # ---------------------------------------------------------------- running

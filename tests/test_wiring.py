@@ -8,7 +8,7 @@ import pytest
 import torch
 import wiring
 from helpers import assert_equal
-from wiring import CQL, DARE, EDIS, GOAL, LINEAR, LOCOMOTION, NO_ANTMAZE
+from wiring import CQL, DARE, EDIS, GENERATES, GOAL, LINEAR, LOCOMOTION, NO_ANTMAZE
 
 ALL = list(wiring.ALGORITHMS)
 IQL = [name for name in ALL if name.endswith("iql") and name != "famo2o_iql"]
@@ -457,8 +457,8 @@ def test_the_toy_tells_success_of_training_and_evaluation_apart(name, recorded):
 # ---------------------------------------------------------------- batches and the switch
 
 
-# What EDIS's batches hold: test_edis.py.
-@pytest.mark.parametrize("name", [name for name in ALL if name not in EDIS])
+# What batches with generated rows hold: test_edis.py, test_cfdg.py.
+@pytest.mark.parametrize("name", [name for name in ALL if name not in GENERATES])
 def test_batches_are_offline_alone_and_then_mixed(name, recorded):
     record = recorded(name)
     config, offline = record.config, record.stored("offline")
@@ -549,8 +549,8 @@ def test_checkpoints_are_written_after_every_evaluation_and_at_the_end(name, rec
     saved = [e.step for e in record.of("save", name="checkpoint.pt")]
     # After the phase of the VAE, of the filter or of the clone.
     before = [0] * (name in (*SPOT, "td3_bc_sa", "baq_cal_ql"))
-    # At the end of every refresh, before the online steps 0, 6 and 12.
-    refreshes = [7, 13, 19] * (name in EDIS)
+    # At the end of every refresh, before the online steps 0 (EDIS alone), 6 and 12.
+    refreshes = [7] * (name in EDIS) + [13, 19] * (name in GENERATES)
     assert saved == sorted([*before, 4, 8, 12, 16, 20, 23, *refreshes])
     assert record.parts()["step"] == 23
     assert {p.name for p in record.folder.iterdir()} >= {
@@ -607,7 +607,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
         stop_after(5, "update"),
         *([stop_after(2, "energy")] if name in DARE else []),
         # In the fit of the diffusion model, and among the rows that are made.
-        *([stop_after(2, "piece"), stop_after(3, "piece")] if name in EDIS else []),
+        *([stop_after(2, "piece"), stop_after(3, "piece")] if name in GENERATES else []),
         stop_after(1, "step", role="train"),
         stop_after(5, "update"),
     ]
@@ -685,6 +685,7 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "dare": {"cap": 1},
         "edis": {"samples": 11},
         "baq": {"median_weight": 0.5},
+        "cfdg": {"samples": 11},
     }
     unread = config.ONLINE - {"load_model"}
     assert unread <= other.keys()

@@ -30,7 +30,7 @@ from corl import buffers, checkpoints, curves, envs, files, finetune, machine, t
 from corl.data import sources
 from corl_dare import hook
 from corl_dare.upstream import ExchangedBuffer, dare_for_corl
-from transition_diffusion.generation import Generation
+from transition_diffusion.refresh import Refreshes
 
 ALGORITHMS = {
     "iql": "algorithms.iql",
@@ -58,6 +58,7 @@ ALGORITHMS = {
     "dare_awac": "algorithms.dare_awac",
     "edis_iql": "algorithms.edis_iql",
     "edis_cal_ql": "algorithms.edis_cal_ql",
+    "cfdg_iql": "algorithms.cfdg_iql",
 }
 DARE = (
     *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
@@ -65,11 +66,15 @@ DARE = (
 )
 EDIS = ("edis_iql", "edis_cal_ql")
 NO_ANTMAZE = ("e2o",)
+CFDG = ("cfdg_iql",)
+GENERATES = (*EDIS, *CFDG)  # rows, in refreshes
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
-CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa", "baq_cal_ql")
+CQL = (
+    *("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa"),
+    *("baq_cal_ql", "famo2o_cql"),
+)
 # Whose rewards are scaled and shifted.
 LINEAR = (*CQL, "wsrl", "e2o")
-CQL = ("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa", "famo2o_cql")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -198,6 +203,24 @@ COMMON_EDIS = {
     "energy_batch_size": 6,
     "energy_levels": 2,
     "negatives": 3,
+}
+# No share is the default, and a refresh of another length follows the first one.
+COMMON_CFDG = {
+    "synthetic_ratio": 0.4,
+    "offline_share": 0.3,
+    "guidance": 0.7,
+    "label_dropout": 0.3,
+    "online_rows": 0.4,
+    "refresh_every": 6,
+    "samples": 30,
+    "diffusion_updates": 4,
+    "refresh_updates": 8,
+    "diffusion_batch_size": 8,
+    "diffusion_lr": 1e-3,
+    "width": 16,
+    "depth": 1,
+    "sampler_steps": 4,
+    "generation_batch_size": 20,
 }
 
 
@@ -673,14 +696,14 @@ def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> Non
 
     patch.setattr(module, "make_trainer", recorded_make)
     patch.setattr(buffer, "__init__", recorded_init)
-    advance = Generation.advance
+    advance = Refreshes.advance
 
     def recorded_advance(self):
         phase, metrics = self.phase(), advance(self)
         record.add("piece", phase=phase)
         return metrics
 
-    patch.setattr(Generation, "advance", recorded_advance)
+    patch.setattr(Refreshes, "advance", recorded_advance)
     estimated = finetune.Session._estimate
     quiet = record.muting(estimated) if estimate else (lambda *args: {})
     patch.setattr(finetune.Session, "_estimate", quiet)
@@ -692,6 +715,7 @@ def make_config(
     dare: dict | None = None,
     edis: dict | None = None,
     baq: dict | None = None,
+    cfdg: dict | None = None,
     **fields,
 ):
     """Config of the toy; fields that the algorithm lacks are left out."""
@@ -710,6 +734,9 @@ def make_config(
         values["baq"] = BaqConfig(**{**COMMON_BAQ, **(baq or {})})
     if algorithm in NO_ANTMAZE and values["env"] == GOAL:
         pytest.skip(f"{algorithm} has no form for antmaze")
+    if algorithm in CFDG:
+        block = module.TrainConfig.__dataclass_fields__["cfdg"].default_factory
+        values["cfdg"] = block(**{**COMMON_CFDG, **(cfdg or {})})
     known = module.TrainConfig.__dataclass_fields__
     return module.TrainConfig(**{k: v for k, v in values.items() if k in known})
 

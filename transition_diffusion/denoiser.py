@@ -5,6 +5,7 @@ Data have standard deviation 1 (EDM's sigma_data).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -41,9 +42,10 @@ class Denoiser(nn.Module):
         dim: D.
         width: of the hidden layers.
         depth: residual layers.
+        labels: kinds of events, whose embedding is added to that of the noise; 0: there are none.
     """
 
-    def __init__(self, dim: int, width: int = 1024, depth: int = 6):
+    def __init__(self, dim: int, width: int = 1024, depth: int = 6, labels: int = 0):
         super().__init__()
         self.noise = nn.Sequential(
             NoiseFeatures(),
@@ -55,24 +57,35 @@ class Denoiser(nn.Module):
         self.first = nn.Linear(TIME_DIM, width)
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = nn.Linear(width, dim)
+        self.label = nn.Embedding(labels, TIME_DIM) if labels else None
 
-    def network(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """F: (B, D) and (B,) -> (B, D)."""
-        h = self.first(self.project(x) + self.noise(c))
+    def network(
+        self, x: torch.Tensor, c: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """F: (B, D), (B,) and labels (B,), if it knows some -> (B, D)."""
+        h = self.project(x) + self.noise(c)
+        if self.label is not None and labels is not None:
+            h = h + self.label(labels)
+        h = self.first(h)
         for block in self.blocks:
             h = h + block(F.relu(h))
         return self.last(F.relu(h))
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """(B, D) and (B,) -> (B, D)"""
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, D), (B,) and labels (B,), if it knows some -> (B, D)"""
         s = sigma.unsqueeze(-1)
         scale = (s.square() + 1.0).rsqrt()
-        answer = self.network(scale * x, sigma.log() / 4.0)
+        answer = self.network(scale * x, sigma.log() / 4.0, labels)
         return scale.square() * x + s * scale * answer
 
 
 def denoising_losses(
-    denoiser: nn.Module, x: torch.Tensor, level: torch.Tensor, noise: torch.Tensor
+    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    level: torch.Tensor,
+    noise: torch.Tensor,
 ) -> torch.Tensor:
     """EDM's loss of each row, (B,): weight (sigma^2 + 1) / sigma^2 times the mean square.
 

@@ -1,6 +1,7 @@
 """Fit a denoiser; a fit that was stopped goes on to the same bits."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class DiffusionFit:
         updates: after which the rate is 0.
         seed: of the weights. The global random stream is left alone.
         device: of the weights.
+        labels: kinds of events that the denoiser tells apart, see `Denoiser`.
     """
 
     def __init__(
@@ -37,11 +39,12 @@ class DiffusionFit:
         updates: int,
         seed: int,
         device: str = "cpu",
+        labels: int = 0,
     ):
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also reseed every GPU, which the fork does not restore.
             torch.default_generator.manual_seed(seed)
-            self.denoiser = Denoiser(dim, width, depth)
+            self.denoiser = Denoiser(dim, width, depth, labels)
         self.denoiser.to(device)
         self.optimizer = torch.optim.Adam(self.denoiser.parameters(), lr, BETAS)
         self.schedule = CosineAnnealingLR(self.optimizer, max(1, updates))
@@ -61,11 +64,26 @@ class DiffusionFit:
         for mean, value in zip(averaged, current, strict=True):
             mean.lerp_(value, weight)
 
+    def start_from(self, weights: dict[str, torch.Tensor]) -> None:
+        """Begin with the weights of another denoiser of this size, before the first update."""
+        self.denoiser.load_state_dict(weights)
+        self.average.module.load_state_dict(weights)
+
     def update(
-        self, x: torch.Tensor, level: torch.Tensor, noise: torch.Tensor
+        self,
+        x: torch.Tensor,
+        level: torch.Tensor,
+        noise: torch.Tensor,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One step on normalized events (B, D); returns the loss, 0-d. See `denoising_losses`."""
-        loss = denoising_losses(self.denoiser, x, level, noise).mean()
+        """One step on normalized events (B, D); returns the loss, 0-d. See `denoising_losses`.
+
+        Args:
+            x, level, noise: see `denoising_losses`.
+            labels: (B,) of a denoiser that knows some.
+        """
+        denoise = partial(self.denoiser, labels=labels)
+        loss = denoising_losses(denoise, x, level, noise).mean()
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), MAX_NORM)

@@ -1,8 +1,9 @@
 """FamO2O: our famo2o_iql.py and famo2o_cql.py against the authors' JAX programs, in both phases.
 
-Its Python has JAX; benchmarks/famo2o_jax.py says which packages. The cases have `--preset public_code`, since the programs have no other form. Draws are ours: the programs'
-random numbers are taken from them. FamCQL's program draws new ones for each network's loss; here
-all losses have the same.
+Its Python has JAX; benchmarks/famo2o_jax.py says which packages. The cases have
+`--preset public_code`, since the programs have no other form. Draws are ours: the programs' random
+numbers are taken from them. FamCQL's program draws new ones for each network's loss; here all
+losses have the same.
 """
 
 import dataclasses

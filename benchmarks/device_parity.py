@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "iql": {},
     "dare_iql": {},
     "pex": {},
+    "opt_td3": {},
+    "opt_spot": {},
     "td3_bc": {},
     "dare_td3_bc": {},
     "td3_bc_sa": {},
@@ -82,8 +84,8 @@ class Updates:
         if name.startswith("dare_"):
             weight = (torch.arange(B) < B // 2).float().to(device)
             self.given = [Release(weight, B // 2)]
-        if name == "pex":
-            # Its online update, which is more than that of IQL.
+        if name in ("pex", "opt_td3", "opt_spot"):
+            # Their online update, which is more than that of their base.
             self.given = [True]
         # IQL's update draws nothing.
         if hasattr(self.trainer, "_noise"):

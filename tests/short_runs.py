@@ -16,6 +16,8 @@ from algorithms import (
     dare_td3_bc,
     edis_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     spot,
@@ -99,6 +101,9 @@ REBRAC_FIELDS = {
     "critic_bc_coef": 0.1,
 }
 PEX_FIELDS = {**FIELDS, "online_warmup": 50}
+OPT = {"online_warmup": 50, "pretrain_updates": 100, "kappa_steps": 300, "utd": 1}
+OPT_TD3_FIELDS = {**TD3_FIELDS, **OPT}
+OPT_SPOT_FIELDS = {k: v for k, v in SPOT_FIELDS.items() if k != "actor_dropout"} | OPT
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -128,6 +133,8 @@ DEFAULTS = {
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,
     cql_sa: CQL_SA_FIELDS,
+    opt_td3: OPT_TD3_FIELDS,
+    opt_spot: OPT_SPOT_FIELDS,
     awac: AWAC_FIELDS,
     dare_awac: AWAC_FIELDS,
     spot: SPOT_FIELDS,

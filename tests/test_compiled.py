@@ -20,6 +20,8 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     spot,
@@ -75,7 +77,7 @@ def train(trainer, module, skip, count, arguments=()):
 
 
 DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot")
-DELAYED += ("td3_bc_sa",)
+DELAYED += ("td3_bc_sa", "opt_td3", "opt_spot")
 # The threshold is checked in one of the updates; so it is no number in the graph.
 SA = {"beta_lr": 1e-4, "n_period": 4}
 GRAPHS = dict.fromkeys(DELAYED, 2)  # with an update of the policy, and without
@@ -91,6 +93,8 @@ CASES = {
     "td3_bc_sa": (td3_bc_sa, SA, ()),
     "cql_sa": (cql_sa, {**SA, "cql_n_actions": 3, "cql_lagrange": True}, ()),
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
+    "opt_td3": (opt_td3, {}, (True,)),
+    "opt_spot": (opt_spot, {"vae_hidden_dim": 32}, (True,)),
     "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
     "rebrac": (rebrac, {"hidden_dim": 64}, ()),

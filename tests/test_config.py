@@ -27,6 +27,8 @@ from algorithms import (
     edis_cal_ql,
     edis_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     spot,
@@ -56,6 +58,7 @@ FAMILIES = {
     "spot": [spot, dare_spot],
     "td3_bc_sa": [td3_bc_sa],
     "cql_sa": [cql_sa],
+    "opt": [opt_td3, opt_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -391,6 +394,11 @@ TD3_BC_SA_ARGUMENTS = {
     **SA_ARGUMENTS,
     "delta": 0.3,
 }
+OPT_ARGUMENTS = {"inner_lr": 0.2, "weigh_outer": False}
+OPT_SPOT_ARGUMENTS = {
+    **{k: v for k, v in SPOT_ARGUMENTS.items() if k not in ("num_samples", "iwae")},
+    **OPT_ARGUMENTS,
+}
 NOT_IN_SA = ("bc_steps", "compat", "cql_alpha")
 CQL_SA_ARGUMENTS = {
     **{k: v for k, v in CQL_ARGUMENTS.items() if k not in NOT_IN_SA},
@@ -401,6 +409,8 @@ CQL_SA_ARGUMENTS = {
 ARGUMENTS = {
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
+    opt_td3: {**TD3_ARGUMENTS, **OPT_ARGUMENTS},
+    opt_spot: OPT_SPOT_ARGUMENTS,
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
     **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
@@ -431,6 +441,7 @@ RATES = {
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_RATES),
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),
     pex: (IQL_RATES[0], [*IQL_RATES[1], 0.3]),
+    **dict.fromkeys(FAMILIES["opt"], (TD3_RATES[0], [*TD3_RATES[1], 0.1])),
     **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
     **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
 }

@@ -106,6 +106,7 @@ def test_the_hook_needs_no_host(tmp_path):
 
 # What an installation brings.
 PACKAGES = ("corl", "corl_dare", "transition_diffusion", "adaptive_regularization")
+PACKAGES += ("online_pretraining",)
 HEAD = """
 import sys
 sys.modules["corl"] = sys.modules["corl_dare"] = None
@@ -118,7 +119,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Distribution, Normal, TanhTransform, TransformedDistribution
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from torch.func import functional_call
 TensorBatch = Batch = List[torch.Tensor]
 """
 MAKE = {
@@ -145,6 +149,21 @@ beta = CoefficientNet(4, 0.4, 32)
 trainer = TD3_BC_SA(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
                     adam(critics[1]), beta, adam(beta), Threshold(1.0, 3.0, 10),
                     policy_freq=1)
+""",
+    "opt_td3": """
+actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(4)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+pair = Pair(*critics[2:])
+trainer = OPT_TD3(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+                  adam(critics[1]), pair, adam(pair), Draws(0), policy_freq=1)
+""",
+    "opt_spot": """
+actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(4)]
+vae, adam = VAE(4, 2, None, 1.0, 16), lambda network: torch.optim.Adam(network.parameters())
+pair = Pair(*critics[2:])
+trainer = OPT_SPOT(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+                   adam(critics[1]), pair, adam(pair), vae, adam(vae), Draws(0),
+                   policy_freq=1)
 """,
     "cql_sa": """
 actor = TanhGaussianPolicy(4, 2, 1.0)
@@ -216,7 +235,7 @@ def pasted(file, names=()):
     "name",
     [
         *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
-        *("pex", "td3_bc_sa", "cql_sa"),
+        *("pex", "td3_bc_sa", "cql_sa", "opt_td3", "opt_spot"),
     ],
 )
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
@@ -226,6 +245,9 @@ def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path)
     if name.endswith("_sa"):
         steps += pasted("adaptive_regularization/coefficient.py")
         steps += pasted("adaptive_regularization/trust.py", ("split",))
+    if name.startswith("opt_"):
+        steps += pasted("online_pretraining/draws.py")
+        steps += pasted("online_pretraining/critics.py")
     make = MAKE.get(name, MAKE["cql"])
     kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
     program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN

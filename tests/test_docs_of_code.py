@@ -11,7 +11,7 @@ PACKAGES = [
     p
     for room in (
         *("corl_dare", "corl"),
-        *("transition_diffusion", "adaptive_regularization"),
+        *("transition_diffusion", "adaptive_regularization", "online_pretraining"),
     )
     for p in ROOT.glob(f"{room}/**/*.py")
 ]

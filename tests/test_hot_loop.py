@@ -26,6 +26,8 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     spot,
@@ -130,6 +132,15 @@ def updates():
         trainer = make_trainer(td3_bc_sa, trust_by="iql")
         return lambda: trainer.chosen_by.train(batch())
 
+    def pretrained(module, online):
+        trainer = make_trainer(module)
+        # FakeTensorMode takes no generator: the global stream will do for shapes.
+        trainer.draws.generator = None
+        trainer.total_it, count = 1, iter(range(10))
+        if online:
+            return lambda: trainer.train(batch(), True)
+        return lambda: trainer.pretrain(batch(), batch(), next(count))
+
     dropout = {"actor_dropout": 0.1}
     return {
         "spot": actor_critic(spot, **dropout),
@@ -151,6 +162,11 @@ def updates():
         "cal_ql cloning": conservative(cal_ql, bc_steps=5, cql_importance_sample=False),
         "dare_cal_ql": conservative(dare_cal_ql, **maze),
         "iql": plain(False),
+        **{
+            f"{module.__name__[11:]} {name}": pretrained(module, name == "online")
+            for module in (opt_td3, opt_spot)
+            for name in ("online", "pre-training")
+        },
         "pex": expanded(False),
         "pex online": expanded(True),
         "iql deterministic": plain(True),
@@ -163,7 +179,8 @@ NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
-NAMES += ["pex", "pex online"]
+NAMES += ["pex", "pex online", "opt_td3 online", "opt_td3 pre-training"]
+NAMES += ["opt_spot online", "opt_spot pre-training"]
 
 
 @pytest.mark.parametrize("name", NAMES)

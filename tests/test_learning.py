@@ -31,6 +31,8 @@ from algorithms import (
     dare_spot,
     dare_td3_bc,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     spot,
@@ -113,6 +115,14 @@ def test_pex_learns_offline_and_online(tmp_path, monkeypatch):
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     shares = [float(x) for x in metrics["new_policy"] if x]
     assert 0.3 < shares[-1] < 1.0 and summary["updates"] == 950
+
+
+@pytest.mark.parametrize("module", [opt_td3, opt_spot])
+def test_opt_learns_offline_and_online(module, tmp_path, monkeypatch):
+    summary = run(module, tmp_path, monkeypatch)
+    assert summary["score_offline"] > 65, summary
+    assert summary["score_final"] > 85, summary
+    assert summary["updates"] == 400 + 100 + 550
 
 
 def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):

@@ -42,6 +42,8 @@ ALGORITHMS = {
     "pex": "algorithms.pex",
     "td3_bc_sa": "algorithms.td3_bc_sa",
     "cql_sa": "algorithms.cql_sa",
+    "opt_td3": "algorithms.opt_td3",
+    "opt_spot": "algorithms.opt_spot",
     "dare_spot": "algorithms.dare_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
@@ -114,6 +116,11 @@ COMMON = {
     "lambd_end": 0.4,
     "lambd_cool_steps": 10,
     "online_discount": 0.8,
+    # OPT
+    "pretrain_updates": 5,
+    "kappa_start": 0.2,
+    "kappa_end": 0.7,
+    "kappa_steps": 9,
     # SSAR
     "buffer_mode": "half",
     "filter_updates": 4,
@@ -140,6 +147,8 @@ OWN = {
     "spot": {"seed": 1, "normalize": True},
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
+    "opt_td3": {"seed": 4},
+    "opt_spot": {"seed": 1, "normalize": True},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {

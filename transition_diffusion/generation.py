@@ -61,6 +61,9 @@ class Generation:
         log: metrics of the last refresh.
     """
 
+    # A piece is no update of the trainer.
+    trains = False
+
     def __init__(
         self,
         settings: EdisConfig,

@@ -19,7 +19,7 @@ was compared with theirs. `weigh_outer: false` has c = 1, as the paper writes it
   `priority_capacity: 1000000` is the port's.
 - The pre-training comes between two online steps, on `online_warmup` rows.
 - lambd falls with environment steps, from the switch on, as in spot.py. The port counts updates.
-With `kappa_start` and `kappa_end` 0 and `replay: uniform` critics and policy are SPOT's, to the bit.
+With `kappa_start` and `kappa_end` 0 and `replay: uniform` critics and policy are those of SPOT.
 
 Shapes: B rows of a batch, S state dimension, A action dimension, L latent dimension, n samples of
 the VAE per row, here 1.
@@ -356,7 +356,7 @@ class OPT_SPOT(OnlineCritics):
         noise: torch.Tensor,
         discount: torch.Tensor,
     ) -> torch.Tensor:
-        """r + discount Q(s', pi(s') + clipped noise), (B,), Q of `target_q`; normal noise (B, A)."""
+        """r + discount Q(s', pi(s') + clipped noise), (B,), Q of `target_q`; noise (B, A)."""
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         next_actions = self.actor_target(next_observations) + noise
         next_actions = next_actions.clamp(-self.max_action, self.max_action)

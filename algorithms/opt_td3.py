@@ -241,7 +241,7 @@ class OPT_TD3(OnlineCritics):
         noise: torch.Tensor,
         discount: torch.Tensor,
     ) -> torch.Tensor:
-        """r + discount Q(s', pi(s') + clipped noise), (B,), Q of `target_q`; normal noise (B, A)."""
+        """r + discount Q(s', pi(s') + clipped noise), (B,), Q of `target_q`; noise (B, A)."""
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         next_actions = self.actor_target(next_observations) + noise
         next_actions = next_actions.clamp(-self.max_action, self.max_action)

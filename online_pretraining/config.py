@@ -13,8 +13,12 @@ class OptFields:
 
     # Pre-training, when the warm-up is over
     pretrain_updates: int = 50000  # updates of the online critics
-    inner_lr: float = 3e-4  # step along the offline loss, after which the online loss is taken
-    weigh_outer: bool = True  # online loss times min(L_off, L_on) / L_on, as the public code
+    inner_lr: float = (
+        3e-4  # step along the offline loss, after which the online loss is taken
+    )
+    weigh_outer: bool = (
+        True  # online loss times min(L_off, L_on) / L_on, as the public code
+    )
     # The share kappa of the online critics in what the policy maximizes
     kappa_start: float = 0.3  # when the warm-up is over
     kappa_end: float = 0.9  # from the online step kappa_steps on; on a line in between
@@ -52,7 +56,11 @@ class OptFields:
     def check_opt(self) -> None:
         """Raises ValueError where fields do not go together; the ranges have been checked."""
         config: Any = self
-        if self.pretrain_updates and config.online_iterations and not config.online_warmup:
+        if (
+            self.pretrain_updates
+            and config.online_iterations
+            and not config.online_warmup
+        ):
             raise ValueError(
                 "online_warmup 0 leaves no online row for pretrain_updates "
                 f"{self.pretrain_updates}; set online_warmup to at least 1, or pretrain_updates "

@@ -27,7 +27,7 @@ class Priorities:
         offline: rows of the dataset, N.
         ring: online rows that the online buffer holds.
         device: of the tensors.
-        limit: of all rows the newest have a priority, so many; those before them have 0.
+        limit: the last rows that were written have a priority, so many; those before have 0.
 
     Raises:
         ValueError: the dataset alone is more than `limit`.

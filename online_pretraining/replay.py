@@ -165,7 +165,7 @@ class Replay:
     ) -> torch.Tensor:
         """Priorities (B,), float64, of rows whose states and actions are given."""
         ratio = self.density(states, actions).pow(self.power)
-        return (ratio / (scale + TINY)).clamp(LOWEST, HIGHEST).double()
+        return (ratio / (scale + TINY)).double().clamp(LOWEST, HIGHEST)
 
     def state_dict(self) -> dict[str, Any]:
         """The density network and the priorities."""

@@ -2,8 +2,7 @@
 
 Shin et al. 2025 (arXiv 2507.08387). The base's offline updates are those of its own oracle. The
 pre-training's gradient is spelled out: g + c (v - alpha H v), g of L_off, v of L_on at p - alpha g,
-and H v, the second derivatives of L_off along v, by a central difference of first ones. Parameters
-are plain dicts.
+and H v, the second derivatives of L_off along v (Pearlmutter 1994). Parameters are plain dicts.
 """
 
 import torch
@@ -12,6 +11,12 @@ from oracle_iql import Adam, descend, double, mlp
 
 def critic(params, s, a):
     return mlp(params, "net", torch.cat([s, a], 1))[:, 0]
+
+
+def layers(params):
+    """Weight and bias of the three layers."""
+    values = list(params.values())
+    return zip(values[::2], values[1::2], strict=True)
 
 
 class OracleOPT:
@@ -35,9 +40,7 @@ class OracleOPT:
     def start_online(self):
         self.discount = getattr(self.config, "online_discount", self.discount)
         rates = {"actor": self.config.actor_lr}
-        self.base.opt = {
-            k: Adam(rates.get(k, self.config.qf_lr)) for k in self.base.now
-        }
+        self.base.opt = {k: Adam(rates.get(k, self.config.qf_lr)) for k in self.base.now}
 
     def y(self, batch, noise, targets):
         """TD target (B,) from the smaller of two target critics."""
@@ -52,26 +55,32 @@ class OracleOPT:
 
     # -- pre-training
 
-    def gradients(self, pair, batch, y):
-        """Sum of both critics' squared errors, and its gradient for each of them."""
-        s, a = batch[0].double(), batch[1].double()
-        leaves = [
-            {k: v.clone().requires_grad_(True) for k, v in params.items()}
-            for params in pair
-        ]
-        loss = sum(((critic(params, s, a) - y) ** 2).mean() for params in leaves)
-        found = [
-            torch.autograd.grad(loss, list(params.values()), retain_graph=True)
-            for params in leaves
-        ]
-        pairs = zip(leaves, found, strict=True)
-        return loss.item(), [dict(zip(p, g, strict=True)) for p, g in pairs]
-
     @staticmethod
-    def moved(pair, direction, length):
-        """The parameters, so far along a direction."""
-        pairs = zip(pair, direction, strict=True)
-        return [{k: p[k] + length * d[k] for k in p} for p, d in pairs]
+    def derivatives(p, v, batch, y):
+        """Mean squared error of a critic, its gradient, and H v, spelled out (R is along v)."""
+        x = torch.cat([batch[0].double(), batch[1].double()], 1)
+        (w1, b1), (w2, b2), (w3, b3) = layers(p)
+        (v1, c1), (v2, c2), (v3, c3) = layers(v)
+        z1 = x @ w1.T + b1
+        h1, m1 = z1.clamp(min=0), (z1 > 0).double()
+        z2 = h1 @ w2.T + b2
+        h2, m2 = z2.clamp(min=0), (z2 > 0).double()
+        error = (h2 @ w3.T + b3)[:, 0] - y
+        r1 = m1 * (x @ v1.T + c1)
+        r2 = m2 * (h1 @ v2.T + r1 @ w2.T + c2)
+        r3 = h2 @ v3.T + r2 @ w3.T + c3
+        d3, e3 = 2 * error[:, None] / len(y), 2 * r3 / len(y)
+        d2, e2 = (d3 @ w3) * m2, (e3 @ w3 + d3 @ v3) * m2
+        d1, e1 = (d2 @ w2) * m1, (e2 @ w2 + d2 @ v2) * m1
+        g = [d1.T @ x, d1.sum(0), d2.T @ h1, d2.sum(0), d3.T @ h2, d3.sum(0)]
+        hv = [
+            *(e1.T @ x, e1.sum(0)),
+            *(e2.T @ h1 + d2.T @ r1, e2.sum(0)),
+            *(e3.T @ h2 + d3.T @ r2, e3.sum(0)),
+        ]
+        return (error**2).mean().item(), *(
+            dict(zip(p, found, strict=True)) for found in (g, hv)
+        )
 
     def pretrain(self, offline, online, noise, number):
         c = self.config
@@ -79,24 +88,29 @@ class OracleOPT:
             self.y(batch, normal, self.pair_target)
             for batch, normal in zip((offline, online), noise, strict=True)
         ]
-        first, g = self.gradients(self.pair, offline, ys[0])
-        fast = self.moved(self.pair, g, -c.inner_lr)
-        second, v = self.gradients(fast, online, ys[1])
-        weight = min(first, second) / second if c.weigh_outer else 1.0
-        length = 1e-6 / max(x.abs().max().item() for p in v for x in p.values())
-        sides = [
-            self.gradients(self.moved(self.pair, v, x), offline, ys[0])[1]
-            for x in (length, -length)
+        nothing = [{k: torch.zeros_like(x) for k, x in p.items()} for p in self.pair]
+        first = [
+            self.derivatives(p, v, offline, ys[0])
+            for p, v in zip(self.pair, nothing, strict=True)
         ]
-        for i, params in enumerate(self.pair):
-            total = {}
-            for k in params:
-                along = (sides[0][i][k] - sides[1][i][k]) / (2 * length)
-                total[k] = g[i][k] + weight * (v[i][k] - c.inner_lr * along)
-            self.adams[i].step(params, total)
+        fast = [
+            {k: p[k] - c.inner_lr * g[k] for k in p}
+            for p, (_, g, _) in zip(self.pair, first, strict=True)
+        ]
+        second = [
+            self.derivatives(p, v, online, ys[1])
+            for p, v in zip(fast, nothing, strict=True)
+        ]
+        losses = [sum(found[0] for found in both) for both in (first, second)]
+        weight = min(losses) / losses[1] if c.weigh_outer else 1.0
+        for p, adam, (_, g, _), (_, v, _) in zip(
+            self.pair, self.adams, first, second, strict=True
+        ):
+            _, _, hv = self.derivatives(p, v, offline, ys[0])
+            adam.step(p, {k: g[k] + weight * (v[k] - c.inner_lr * hv[k]) for k in p})
         if number % c.policy_freq == 0:
             self.follow(self.pair, self.pair_target)
-        return first, second
+        return losses
 
     # -- fine-tuning
 
@@ -119,7 +133,9 @@ class OracleOPT:
         y = self.y(batch, noise, [base.target[k] for k in names])
         own_y = self.y(batch, own_noise, self.pair_target)
         losses = [
-            descend(base.now[k], base.opt[k], lambda p: ((critic(p, s, a) - y) ** 2).mean())
+            descend(
+                base.now[k], base.opt[k], lambda p: ((critic(p, s, a) - y) ** 2).mean()
+            )
             for k in names
         ]
         own = [

@@ -52,6 +52,8 @@ def make(module, max_action=1.0, **fields):
     for state in trainer.online_critics_optimizer.state.values():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = state[key].double()
+    normal = trainer.draws.normal
+    trainer.draws.normal = lambda shape: normal(shape).double()
     return trainer, config
 
 
@@ -82,7 +84,10 @@ def assert_like(trainer, oracle, tolerance=1e-9):
     for end, pair in (("", oracle.pair), ("_target", oracle.pair_target)):
         network = getattr(trainer, f"online_critics{end}")
         for name, params in zip(("first", "second"), pair, strict=True):
-            expected[f"{name}{end}"], found[f"{name}{end}"] = params, getattr(network, name)
+            expected[f"{name}{end}"], found[f"{name}{end}"] = (
+                params,
+                getattr(network, name),
+            )
     for name, params in expected.items():
         for key, value in found[name].state_dict().items():
             gap = (value - params[key]).abs().max().item()
@@ -98,21 +103,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("max_action", [1.0, 2.0])
 @pytest.mark.parametrize("case", CASES)
 @BOTH
-def test_updates_of_both_phases_equal_the_float64_oracle(module, case, max_action):
+def test_updates_of_both_phases_equal_the_float64_oracle(module, case):
+    max_action = 2.0 if case == "seldom" else 1.0
     trainer, config = make(module, max_action, **CASES[case])
     oracle = OracleOPT(trainer, config, BASES[module][1], max_action)
     with_vae, rng = module is opt_spot, np.random.default_rng(1)
     for step in range(16):
         if step == 4:
-            trainer.start_online(*([config.online_discount] * with_vae))
+            trainer.start_online(*((config.online_discount,) if with_vae else ()))
             oracle.start_online()
         online, batch = step >= 4, double_batch(rng)
         noise, latent = global_noise(trainer, batch)
         own, trainer.kappa = own_normals(trainer, 1)[0], 0.05 * step
-        weight = torch.rand(B, dtype=torch.float64) if step > 9 and with_vae else None
+        weight = torch.from_numpy(rng.random(B)) if step > 9 and with_vae else None
         logs = trainer.train(batch, online, *([weight] * with_vae))
         if not online:
             more = (latent, config.lambd) if with_vae else ()
@@ -120,7 +125,9 @@ def test_updates_of_both_phases_equal_the_float64_oracle(module, case, max_actio
             continue
 
         def support(s, policy, weight=weight, latent=latent):
-            errors, divergence = oracle.base.elbo_terms(oracle.base.vae, s, policy, latent)
+            errors, divergence = oracle.base.elbo_terms(
+                oracle.base.vae, s, policy, latent
+            )
             rows = errors + config.beta * divergence
             return config.lambd * (rows if weight is None else weight * rows).mean()
 
@@ -144,7 +151,7 @@ PRETRAINING = {
 
 @pytest.mark.parametrize("case", PRETRAINING)
 @BOTH
-def test_pre_training_equals_second_derivatives_by_differences(module, case):
+def test_pre_training_equals_the_oracle_with_its_second_derivatives(module, case):
     """The critics of the offline phase and the policy stay; their targets, too."""
     trainer, config = make(module, tau=0.1, **PRETRAINING[case])
     oracle = OracleOPT(trainer, config, BASES[module][1])
@@ -158,7 +165,7 @@ def test_pre_training_equals_second_derivatives_by_differences(module, case):
         expected = oracle.pretrain(*batches, noise, number)
         found = [logs[name].item() for name in ("offline_loss", "online_loss")]
         assert found == pytest.approx(expected, rel=1e-9)
-    assert_like(trainer, oracle, 1e-8)
+    assert_like(trainer, oracle)
 
 
 def test_the_loss_through_the_inner_step_has_the_closed_gradient():
@@ -188,7 +195,9 @@ def test_kappa_goes_on_a_line_from_the_end_of_the_warm_up():
     found = [config.kappa_after(t) for t in (0, 50, 75, 100, 150, 10**6)]
     assert found == pytest.approx([0.1, 0.1, 0.3, 0.5, 0.9, 0.9])
     late = opt_td3.TrainConfig(online_warmup=500, **fields)
-    assert [late.kappa_after(t) for t in (499, 500, 501)] == pytest.approx([0.1, 0.1, 0.9])
+    assert [late.kappa_after(t) for t in (499, 500, 501)] == pytest.approx(
+        [0.1, 0.1, 0.9]
+    )
 
 
 # ---------------------------------------------------------------- priorities and replay
@@ -215,8 +224,8 @@ def test_priorities_draw_and_change_as_a_plain_list(limit):
             order = [*(x for x in order if x != row), row]
             plain[row] = highest
         written += turn % 4
-        for row in order[: max(0, len(order) - limit)] if limit else ():
-            plain[row] = 0.0
+        if limit:
+            plain[list(set(order) - set(order[-limit:]))] = 0.0
         made.add(written)
         uniform = rng.random(8)
         rows = made.draw(torch.from_numpy(uniform))
@@ -302,8 +311,8 @@ def test_a_density_that_says_nothing_leaves_the_rows_alike():
         replay.density.net[4].bias.fill_(-1e3)
     for _ in range(3):
         replay.sample(32)
-    found = replay.priorities.leaves[:90].unique().tolist()
-    assert found == [1e-3, 1.0]
+    # Each batch holds rows that were not drawn before, as their priority is higher.
+    assert replay.priorities.leaves[:90].unique().tolist() == [1e-3]
 
 
 def test_rows_that_the_network_calls_online_are_drawn_more_often():
@@ -491,7 +500,10 @@ def test_the_first_update_has_kappa_start_and_its_row_says_so(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"online_warmup": 0}, "online_warmup 0 leaves no online row for pretrain_updates"),
+        (
+            {"online_warmup": 0},
+            "online_warmup 0 leaves no online row for pretrain_updates",
+        ),
         ({"kappa_start": 1.5}, r"kappa_start must lie in \[0, 1\], not 1.5"),
         ({"kappa_steps": 0}, r"kappa_steps must lie in \[1, 1e9\]"),
         ({"inner_lr": 0.0}, r"inner_lr must lie in \(0, inf\)"),

@@ -115,9 +115,7 @@ TABLE_1 = [
 # The tasks of papers that report others.
 REPORTED = {
     "opt_td3": [
-        f"{r}-{k}-v2"
-        for r in ("halfcheetah", "hopper", "walker2d")
-        for k in KINDS[:3]
+        f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[:3]
     ],
     "opt_spot": [f"antmaze-{k}-v2" for k in ANTMAZES],
 }

@@ -556,9 +556,7 @@ def test_checkpoints_are_written_after_every_evaluation_and_at_the_end(name, rec
     refreshes = [7, 13, 19] * (name in EDIS)
     # At the end of the pre-training, before the online step 2.
     pretrained = [9] * (name in OPT)
-    assert saved == sorted(
-        [*before, 4, 8, 12, 16, 20, 23, *refreshes, *pretrained]
-    )
+    assert saved == sorted([*before, 4, 8, 12, 16, 20, 23, *refreshes, *pretrained])
     assert record.parts()["step"] == 23
     assert {p.name for p in record.folder.iterdir()} >= {
         *("config.yaml", "metrics.csv", "evaluations.csv", "summary.json"),

@@ -13,12 +13,8 @@ class OptFields:
 
     # Pre-training, when the warm-up is over
     pretrain_updates: int = 50000  # updates of the online critics
-    inner_lr: float = (
-        3e-4  # step along the offline loss, after which the online loss is taken
-    )
-    weigh_outer: bool = (
-        True  # online loss times min(L_off, L_on) / L_on, as the public code
-    )
+    inner_lr: float = 3e-4  # step along the offline loss, before the online loss
+    weigh_outer: bool = True  # online loss times min(L_off, L_on) / L_on, see docs
     # The share kappa of the online critics in what the policy maximizes
     kappa_start: float = 0.3  # when the warm-up is over
     kappa_end: float = 0.9  # from the online step kappa_steps on; on a line in between
@@ -27,7 +23,7 @@ class OptFields:
     replay: str = "balanced"  # rows of online batches: balanced (by priority), uniform
     density_lr: float = 3e-4  # learning rate of the density network
     density_temperature: float = 5.0  # priority: density to the power of 1 / temperature
-    # Rows that have a priority, the newest; none: all (public code: 1000000)
+    # Rows that have a priority, the newest; none: all (the port: 1000000)
     priority_capacity: Optional[int] = None
 
     RANGES: ClassVar[dict[str, str]] = {

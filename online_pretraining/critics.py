@@ -197,8 +197,10 @@ class OnlinePretraining:
 
     def _update(self, number: int) -> dict[str, Any]:
         draws = self.trainer.draws
-        batches = [b.gather(draws.rows(b.size, self.batch_size)) for b in self.buffers]
-        return self.trainer.pretrain(*batches, number)
+        offline, online = (
+            b.gather(draws.rows(b.size, self.batch_size)) for b in self.buffers
+        )
+        return self.trainer.pretrain(offline, online, number)
 
     def advance(self) -> dict[str, Any]:
         """Make one update; returns its metrics."""

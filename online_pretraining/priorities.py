@@ -46,7 +46,7 @@ class Priorities:
         width = math.ceil((offline + ring) ** (1 / 3))
         # A cube root may be rounded down.
         self.width = width + (width**3 < offline + ring)
-        numbers = {"dtype": torch.float64, "device": device}
+        numbers: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.leaves = torch.zeros(self.width**3, **numbers)
         self.blocks = torch.zeros(self.width**2, **numbers)
         self.top = torch.zeros(self.width, **numbers)

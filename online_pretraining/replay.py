@@ -134,7 +134,8 @@ class Replay:
         rows = self.priorities.draw(self.draws.uniform(batch_size))
         batch = self.joined.read(rows)
         # Of these rows alone, by the network as it is now.
-        self.priorities.write(rows, self.priority(*batch[:2], found.pop("scale")))
+        scale = found.pop("scale")
+        self.priorities.write(rows, self.priority(batch[0], batch[1], scale))
         share = (rows >= self.offline.size).float().mean()
         self.log = {**found, "online_share": share}
         return batch

@@ -46,8 +46,8 @@ class OptFields:
             *("replay", "density_lr", "density_temperature", "priority_capacity"),
         }
     )
-    # No field: there are two buffers, and batches of both have half of their rows from either.
-    mixing_ratio: ClassVar[float] = 0.5
+    # Without a type it is no field: there are two buffers, and no batch is mixed by a fixed ratio.
+    mixing_ratio = 0.5
 
     def check_opt(self) -> None:
         """Raises ValueError where fields do not go together; the ranges have been checked."""

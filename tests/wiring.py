@@ -147,8 +147,8 @@ OWN = {
     "spot": {"seed": 1, "normalize": True},
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
-    "opt_td3": {"seed": 4},
-    "opt_spot": {"seed": 1, "normalize": True},
+    "opt_td3": {"seed": 0, "normalize": True},
+    "opt_spot": {"seed": 2, "normalize": True},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
 }
 COMMON_DARE = {

@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "pex": {},
     "famo2o_iql": {},
     "famo2o_cql": {},
+    "opt_td3": {},
+    "opt_spot": {},
     "td3_bc": {},
     "dare_td3_bc": {},
     "td3_bc_sa": {},
@@ -90,7 +92,7 @@ class Updates:
             self.given = [Release(weight, B // 2)]
         if name == "baq_cal_ql":
             self.given = [torch.linspace(0.1, 1.0, B).to(device)]
-        if name in ("pex", "e2o", "famo2o_iql", "famo2o_cql"):
+        if name in ("pex", "e2o", "famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot"):
             # Their online updates, which differ from those of the offline phase.
             self.given = [True]
         # IQL's update draws nothing.

@@ -47,6 +47,7 @@ from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
 from corl_dare.config import PRESETS
 from corl_dare.rows import draw_rows
+from online_pretraining import replay
 
 ROOT = Path(__file__).parent.parent
 S, A, ROWS, TASK = 11, 3, 2000, "hopper-medium-v2"
@@ -91,6 +92,33 @@ IQL_VARIANTS: Variants = {
 }
 
 
+def plain_update(
+    module: ModuleType, trainer: Any, source: Any, config: Any
+) -> Callable[[], Any]:
+    """A callable that makes one online update on a batch of the source."""
+    # A file whose online update is another one is told the phase.
+    phase = (True,) if "online" in inspect.signature(module.step).parameters else ()
+    return lambda: module.step(trainer, source, config, *phase)
+
+
+def opt_update(
+    module: ModuleType, trainer: Any, source: Any, config: Any
+) -> Callable[[], Any]:
+    """The same of OPT, with its balanced replay of all rows."""
+    pair = source.offline, source.online
+    rows = replay.Replay(
+        config,
+        *pair,
+        finetune.JoinedBuffer(*pair),
+        (S, A),
+        trainer.draws,
+        compiled.descend,
+        compiled.CompiledUpdate if config.compile else None,
+    )
+    rows.written = ROWS
+    return lambda: module.step(trainer, rows, config, True)
+
+
 class Subject(NamedTuple):
     """An algorithm that is measured: `algorithms/NAME.py`, and `dare_NAME.py` where there is one.
 
@@ -101,6 +129,7 @@ class Subject(NamedTuple):
         settings: fields of the config that are not the defaults.
         variants: what is measured of it.
         online: (trainer, config) -> None: the change to the online phase, where it has a cost.
+        update: (module, trainer, source, config) -> a callable that makes one online update.
     """
 
     title: str
@@ -109,6 +138,7 @@ class Subject(NamedTuple):
     settings: dict[str, Any] = {}
     variants: Variants = VARIANTS
     online: Callable[[Any, Any], Any] = lambda trainer, config: None
+    update: Callable[..., Callable[[], Any]] = plain_update
 
 
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
@@ -132,6 +162,8 @@ SUBJECTS = {
     "wsrl": Subject("WSRL", None, None),
     "famo2o_iql": Subject("FamO2O-IQL", None, None),
     "famo2o_cql": Subject("FamCQL", None, None),
+    "opt_td3": Subject("TD3+OPT", None, None, update=opt_update),
+    "opt_spot": Subject("SPOT+OPT", None, None, update=opt_update),
 }
 
 
@@ -255,10 +287,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     config = module.TrainConfig(env=TASK, compile=compile, device=device, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
-    # The online update, where a file has one of its own.
-    phase = (True,) if "online" in inspect.signature(module.step).parameters else ()
     if fields is None:
-        return lambda: module.step(trainer, source, config, *phase)
+        return subject.update(module, trainer, source, config)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
     source = hook.DareHook(

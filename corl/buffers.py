@@ -269,15 +269,19 @@ class JoinedBuffer:
         """Rows that can be drawn."""
         return self.offline.size + self.online.size
 
-    def gather(self, indices: np.ndarray) -> TensorBatch:
-        """The rows of these numbers (B,)."""
+    def read(self, rows: torch.Tensor) -> TensorBatch:
+        """The rows of these numbers (B,), which are on the device."""
         first = self.offline.size
-        offline = self.offline.gather(np.minimum(indices, first - 1))
-        online = self.online.gather(np.maximum(indices - first, 0))
-        is_offline = upload(indices < first, self.offline._device).unsqueeze(-1)
+        offline = self.offline.read(rows.clamp(max=first - 1))
+        online = self.online.read((rows - first).clamp(min=0))
+        is_offline = (rows < first).unsqueeze(-1)
         return [
             torch.where(is_offline, *rows) for rows in zip(offline, online, strict=True)
         ]
+
+    def gather(self, indices: np.ndarray) -> TensorBatch:
+        """The rows of these numbers (B,)."""
+        return self.read(upload(indices, self.offline._device))
 
     def sample(self, batch_size: int) -> TensorBatch:
         """A batch of random rows, drawn as one buffer draws them."""

@@ -107,7 +107,13 @@ class Pretraining(NamedTuple):
 
 
 class Work(Protocol):
-    """What a part does before some online steps, in pieces; see `Session.between`."""
+    """What a part does before some online steps, in pieces; see `Session.between`.
+
+    Attributes:
+        trains: whether a piece is an update of the trainer, which the run counts as one.
+    """
+
+    trains: bool
 
     def before(self, step: int) -> None:
         """The online step `step`, from 0, is to be made; called again after a resume."""
@@ -706,8 +712,11 @@ class Session:
             name, done, total = phase
             with progress_bar(desc=name, initial=done, total=total, leave=False) as bar:
                 while done < total and not run.stop_requested:
-                    run.current = name, done + 1
+                    self._phase, run.current = name, (name, done + 1)
+                    if work.trains:
+                        self._count(1)
                     metrics, done = work.advance(), done + 1
+                    self._stop_clock()
                     if done == total or done % self.config.log_freq == 0:
                         run.read(metrics)
                     bar.update()
@@ -716,7 +725,7 @@ class Session:
                     if since - saved > SAVE_SECONDS and work.phase() is not None:
                         self.save()
                         saved = time.perf_counter()
-        run.current = "online", t + 1
+        self._phase, run.current = "online", ("online", t + 1)
         if work.phase() is not None:
             return False
         run.work_seconds.append(run.work_begun)

@@ -102,6 +102,17 @@ CASES = {
         "--bc_anneal_steps 40 --bc_end 0.2 --policy_freq 3 --normalize_reward true",
     ),
     "pex": ("pex", "--online_warmup 0"),
+    "opt_td3": ("opt_td3", "--online_warmup 12 --pretrain_updates 9 --utd 2"),
+    "opt_td3 capacity": (
+        "opt_td3",
+        "--online_warmup 5 --pretrain_updates 4 --utd 1 --priority_capacity 1520 "
+        "--kappa_steps 30 --weigh_outer false --inner_lr 0.01 --policy_freq 3",
+    ),
+    "opt_spot": (
+        "opt_spot",
+        "--vae_iterations 30 --vae_hidden_dim 64 --online_warmup 12 "
+        "--pretrain_updates 9 --kappa_steps 30 --lambd_end 0.3",
+    ),
     "pex clipped, greedy": (
         "pex",
         "--online_warmup 10 --utd 2 --mixing_ratio 0.25 --clip_actions true "

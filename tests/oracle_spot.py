@@ -113,7 +113,7 @@ class OracleSPOT:
         def policy_loss(params):
             policy = self.act(params, s)
             q = self.q(self.now["critic_1"], s, policy)
-            if c.iwae:
+            if getattr(c, "iwae", False):
                 rows = -self.importance_bound(self.vae, s, policy, latent_noise)
             else:
                 errors, divergence = self.elbo_terms(self.vae, s, policy, latent_noise)

@@ -21,6 +21,8 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     rlpd,
@@ -136,6 +138,9 @@ FAMO2O_IQL_FIELDS |= {"balance_lr": 2e-3, "beta_low": 5.0, "beta_high": 20.0}
 FAMO2O_CQL_FIELDS = {k: v for k, v in CQL_FIELDS.items() if k != "cql_alpha_online"}
 # Its published weight is a fifth of its base's.
 FAMO2O_CQL_FIELDS["cql_alpha"] = 0.1
+OPT = {"online_warmup": 50, "pretrain_updates": 100, "kappa_steps": 300, "utd": 1}
+OPT_TD3_FIELDS = {**TD3_FIELDS, **OPT}
+OPT_SPOT_FIELDS = {k: v for k, v in SPOT_FIELDS.items() if k != "actor_dropout"} | OPT
 SMALL = {"behavior_updates": 200, "behavior_batch_size": 64, "behavior_lr": 1e-3}
 DARE = {
     "policy_ratio": {
@@ -171,6 +176,8 @@ DEFAULTS = {
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,
     cql_sa: CQL_SA_FIELDS,
+    opt_td3: OPT_TD3_FIELDS,
+    opt_spot: OPT_SPOT_FIELDS,
     awac: AWAC_FIELDS,
     dare_awac: AWAC_FIELDS,
     spot: SPOT_FIELDS,

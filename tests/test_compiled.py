@@ -23,6 +23,8 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     rlpd,
@@ -80,7 +82,7 @@ def train(trainer, module, skip, count, arguments=()):
 
 
 DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot")
-DELAYED += ("td3_bc_sa",)
+DELAYED += ("td3_bc_sa", "opt_td3", "opt_spot")
 # The threshold is checked in one of the updates; so it is no number in the graph.
 SA = {"beta_lr": 1e-4, "n_period": 4}
 WSRL = {"cql_n_actions": 2, "hidden_dim": 16}
@@ -108,6 +110,8 @@ CASES = {
     "td3_bc_sa": (td3_bc_sa, SA, ()),
     "cql_sa": (cql_sa, {**SA, "cql_n_actions": 3, "cql_lagrange": True}, ()),
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
+    "opt_td3": (opt_td3, {}, (True,)),
+    "opt_spot": (opt_spot, {"vae_hidden_dim": 32}, (True,)),
     "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
     "rebrac": (rebrac, {"hidden_dim": 64}, ()),

@@ -32,6 +32,8 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     rlpd,
@@ -68,6 +70,7 @@ FAMILIES = {
     "wsrl": [wsrl],
     "famo2o_iql": [famo2o_iql],
     "famo2o_cql": [famo2o_cql],
+    "opt": [opt_td3, opt_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -403,6 +406,11 @@ TD3_BC_SA_ARGUMENTS = {
     **SA_ARGUMENTS,
     "delta": 0.3,
 }
+OPT_ARGUMENTS = {"inner_lr": 0.2, "weigh_outer": False}
+OPT_SPOT_ARGUMENTS = {
+    **{k: v for k, v in SPOT_ARGUMENTS.items() if k not in ("num_samples", "iwae")},
+    **OPT_ARGUMENTS,
+}
 NOT_IN_SA = ("bc_steps", "compat", "cql_alpha")
 CQL_SA_ARGUMENTS = {
     **{k: v for k, v in CQL_ARGUMENTS.items() if k not in NOT_IN_SA},
@@ -460,6 +468,8 @@ ARGUMENTS = {
     famo2o_cql: FAMO2O_CQL_ARGUMENTS,
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
+    opt_td3: {**TD3_ARGUMENTS, **OPT_ARGUMENTS},
+    opt_spot: OPT_SPOT_ARGUMENTS,
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
     **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),
@@ -499,6 +509,7 @@ RATES = {
         [*IQL_RATES[1], 0.4, 0.5],
     ),
     famo2o_cql: ({**CQL_RATES[0], "balance_lr": 0.4}, [*CQL_RATES[1][:4], 0.4]),
+    **dict.fromkeys(FAMILIES["opt"], (TD3_RATES[0], [*TD3_RATES[1], 0.1])),
     **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
     **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
 }

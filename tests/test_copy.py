@@ -107,6 +107,7 @@ def test_the_hook_needs_no_host(tmp_path):
 # What an installation brings.
 PACKAGES = ("corl", "corl_dare", "transition_diffusion", "adaptive_regularization")
 PACKAGES += ("policy_family",)
+PACKAGES += ("online_pretraining",)
 HEAD = """
 import sys
 sys.modules["corl"] = sys.modules["corl_dare"] = None
@@ -119,7 +120,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Distribution, Normal, TanhTransform, TransformedDistribution
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from torch.func import functional_call
 TensorBatch = Batch = List[torch.Tensor]
 """
 MAKE = {
@@ -146,6 +150,21 @@ beta = CoefficientNet(4, 0.4, 32)
 trainer = TD3_BC_SA(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
                     adam(critics[1]), beta, adam(beta), Threshold(1.0, 3.0, 10),
                     policy_freq=1)
+""",
+    "opt_td3": """
+actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(4)]
+adam = lambda network: torch.optim.Adam(network.parameters(), lr=3e-4)
+pair = Pair(*critics[2:])
+trainer = OPT_TD3(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+                  adam(critics[1]), pair, adam(pair), Draws(0), policy_freq=1)
+""",
+    "opt_spot": """
+actor, critics = Actor(4, 2, 1.0), [Critic(4, 2) for _ in range(4)]
+vae, adam = VAE(4, 2, None, 1.0, 16), lambda network: torch.optim.Adam(network.parameters())
+pair = Pair(*critics[2:])
+trainer = OPT_SPOT(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1],
+                   adam(critics[1]), pair, adam(pair), vae, adam(vae), Draws(0),
+                   policy_freq=1)
 """,
     "cql_sa": """
 actor = TanhGaussianPolicy(4, 2, 1.0)
@@ -249,7 +268,7 @@ def pasted(file, names=()):
     [
         *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
         *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
-        *("famo2o_iql", "famo2o_cql"),
+        *("famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot"),
     ],
 )
 def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
@@ -264,6 +283,9 @@ def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path)
     if name.startswith("famo2o"):
         for file in ("coefficient", "balance", "acting"):
             steps += pasted(f"policy_family/{file}.py")
+    if name.startswith("opt_"):
+        steps += pasted("online_pretraining/draws.py")
+        steps += pasted("online_pretraining/critics.py")
     make = MAKE.get(name, MAKE["cql"])
     kind = {"cql": "ContinuousCQL", "cal_ql": "CalQL"}.get(name, "")
     program = HEAD + steps + pasted(f"algorithms/{name}.py") + make + TRAIN

@@ -21,6 +21,8 @@ from algorithms import (
     edis_cal_ql,
     edis_iql,
     iql,
+    opt_spot,
+    opt_td3,
     rebrac,
     spot,
     td3_bc,
@@ -32,7 +34,7 @@ IQL = [iql, dare_iql, edis_iql, cfdg_iql]
 FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa, baq_cal_ql]
 CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql, baq_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
-OTHERS += [td3_bc_sa]
+OTHERS += [td3_bc_sa, opt_td3, opt_spot]
 ALL = [*IQL, *FAMILY, *OTHERS]
 ARGUMENTS = {
     "ReplayBuffer": "state_dim action_dim buffer_size device",
@@ -62,6 +64,8 @@ NAMES = {
     **dict.fromkeys([rebrac, dare_rebrac], "Actor Critic ReBRAC"),
     **dict.fromkeys([spot, dare_spot], "VAE Actor Critic SPOT"),
     td3_bc_sa: "Actor Critic TD3_BC_SA",
+    opt_td3: "Actor Critic OPT_TD3",
+    opt_spot: "VAE Actor Critic OPT_SPOT",
 }
 
 

@@ -12,6 +12,7 @@ PACKAGES = [
     for room in (
         *("corl_dare", "corl"),
         *("transition_diffusion", "adaptive_regularization", "policy_family"),
+        "online_pretraining",
     )
     for p in ROOT.glob(f"{room}/**/*.py")
 ]

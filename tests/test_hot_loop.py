@@ -30,6 +30,8 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     rlpd,
@@ -146,6 +148,15 @@ def updates():
         trainer = make_trainer(td3_bc_sa, trust_by="iql")
         return lambda: trainer.chosen_by.train(batch())
 
+    def pretrained(module, online):
+        trainer = make_trainer(module)
+        # FakeTensorMode takes no generator: the global stream will do for shapes.
+        trainer.draws.generator = None
+        trainer.total_it, count = 1, iter(range(10))
+        if online:
+            return lambda: trainer.train(batch(), True)
+        return lambda: trainer.pretrain(batch(), batch(), next(count))
+
     dropout = {"actor_dropout": 0.1}
     return {
         "spot": actor_critic(spot, **dropout),
@@ -179,6 +190,11 @@ def updates():
         "famo2o_iql online": in_phase(famo2o_iql, True),
         "famo2o_cql": in_phase(famo2o_cql, False, cql_n_actions=2),
         "famo2o_cql online": in_phase(famo2o_cql, True, cql_n_actions=2),
+        **{
+            f"{module.__name__[11:]} {name}": pretrained(module, name == "online")
+            for module in (opt_td3, opt_spot)
+            for name in ("online", "pre-training")
+        },
         "iql deterministic": plain(True),
         **{f"dare_iql {value}": dare(value) for value in ("all", "offline", "iv")},
     }
@@ -193,6 +209,8 @@ NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 NAMES += ["e2o", "e2o online", "baq_cal_ql"]
 NAMES += ["rlpd online", "wsrl", "wsrl online"]
 NAMES += [f"{x}{phase}" for x in ("pex", "famo2o_iql", "famo2o_cql") for phase in PHASES]
+NAMES += ["opt_td3 online", "opt_td3 pre-training"]
+NAMES += ["opt_spot online", "opt_spot pre-training"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,6 +36,8 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     rlpd,
@@ -141,6 +143,14 @@ def test_rlpd_learns_online_and_wsrl_in_both_phases(tmp_path, monkeypatch):
 def test_famo2o_on_iql_learns_offline_and_online(tmp_path, monkeypatch):
     summary = run(famo2o_iql, tmp_path, monkeypatch)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
+
+
+@pytest.mark.parametrize("module", [opt_td3, opt_spot])
+def test_opt_learns_offline_and_online(module, tmp_path, monkeypatch):
+    summary = run(module, tmp_path, monkeypatch)
+    assert summary["score_offline"] > 65, summary
+    assert summary["score_final"] > 85, summary
+    assert summary["updates"] == 400 + 100 + 550
 
 
 def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from algorithms import (
     edis_cal_ql,
     edis_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     rlpd,
@@ -45,6 +47,7 @@ WITH_PRESETS += [dare_spot]
 BASELINES = [
     *(iql, cql, cal_ql, td3_bc, awac, rebrac, spot),
     *(pex, edis_iql, edis_cal_ql, cfdg_iql, rlpd, wsrl, e2o, baq_cal_ql),
+    *(opt_td3, opt_spot),
 ]
 YAML = "dare:\n  guidance_scale: 8.0\n  cap: 3\n  support_actions: 5\n"
 # ReBRAC acts without noise, so a ratio of densities needs a width.

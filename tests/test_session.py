@@ -37,6 +37,8 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rebrac,
     rlpd,
@@ -78,6 +80,19 @@ SPOT_ONLINE = {
     "lambd_end": 0.5,
     "lambd_cool_steps": 5,
     "online_discount": 0.7,
+}
+OPT_ONLINE = {
+    "pretrain_updates": 2,
+    "inner_lr": 0.1,
+    "weigh_outer": False,
+    "kappa_start": 0.9,
+    "kappa_end": 0.1,
+    "kappa_steps": 4,
+    "replay": "uniform",
+    "density_lr": 0.1,
+    "density_temperature": 2.0,
+    "priority_capacity": 5000,
+    "expl_noise": 0.9,
 }
 PEX_ONLINE = {
     "mixing_ratio": 0.25,
@@ -145,6 +160,15 @@ ONLINE = {
     ),
     "famo2o_iql": (famo2o_iql, {"mixing_ratio": 0.25}),
     "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.25}),
+    "opt_td3": (opt_td3, OPT_ONLINE),
+    "opt_spot": (
+        opt_spot,
+        {
+            **{k: v for k, v in SPOT_ONLINE.items() if k != "mixing_ratio"},
+            **OPT_ONLINE,
+            "lambd_cool": False,
+        },
+    ),
     "td3_bc_sa": (
         td3_bc_sa,
         {**SA_ONLINE, "expl_noise": 0.9, "policy_freq_online": 3},

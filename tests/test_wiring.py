@@ -15,7 +15,8 @@ IQL = [name for name in ALL if name.endswith("iql") and name != "famo2o_iql"]
 REBRAC = [name for name in ALL if name.endswith("rebrac")]
 TD3 = [name for name in ALL if "td3_bc" in name]
 SPOT = [name for name in ALL if name.endswith("spot")]
-NOISY = [*TD3, *REBRAC, *SPOT]  # noise is added to the action
+OPT = [name for name in ALL if name.startswith("opt_")]
+NOISY = [*TD3, *REBRAC, *SPOT, "opt_td3"]  # noise is added to the action
 COMPAT = {"compat": True, "env": GOAL}
 WARMUP = (8, 9)  # steps
 
@@ -182,7 +183,7 @@ def test_the_networks_train_in_training_mode_before_and_after_evaluations(
     assert record.events.index(updates[-1]) > first
 
 
-@pytest.mark.parametrize("name", [*IQL, *SPOT])
+@pytest.mark.parametrize("name", [*IQL, *SPOT, "opt_td3"])
 @pytest.mark.parametrize("noise, bound", [(0.03, 0.5), (5.0, 0.1)])
 def test_the_deterministic_policy_explores_with_bounded_noise(
     name, noise, bound, recorded
@@ -246,7 +247,9 @@ def test_the_support_constraint_is_cooled_with_the_environment_steps(name, recor
     """Not with the updates; DARE's weights take its place. The discount changes at the switch."""
     updates = recorded(name).of("update")
     t = np.repeat(np.arange(3, 17), 2)
-    cooled = 0.7 * np.maximum(0.4, 1 - t / 10) if name == "spot" else np.full(28, 0.7)
+    cooled = np.full(28, 0.7)
+    if name not in DARE:
+        cooled = 0.7 * np.maximum(0.4, 1 - t / 10)
     expected = [*np.full(7, 0.7), *cooled]
     np.testing.assert_allclose([u.lambd for u in updates], expected)
     np.testing.assert_allclose([u.logs["lambd"] for u in updates], expected, rtol=1e-6)
@@ -288,7 +291,9 @@ def test_updates_and_environment_steps_take_turns(name, recorded):
     warmup = ["step"] * config.online_warmup
     turns = config.online_iterations - config.online_warmup
     assert kinds == offline + warmup + ["step", "update", "update"] * turns
-    assert record.summary["updates"] == kinds.count("update")
+    # Those of the pre-training move no policy and count, too.
+    more = 5 * (name in OPT)
+    assert record.summary["updates"] == kinds.count("update") + more
 
 
 @every_algorithm
@@ -457,8 +462,8 @@ def test_the_toy_tells_success_of_training_and_evaluation_apart(name, recorded):
 # ---------------------------------------------------------------- batches and the switch
 
 
-# What batches with generated rows hold: test_edis.py, test_cfdg.py.
-@pytest.mark.parametrize("name", [name for name in ALL if name not in GENERATES])
+# What batches of generated or of weighed rows hold: test_edis.py, test_cfdg.py, test_opt.py.
+@pytest.mark.parametrize("name", [n for n in ALL if n not in (*GENERATES, *OPT)])
 def test_batches_are_offline_alone_and_then_mixed(name, recorded):
     record = recorded(name)
     config, offline = record.config, record.stored("offline")
@@ -551,7 +556,9 @@ def test_checkpoints_are_written_after_every_evaluation_and_at_the_end(name, rec
     before = [0] * (name in (*SPOT, "td3_bc_sa", "baq_cal_ql"))
     # At the end of every refresh, before the online steps 0 (EDIS alone), 6 and 12.
     refreshes = [7] * (name in EDIS) + [13, 19] * (name in GENERATES)
-    assert saved == sorted([*before, 4, 8, 12, 16, 20, 23, *refreshes])
+    # At the end of the pre-training, before the online step 2.
+    pretrained = [9] * (name in OPT)
+    assert saved == sorted([*before, 4, 8, 12, 16, 20, 23, *refreshes, *pretrained])
     assert record.parts()["step"] == 23
     assert {p.name for p in record.folder.iterdir()} >= {
         *("config.yaml", "metrics.csv", "evaluations.csv", "summary.json"),
@@ -686,6 +693,16 @@ def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded
         "edis": {"samples": 11},
         "baq": {"median_weight": 0.5},
         "cfdg": {"samples": 11},
+        "pretrain_updates": 2,
+        "inner_lr": 0.1,
+        "weigh_outer": False,
+        "kappa_start": 0.9,
+        "kappa_end": 0.1,
+        "kappa_steps": 4,
+        "replay": "uniform",
+        "density_lr": 0.1,
+        "density_temperature": 2.0,
+        "priority_capacity": 80,
     }
     unread = config.ONLINE - {"load_model"}
     assert unread <= other.keys()

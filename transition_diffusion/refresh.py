@@ -84,6 +84,8 @@ class Refreshes:
 
     normalizer: Normalizer
     labels = 0
+    # A piece is no update of the trainer.
+    trains = False
 
     def __init__(
         self,

@@ -27,6 +27,8 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
+    opt_spot,
+    opt_td3,
     pex,
     rlpd,
     wsrl,
@@ -42,6 +44,7 @@ IQL, CQL = (iql, dare_iql), (cql, cal_ql, dare_cal_ql)
 DARE, MIXED = (dare_iql, dare_cal_ql), (cal_ql, dare_cal_ql)
 EDIS = (edis_iql, edis_cal_ql)
 FAMO2O = (famo2o_iql, famo2o_cql)
+OPT = (opt_td3, opt_spot)
 ALL = (*IQL, *CQL)
 NO_INT = ["1.5", "nan", "inf", "-inf", "soon", "", "true", "0x10", "٣", "[1]", "1e400"]
 NO_FLOAT = ["nan", "low", "", "true", "0x1p-3", "٠.٥", "0,5", "1e-3e", "[0.5]", "--1"]
@@ -118,6 +121,14 @@ FIELDS = [
     ((dare_iql,), "dare.backup_actions", COUNT),
     ((dare_iql,), "dare.policy dare.value", ["best", "", "none"]),
     ((dare_cal_ql,), "dare.keep_calibration", NO_SWITCH),
+    (OPT, "pretrain_updates", STEPS),
+    (OPT, "inner_lr density_lr", RATE),
+    (OPT, "kappa_start kappa_end", SHARE),
+    (OPT, "kappa_steps", COUNT),
+    (OPT, "priority_capacity", [v for v in COUNT if v]),
+    (OPT, "density_temperature", POSITIVE),
+    (OPT, "weigh_outer", NO_SWITCH),
+    (OPT, "replay", ["best", "", "none"]),
     ((pex,), "inv_temperature", NOT_NEGATIVE),
     ((pex,), "eval_epsilon", SHARE),
     ((pex,), "mixing_ratio", ["0", "1", "0.3", "none", *SHARE]),

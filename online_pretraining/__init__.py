@@ -1,0 +1,1 @@
+"""Online pre-training (OPT): what its algorithms share. It knows no host."""

@@ -353,6 +353,7 @@ def test_a_browser_shows_all_runs_and_follows_them(grown, tmp_path, page):
         page.goto(server.url)
         page.wait_for_selector("#rows tr")
         assert rows_of(page) == sorted(grown) == curves_of(page)
+        assert page.locator("#legend").inner_text().split() == ["dare", "iql"]
         # Scores and returns never share an axis.
         titles = page.locator("h2").all_inner_texts()
         assert titles == [
@@ -399,7 +400,7 @@ def test_a_browser_filters_sorts_and_changes_the_curve(grown, tmp_path, page):
         points = page.locator('polyline[data-run="iql-s0"]').get_attribute("points")
         assert len(points.split()) == 2
         page.check("#online")
-        ticks = page.locator("svg text").all_text_contents()
+        ticks = page.locator("#panels text").all_text_contents()
         assert "-10" in ticks
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from algorithms import iql
-from corl import envs, machine, own_envs, rewards, run_tables, tasks, trained
+from corl import curves, envs, machine, own_envs, rewards, run_tables, tasks, trained
 from corl.config import parse_config
 from corl.data import sources
 from corl.standin import own_policy
@@ -413,6 +413,7 @@ def test_a_sweep_over_own_environments_ends_in_a_page_of_returns(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
     monkeypatch.setattr(machine, "git_commit", lambda: "0123456789abcdef")
     Path("walks_of_a_sweep.py").write_text(WALKS)
     Path("sweep.yaml").write_text(
@@ -467,9 +468,9 @@ def test_an_offline_policy_collects_before_the_run_goes_online(tmp_path):
     out = own_policy.collect(point(), 40, tmp_path / "o.hdf5", 3, folder, progress=False)
     with h5py.File(out) as file:
         states, actions = file["observations"][:], file["actions"][:]
-    kept = trained.read(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
+        kept = trained.read(folder)
         policy = kept.after.train()
         first = policy.act((states[0] - kept.mean) / kept.std, "cpu")
     expected = point().to_env(np.clip(first, -1, 1))

@@ -401,7 +401,7 @@ tasks: [walks_of_a_sweep:Near-v0, walks_of_a_sweep:Far-v0]
 seeds: [0, 1]
 config: "{task}.yaml"
 settings: {threads: 1, compile: false, device: cpu, offline_iterations: 4,
-           online_iterations: 20, eval_freq: 4, n_episodes: 2, batch_size: 8,
+           online_iterations: 12, eval_freq: 4, n_episodes: 2, batch_size: 8,
            buffer_size: 1000, log_freq: 4}
 methods:
   once: {algorithm: ALGORITHM}

@@ -261,6 +261,7 @@ class Session:
         self.run.check_dataset()
         self._return_range = data.return_range
         mean, std = data.normalization.mean, data.normalization.std
+        self.run.state_moments = mean, std
         roles = ["training", *["evaluation"] * (1 + len(self._more_eval_envs))]
         raws = self._env, self._eval_env, *self._more_eval_envs
         env, eval_env, *more = (

@@ -114,6 +114,8 @@ class Run:
         self.undefined: Collection[str] = ()
         self.warnings: list[str] = []  # of this process; the summary has them
         self.dataset: dict[str, Any] = {}  # provenance, set when the data is known
+        # Mean and std of the states that the policy reads, (S,) or (1,); known with the data.
+        self.state_moments: tuple[np.ndarray, np.ndarray] | None = None
         # Asked at the start, since the files may have changed by the end of a long run.
         self.code = {"versions": machine.versions(), "commit": machine.git_commit()}
         self.device = "cpu"  # where the run runs
@@ -489,6 +491,7 @@ class Run:
             "rng": checkpoints.rng_state(),
             "config": self._settings(),
             "dataset_sha256": self.dataset.get("sha256"),
+            "states": checkpoints.pack(self.state_moments),
             "tables": self.tables.state(),
             "run": {
                 **{name: getattr(self, name) for name in CARRIED},

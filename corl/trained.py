@@ -1,7 +1,8 @@
 """The policies of a run: as the online phase found it, and as it is at the last checkpoint.
 
 `keep_at_switch` writes the first of them into the run folder before the first online step, since
-`checkpoint.pt` is overwritten from then on. `read` brings both back, without the dataset.
+`checkpoint.pt` is overwritten from then on. `read` brings both back, without the dataset; of a run
+that has not come so far, only the last one.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class TrainedRun(NamedTuple):
     Attributes:
         config: of the run.
         step: iterations behind the last checkpoint.
-        before: the policy at the switch.
+        before: the policy at the switch; None in a run that has not come so far.
         after: the policy of the last checkpoint.
         mean, std: (S,), or (1,) where states are not normalized.
     """
@@ -72,7 +73,7 @@ def read(folder: Path, file: Path | None = None) -> TrainedRun:
     """Both policies of a run folder.
 
     Args:
-        folder: of a run that has reached its online phase.
+        folder: of a run that has a checkpoint.
         file: its algorithm file; default: that of this clone.
 
     Raises:
@@ -80,11 +81,8 @@ def read(folder: Path, file: Path | None = None) -> TrainedRun:
     """
     path = folder / "checkpoint.pt"
     if not path.is_file():
-        raise ValueError(f"{folder} has no checkpoint.pt: name the folder of a run")
-    if not (folder / AT_SWITCH).is_file():
         raise ValueError(
-            f"{folder} has no {AT_SWITCH}: the run has not reached its online phase, or an older "
-            "version made it; go on with --resume, or run it again"
+            f"{folder} has no checkpoint.pt: name the folder of a run that has saved one"
         )
     state = checkpoints.read(path)
     name = state.get("algorithm") if isinstance(state, dict) else None
@@ -95,18 +93,35 @@ def read(folder: Path, file: Path | None = None) -> TrainedRun:
     config = parse_config(module.TrainConfig, given)
     # Compiled updates would take a minute, and there is none.
     config = dataclasses.replace(config, compile=False, device="cpu")
+    trainer, step = _trainer(module, config), state["step"]
+    fits.load_part(trainer, state["parts"].get("trainer"), path, "trainer")
+    # What acts online is not ready before.
+    online = step > config.offline_iterations
+    after = (acting(trainer) if online else trainer.actor).eval()
+    if (folder / AT_SWITCH).is_file():
+        before, mean, std = _at_switch(folder / AT_SWITCH, _trainer(module, config))
+        return TrainedRun(config, step, before, after, mean, std)
+    if state.get("states") is None:
+        raise ValueError(
+            f"{folder} has no {AT_SWITCH}, and an older version wrote its checkpoint.pt, which "
+            "does not say how states are normalized; go on with --resume, or run it again"
+        )
+    with fits.fitting(path, "states"):
+        mean, std = checkpoints.unpack(state["states"])
+    return TrainedRun(config, step, None, after, mean, std)
+
+
+def _at_switch(file: Path, trainer: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The policy of `keep_at_switch`, in a trainer of the run, and mean and std of the states."""
     try:
-        kept = load_file(folder / AT_SWITCH)
+        kept = load_file(file)
         mean, std = kept.pop("state_mean").numpy(), kept.pop("state_std").numpy()
     except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(f"{folder / AT_SWITCH} is damaged ({error})") from None
+        raise ValueError(f"{file} is damaged ({error})") from None
     weights = {name.removeprefix("policy."): tensor for name, tensor in kept.items()}
-    before, after = (_trainer(module, config) for _ in range(2))
-    fits.load_part(after, state["parts"].get("trainer"), path, "trainer")
-    with fits.fitting(folder / AT_SWITCH, "policy"):
-        acting(before).load_state_dict(weights)
-    policies = acting(before).eval(), acting(after).eval()
-    return TrainedRun(config, state["step"], *policies, mean, std)
+    with fits.fitting(file, "policy"):
+        acting(trainer).load_state_dict(weights)
+    return acting(trainer).eval(), mean, std
 
 
 def _trainer(module: ModuleType, config: Any) -> Any:

@@ -232,6 +232,11 @@ def watch(
     from corl import acting, envs
 
     run = trained.read(folder, algorithm)
+    if run.before is None:
+        raise ValueError(
+            f"{folder} has no {trained.AT_SWITCH}: the run has not reached its online phase, or "
+            "an older version made it; go on with --resume, or run it again"
+        )
     config = run.config
     online = run.step - config.offline_iterations
     seed = config.eval_seed if seed is None else seed

@@ -26,10 +26,14 @@ REMOVE_STATE = "remove it, and the sweep looks at the cell again"
 
 
 class CellState(TypedDict, total=False):
-    """`state.json`: how a cell ended, with its score or the last lines of its log."""
+    """`state.json`: how a cell ended, with its score or the last lines of its log.
+
+    unit: what the score is told in, where that is not D4RL's normalized score.
+    """
 
     state: Literal["done", "failed"]
     score: float | None
+    unit: str
     error: list[str]
 
 

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from corl.config import read_yaml
+from corl.tasks import Scale
 from experiments.plan import planned_cells, read_sweep
 from experiments.programs import ROOT
-from experiments.store import check_rules, check_settings, online_steps, read_store
+from experiments.store import (
+    check_rules,
+    check_scale,
+    check_settings,
+    online_steps,
+    read_store,
+)
 
 EXPERIMENT_FIELDS = {
     "title": str,
@@ -28,6 +35,10 @@ GROUP_FIELDS = {
     "baseline": str,
     "contrasts": list,
 }
+
+
+# Settings that decide what an evaluation's number means.
+SAME_SETTINGS = ("eval_seed", "horizon", "ref_min_score", "ref_max_score")
 
 
 class Group(NamedTuple):
@@ -52,6 +63,7 @@ class Experiment(NamedTuple):
 
     runs: label -> task -> seed -> stored run.
     planned: (label, task, seed) of the cells of its sweep; empty where it names none.
+    scale: what all its runs are told in.
     """
 
     folder: Path
@@ -61,6 +73,7 @@ class Experiment(NamedTuple):
     groups: list[Group]
     runs: dict[str, dict[str, dict[int, dict]]]
     planned: list[tuple[str, str, int]]
+    scale: Scale
 
     def name(self, label: str) -> str:
         """What tables and figures call a method, with the word of its caveat."""
@@ -99,6 +112,7 @@ def read_experiment(folder: Path | str) -> Experiment:
             f"{folder} holds no runs; put some in with `add RUN --to {folder}`"
         )
     check_settings(records)
+    scale = check_scale(records, folder)
     runs: dict[str, dict[str, dict[int, dict]]] = {}
     for r in records:
         runs.setdefault(r["label"], {}).setdefault(r["env"], {})[r["seed"]] = r
@@ -120,7 +134,8 @@ def read_experiment(folder: Path | str) -> Experiment:
     note = (values.get("note") or "").strip()
     title = values.get("title") or folder.name
     names = values.get("names") or {}
-    return Experiment(folder, title, note, names, groups, runs, _planned(values, file))
+    planned = _planned(values, file)
+    return Experiment(folder, title, note, names, groups, runs, planned, scale)
 
 
 def _planned(values: Mapping, file: Path) -> list[tuple[str, str, int]]:
@@ -200,7 +215,7 @@ def _check_comparable(title: str, tree: Mapping[str, Mapping[str, Mapping]]) -> 
                     "the data (sha256)": record["dataset"]["sha256"][:12],
                     "the evaluations' steps": online_steps(record),
                     "episodes per evaluation": len(online[0]["returns"]),
-                    "eval_seed": record["config"].get("eval_seed"),
+                    **{name: record["config"].get(name) for name in SAME_SETTINGS},
                 }
                 other, theirs = first.setdefault(env, (label, facts))
                 for name, value in facts.items():

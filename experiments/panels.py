@@ -4,10 +4,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from corl.tasks import RAW, file_name
 from experiments import figures, stats
 from experiments.groups import Experiment, Group
-from experiments.store import online_scores, online_steps
-from experiments.tables import MEASURES, paired, spread_over_runs, values_of_all
+from experiments.store import online_scores, online_steps, training_metric
+from experiments.stored import scale_of
+from experiments.tables import (
+    MEASURES,
+    averaged,
+    paired,
+    spread_over_runs,
+    told,
+    values_of_all,
+)
 
 BUDGET = "online environment steps"
 # (curve's title in its panel) -> (method's name) -> curve
@@ -15,19 +24,47 @@ Panels = dict[str, dict[str, figures.Curve]]
 
 
 def group_figures(
-    experiment: Experiment, group: Group, tasks: Sequence[str]
+    experiment: Experiment, group: Group
 ) -> Iterator[tuple[str, bytes, str]]:
     """(file name, PNG, description) of a group's figures; one without numbers is left out."""
+    yield from _difference_figures(experiment, group)
+    yield from _curve_figures(experiment, group)
+
+
+def _data_of(experiment: Experiment, group: Group) -> str:
+    return "data: " + "; ".join(experiment.data_labels(group.labels))
+
+
+def _difference_figures(
+    experiment: Experiment, group: Group
+) -> Iterator[tuple[str, bytes, str]]:
+    """One over all tasks, or of raw returns one per task."""
     names = [experiment.name(label) for label in group.labels]
-    data = "data: " + "; ".join(experiment.data_labels(group.labels))
-    compared = differences(experiment, group, tasks)
-    if compared:
+    for tasks in averaged(experiment, group):
+        compared = differences(experiment, group, tasks)
+        if not compared:
+            continue
         one = f"{tasks[0]}, marks: seeds"
         many = f"mean of {len(tasks)} tasks, marks: seeds of each"
-        caption = f"95 % intervals; {many if len(tasks) > 1 else one}\n{data}"
-        x_label = f"points above {experiment.name(group.baseline)}"
-        picture = figures.difference_panels(compared, names, x_label, caption)
-        yield f"{group.slug}-differences", picture, f"differences, {group.title}"
+        caption = f"95 % intervals; {many if len(tasks) > 1 else one}\n"
+        caption += _data_of(experiment, group)
+        name, about = f"{group.slug}-differences", f"differences, {group.title}"
+        unit = "points"
+        if experiment.scale is RAW:
+            name, about = f"{name}-{file_name(tasks[0])}", f"{about}, {tasks[0]}"
+            unit = experiment.scale.name
+        x_label = f"{unit} above {experiment.name(group.baseline)}"
+        yield name, figures.difference_panels(compared, names, x_label, caption), about
+
+
+def _curve_figures(
+    experiment: Experiment, group: Group
+) -> Iterator[tuple[str, bytes, str]]:
+    scale = experiment.scale
+    names = [experiment.name(label) for label in group.labels]
+    data = _data_of(experiment, group)
+    score = scale.label if scale is RAW else "normalized score"
+    tasks = next(iter(averaged(experiment, group)), [])
 
     def by_task(curve: Callable[[Sequence[Mapping]], figures.Curve | None]) -> Panels:
         return task_panels(experiment, group, curve)
@@ -37,21 +74,21 @@ def group_figures(
         (
             "learning",
             by_task(learning_curve),
-            "normalized score",
+            score,
             f"mean, {band}",
             "learning curves",
         ),
         (
             "efficiency",
             efficiency_panel(experiment, group, tasks),
-            "normalized score (IQM)",
+            f"{score} (IQM)",
             f"IQM over {len(tasks)} tasks, 95 % bootstrap band",
             "sample efficiency",
         ),
         (
             "training",
             by_task(training_curve),
-            "score of training episodes",
+            f"{scale.name} of training episodes",
             f"mean of tenths, {band}",
             "training episodes",
         ),
@@ -116,6 +153,7 @@ def differences(
     panels: dict[str, dict[str, figures.Difference]] = {}
     for measure, title in MEASURES.items():
         found = values_of_all(experiment, group, tasks, measure)
+        title = told(experiment.scale, title)
         for label in found:
             x, y = paired(found[label], found[group.baseline])
             if label != group.baseline and all(map(len, x)):
@@ -137,7 +175,7 @@ def learning_curve(records: Sequence[Mapping]) -> figures.Curve:
 
 def training_curve(records: Sequence[Mapping]) -> figures.Curve | None:
     """Mean score of the training episodes over runs; none where a run does not have it."""
-    found = metric_curves(records, "train_score")
+    found = metric_curves(records, training_metric(scale_of(records[0])))
     return None if found is None else mean_curve(*tenths(*found))
 
 

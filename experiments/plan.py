@@ -65,8 +65,10 @@ FILLED_BY_SWEEP = {
 }
 # Defaults that have changed: cells keep the names that they got from these.
 FORMER_DEFAULTS = {"compile": False}
-# What a sweep, a method or a task may be called: a part of a folder's name.
+# What a sweep or a method may be called: a part of a folder's name.
 NAME = r"\w[\w.+-]{0,99}"
+# What a task may be called: D4RL's names and gymnasium's ids.
+TASK = r"\w[\w.+:/-]{0,99}"
 # More cells than this are a slip, such as one list too many in a grid.
 MOST_CELLS = 10_000
 # Values of settings, later ones over earlier ones: (where they come from, nested values).
@@ -272,8 +274,11 @@ def read_sweep(path: Path | str) -> Sweep:
             f"most 100 letters, digits and . + - _, and not {OFFLINE}"
         )
     for task in values["tasks"]:
-        if not isinstance(task, str) or not re.fullmatch(NAME, task):
-            raise ConfigError(f"{path}: tasks must be D4RL names, not {shown(task)}")
+        if not isinstance(task, str) or not re.fullmatch(TASK, task):
+            raise ConfigError(
+                f"{path}: tasks must be D4RL names or gymnasium ids, as env takes them, not "
+                f"{shown(task)}"
+            )
     for seed in values["seeds"]:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ConfigError(
@@ -408,7 +413,7 @@ class _SharedSettings:
         """The settings file of the task, if the method has one, and the sweep's settings."""
         layers = [self._layer(method, f"{self.sweep.path}: settings", None)]
         if method.config is not None:
-            short = re.sub(r"-v\d+$", "", task).replace("-", "_")
+            short = re.sub(r"-v\d+$", "", tasks.file_name(task)).replace("-", "_")
             file = method.config.replace("{task}", short)
             layers.insert(0, self._layer(method, file, Path(file)))
         return layers
@@ -552,7 +557,8 @@ def _offline_cell(
             "set offline_settings: {eval_freq: ...}"
         )
     ending = digest(stem, config, config.BOOKKEEPING | config.ONLINE)
-    folder = runs_dir / OFFLINE / f"{stem}-{cell.task}-s{cell.seed}-{ending}"
+    name = f"{stem}-{tasks.file_name(cell.task)}-s{cell.seed}-{ending}"
+    folder = runs_dir / OFFLINE / name
     config = dataclasses.replace(config, runs_dir=str(folder))
     return Cell(folder, f"offline {stem}", cell.task, cell.seed, algorithm, config, {})
 

@@ -15,16 +15,24 @@ from pathlib import Path
 from corl import files, machine
 from corl.arguments import Parser, errors_in_one_line, path
 from corl.drop import SWITCH
+from corl.tasks import D4RL, NORMALIZED, RAW, SCALES, file_name
 from experiments import tables
 from experiments.groups import Experiment, Group, read_experiment
 from experiments.panels import group_figures, snapshot_picture
 from experiments.store import add, read_run
 from experiments.values import dump_json
 
+# What a page says of numbers that are not D4RL's.
+ABOUT_SCALES = {
+    NORMALIZED: "Scores are normalized by the runs' own `ref_min_score` and `ref_max_score`. ",
+    RAW: "All numbers are raw returns, in each environment's own unit. ",
+}
+
 
 def write_report(folder: Path | str) -> list[Path]:
     """Write README.md, scores.csv and figures/ of an experiment; returns the files.
 
+    Where nothing is normalized, the second is returns.csv.
     The figures folder belongs to the report: pictures of an earlier one are removed.
     """
     experiment = read_experiment(folder)
@@ -43,17 +51,25 @@ def write_report(folder: Path | str) -> list[Path]:
         )
     text.append(
         "Raw returns of every evaluation episode, settings and versions: `runs/`. One row per "
-        "run: `scores.csv`. This page, that file and `figures/` are written by `make report`.\n"
+        f"run: `{_rows_file(experiment)}`. This page, that file and `figures/` are written by "
+        "`make report`.\n"
     )
     written = {"README.md": "\n".join(t for t in text if t).encode()}
-    written["scores.csv"] = tables.scores_csv(experiment).encode()
+    written[_rows_file(experiment)] = tables.scores_csv(experiment).encode()
     written.update({f"figures/{name}.png": data for name, data in pictures.items()})
     for name, data in written.items():
         _write(experiment.folder / name, data)
     for old in experiment.folder.glob("figures/*.png"):
         if old.stem not in pictures:
             old.unlink()
+    for scale in SCALES:
+        if scale.name != experiment.scale.name:
+            (experiment.folder / f"{scale.name}s.csv").unlink(missing_ok=True)
     return [experiment.folder / name for name in written]
+
+
+def _rows_file(experiment: Experiment) -> str:
+    return f"{experiment.scale.name}s.csv"
 
 
 def _data_note(experiment: Experiment) -> str:
@@ -62,7 +78,9 @@ def _data_note(experiment: Experiment) -> str:
     if not records:
         return "There are no runs yet.\n"
     note = f"Data: **{'; '.join(labels)}**. "
-    if any(r["dataset"]["source"] == "self-collected" for r in records):
+    note += ABOUT_SCALES.get(experiment.scale, "")
+    own = any(r["dataset"]["source"] == "self-collected" for r in records)
+    if own and experiment.scale is D4RL:
         note += (
             "Scores use D4RL's scale, but those on self-collected data are not D4RL scores and "
             "compare with nothing outside this page. "
@@ -94,43 +112,54 @@ def _group_section(
     if not group.labels:
         return "\n".join(text)
     text.append(tables.task_table(experiment, group))
+    scored = experiment.scale is not RAW
+    regret = "Regret: mean of 1 − score/100 over the online evaluations. " * scored
+    training = tables.told(experiment.scale, "Training: mean score of the training")
     text.append(
         "Before: evaluation at the switch, or the last offline one. After: mean of the last four "
-        "online evaluations. "
-        "Regret: mean of 1 − score/100 over the online evaluations. Training: mean score of the "
-        "training episodes, which explore. Depth: before minus the lowest moving mean of three "
+        f"online evaluations. {regret}{training} "
+        "episodes, which explore. Depth: before minus the lowest moving mean of three "
         "online evaluations. Recovery: online steps to the first such mean at or above before; "
         "without one, all steps count. Mean ± standard deviation over seeds. "
         f"{_same_start(experiment, group)}\n"
     )
-    tasks = tables.common_tasks(experiment, group)
-    if tasks and len(group.labels) > 1:
-        compared = [
-            tables.aggregate_table(experiment, group, tasks, x) for x in tables.MEASURES
-        ]
-        text.extend(table for table in compared if table)
-        text.append(
-            f"Over {_plural(len(tasks), 'task')} that all of them ran. IQM and P: stratified "
-            "bootstrap over runs, too narrow for few seeds. Difference: paired by seed, mean "
-            "over tasks, Student's interval; not corrected for the number of comparisons.\n"
-        )
+    for tasks in tables.averaged(experiment, group):
+        if tasks and len(group.labels) > 1:
+            text.extend(_aggregates(experiment, group, tasks))
     cost = tables.cost_table(experiment, group)
     if cost:
+        collapsed = "Collapsed: final score below half of the offline model's. " * scored
         text.append(cost)
         text.append(
-            "Collapsed: final score below half of the offline model's. Updates and CPU time are "
+            f"{collapsed}Updates and CPU time are "
             "of a run itself, all threads together; a shared offline model is not counted. "
             "Generator's share: its arithmetic, of what its authors spend.\n"
         )
     if warned := tables.warnings_list(experiment, group):
         text.append("Warnings of the runs:\n\n" + warned)
-    for name, picture, alt in group_figures(experiment, group, tasks):
+    for name, picture, alt in group_figures(experiment, group):
         pictures[name] = picture
         text.append(f"![{alt}](figures/{name}.png)\n")
     settings = tables.settings_table(experiment, group)
     if settings:
         text.append("What differs between them:\n\n" + settings)
     return "\n".join(text)
+
+
+def _aggregates(experiment: Experiment, group: Group, tasks: list[str]) -> list[str]:
+    """Tables of means over tasks that all methods of the group ran, and what they hold."""
+    compared = [
+        tables.aggregate_table(experiment, group, tasks, x) for x in tables.MEASURES
+    ]
+    over = f"Over {_plural(len(tasks), 'task')} that all of them ran"
+    if experiment.scale is RAW:
+        over = f"On {tasks[0]}, which all of them ran"
+    return [
+        *(table for table in compared if table),
+        f"{over}. IQM and P: stratified "
+        "bootstrap over runs, too narrow for few seeds. Difference: paired by seed, mean "
+        "over tasks, Student's interval; not corrected for the number of comparisons.\n",
+    ]
 
 
 def _plural(count: int, word: str) -> str:
@@ -158,7 +187,7 @@ def _snapshot_section(experiment: Experiment, pictures: dict[str, bytes]) -> str
     text = []
     for (label, env), records in tables.snapshots(experiment).items():
         record = records[0]
-        name = f"snapshot-{label}-{env}-s{record['seed']}"
+        name = f"snapshot-{label}-{file_name(env)}-s{record['seed']}"
         pictures[name] = snapshot_picture(record, experiment.name(label))
         text.append(f"![{label}, {env}, seed {record['seed']}](figures/{name}.png)\n")
     if not text:

@@ -13,13 +13,13 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from corl import files, rewards
+from corl import files, rewards, tasks
 from corl.config import FinetuneConfig, expand, read_yaml
 from corl.curves import read_csv
 from corl.drop import SWITCH
 from corl.summary import training_score
 from experiments import stats
-from experiments.stored import FORMAT, NAME, Machine, Snapshot, check_stored
+from experiments.stored import FORMAT, NAME, Machine, Snapshot, check_stored, scale_of
 from experiments.values import check_form, dump_json, flatten, plain, read_json
 
 # Points of a metric's stored curve, at most.
@@ -66,6 +66,7 @@ class Summary(TypedDict, total=False):
     env: str
     machine: Machine
     versions: dict[str, str]
+    score_unit: str
     score_final: float | None
     updates: int
     updates_per_second: float
@@ -113,21 +114,24 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
             f"label {label!r} must be letters, digits and . , _ + = -, no sign first; give "
             "another one with --as"
         )
-    evaluations = _read_evaluations(folder / "evaluations.csv")
+    scale = _naming(folder / "summary.json", scale_of, summary)
+    evaluations = _read_evaluations(folder / "evaluations.csv", scale)
     _check_final_score(folder, evaluations, summary)
     settings = {k: v for k, v in config.items() if k not in NOT_SETTINGS}
+    switch = config["offline_iterations"]
     record = {
         "format": FORMAT,
         "label": label,
         **{name: summary[name] for name in ("algorithm", "env", "seed", "commit")},
+        **({} if scale is tasks.D4RL else {"score_unit": scale.label}),
         "dataset": data,
         "machine": summary["machine"],
         "versions": summary["versions"],
         "config": plain(settings),
-        "before": _before(evaluations, _offline_runs(summary, config)),
+        "before": _before(evaluations, _offline_runs(summary, config), scale),
         "evaluations": evaluations,
         "training": _training(folder / "metrics.csv"),
-        "metrics": _thin_metrics(folder / "metrics.csv", config["offline_iterations"]),
+        "metrics": _thin_metrics(folder / "metrics.csv", switch, _metric_names(scale)),
         "updates": summary["updates"],
         "updates_per_second": _digits(summary["updates_per_second"]),
         "wall_seconds": _digits(summary["wall_seconds"]),
@@ -149,10 +153,10 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
     return record
 
 
-def _naming(path: Path, check: Callable[..., None], *values: Any) -> None:
-    """Run a check; its error names the file or folder and what to do."""
+def _naming(path: Path, check: Callable[..., Any], *values: Any) -> Any:
+    """What a check returns; its error names the file or folder and what to do."""
     try:
-        check(*values)
+        return check(*values)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); run it again") from None
 
@@ -198,14 +202,15 @@ def _check_final_score(folder: Path, evaluations: list[dict], summary: Mapping) 
         )
 
 
-def _read_evaluations(path: Path) -> list[dict[str, Any]]:
+def _read_evaluations(path: Path, scale: tasks.Scale) -> list[dict[str, Any]]:
     """Per evaluation its phase, step and raw episodes, in the order of the file."""
+    score = "return" if scale is tasks.RAW else "score"
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     found: dict[tuple, dict[str, Any]] = {}
     try:
         columns = read_csv(path)
-        names = ("phase", "step", "return", "score")
+        names = ("phase", "step", "return", score)
         rows = list(zip(*(columns[n] for n in names), strict=True))
         for phase, step, total, score in rows:
             entry = {"phase": phase, "step": int(step), "returns": [], "scores": []}
@@ -238,14 +243,16 @@ def _offline_runs(summary: Mapping, config: Mapping) -> list[tuple[Path, float]]
     return found
 
 
-def _before(evaluations: list[dict], sources: list) -> dict[str, Any] | None:
+def _before(
+    evaluations: list[dict], sources: list, scale: tasks.Scale
+) -> dict[str, Any] | None:
     """The evaluation of the offline model: of this run, or of the run it was loaded from."""
     if at_switch := [e for e in evaluations if e["phase"] == SWITCH]:
         return at_switch[-1]
     offline = [e for e in evaluations if e["phase"] == "offline"]
     for folder, step in sources:
         if not offline and (folder / "evaluations.csv").is_file():
-            entries = _read_evaluations(folder / "evaluations.csv")
+            entries = _read_evaluations(folder / "evaluations.csv", scale)
             offline = [e for e in entries if e["phase"] == "offline"]
             offline = [e for e in offline if e["step"] <= step]
     return offline[-1] if offline else None
@@ -259,14 +266,24 @@ def _training(path: Path) -> float | None:
         raise ValueError(f"{path} is damaged ({error}); run it again") from None
 
 
-def _thin_metrics(path: Path, switch: int) -> dict[str, list]:
+def training_metric(scale: tasks.Scale) -> str:
+    """The column of metrics.csv with the scores, or the returns, of training episodes."""
+    return f"train_{scale.name}"
+
+
+def _metric_names(scale: tasks.Scale) -> list[str]:
+    own = {training_metric(tasks.D4RL): training_metric(scale)}
+    return [own.get(name, name) for name in METRICS]
+
+
+def _thin_metrics(path: Path, switch: int, names: Iterable[str]) -> dict[str, list]:
     """Means of the online rows in at most POINTS bins; `step` counts from the switch."""
     try:
         columns = read_csv(path)
         rows = [i for i, phase in enumerate(columns["phase"]) if phase == "online"]
         bins = np.array_split(rows, min(POINTS, len(rows))) if rows else []
         thin = {"step": [int(columns["step"][b[-1]]) - switch for b in bins]}
-        curves = {n: [float(v or "nan") for v in columns.get(n, [])] for n in METRICS}
+        curves = {n: [float(v or "nan") for v in columns.get(n, [])] for n in names}
     except (OSError, KeyError, IndexError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is damaged ({error}); run it again") from None
     for name, curve in curves.items():
@@ -307,6 +324,7 @@ def add(
             )
         new[path] = record
     check_settings({**stored, **new}.values())
+    check_scale({**stored, **new}.values(), experiment)
     for path, record in new.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, dump_json(record))
@@ -314,7 +332,7 @@ def add(
 
 
 def _store_path(experiment: Path, record: Mapping) -> Path:
-    name = f"{record['env']}-s{record['seed']}.json"
+    name = f"{tasks.file_name(record['env'])}-s{record['seed']}.json"
     return experiment / "runs" / record["label"] / name
 
 
@@ -372,6 +390,24 @@ def check_rules(records: Iterable[Mapping], where: str) -> None:
                 f"return range of the rule {rule!r}, {other['label']} seed {other['seed']} by "
                 f"{return_rule(other)!r}; run the older one again"
             )
+
+
+def check_scale(records: Iterable[Mapping], folder: Path) -> tasks.Scale:
+    """What all runs of an experiment are told in; of two kinds of numbers no page is made.
+
+    Raises:
+        ValueError: some are told in scores, others in returns or in scores of another kind.
+    """
+    first: dict[tasks.Scale, Mapping] = {}
+    for record in records:
+        first.setdefault(scale_of(record), record)
+    if len(first) > 1:
+        kinds = [f"{s.label} ({r['label']} on {r['env']})" for s, r in first.items()]
+        raise ValueError(
+            f"{folder}: runs told in {' and '.join(kinds)} cannot stand in one table; put them "
+            "into different experiments, with another folder behind --to"
+        )
+    return next(iter(first), tasks.D4RL)
 
 
 def check_settings(records: Iterable[Mapping]) -> None:

@@ -7,19 +7,21 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
+from corl import tasks
 from corl.drop import SWITCH
 from experiments.values import check_form
 
 # Version of the form of a stored run.
 FORMAT = 1
-# What a label or a task may be called: a part of a file name.
+# What a label may be, and a task as a part of a file's name.
 NAME = r"\w[\w.,+=-]*"
 
 
 class Evaluation(TypedDict):
     """One evaluation: raw returns of its episodes, and their scores.
 
-    That at the switch has a number of episodes of its own.
+    Where nothing is normalized, the scores are the returns. An evaluation at the switch has a
+    number of episodes of its own.
     """
 
     phase: Literal["offline", "switch", "online"]
@@ -97,6 +99,7 @@ class Snapshot(TypedDict):
 class _Later(TypedDict, total=False):
     """What runs of older versions do not have."""
 
+    score_unit: str
     snapshot: Snapshot
     training: float | None
     cpu_seconds: float
@@ -108,6 +111,7 @@ class _Later(TypedDict, total=False):
 class StoredRun(_Later):
     """A stored run.
 
+    score_unit: the label of its `scale_of`; D4RL's where it is missing.
     before: the evaluation at the switch, else the last one of the offline model, where it is known.
     training: mean score of the training episodes over the online phase.
     generator_share: arithmetic of a generator of rows, as a share of what its paper spends.
@@ -139,9 +143,11 @@ def check_stored(record: Mapping[str, Any]) -> None:
         ValueError: one line that names the place in the record.
     """
     check_form(record, StoredRun, "")
-    for name in ("label", "env"):
-        if not re.fullmatch(NAME, record[name]):
-            raise ValueError(f"{name} {record[name]!r} is no part of a file name")
+    names = {"label": record["label"], "env": tasks.file_name(record["env"])}
+    for field, name in names.items():
+        if not re.fullmatch(NAME, name):
+            raise ValueError(f"{field} {record[field]!r} is no part of a file name")
+    scale_of(record)
     if not 0 <= record["seed"] < 2**32:
         raise ValueError(f"seed is {record['seed']}")
     check_form(
@@ -156,6 +162,19 @@ def check_stored(record: Mapping[str, Any]) -> None:
         raise ValueError("metrics.step lacks a step")
     if "snapshot" in record:
         _check_snapshot(record["snapshot"])
+
+
+def scale_of(record: Mapping[str, Any]) -> tasks.Scale:
+    """What the scores of a stored run, or of a `summary.json`, are told in.
+
+    Raises:
+        ValueError: its `score_unit` is none that we know.
+    """
+    scales = {scale.label: scale for scale in tasks.SCALES}
+    unit = record.get("score_unit", tasks.D4RL.label)
+    if unit not in scales:
+        raise ValueError(f"score_unit {unit!r} is not one of {', '.join(scales)}")
+    return scales[unit]
 
 
 def _check_evaluations(record: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 from corl import arguments, machine
 from corl.config import ConfigError
+from corl.tasks import RAW
 from experiments.cells import Cell, last_lines, read_state, write_cell, write_failed
 from experiments.plan import plan, select
 from experiments.workers import Pool, RayPool
@@ -95,8 +96,10 @@ class _Driver:
         for handle, code, note in self.pool.ended(list(self.running), seconds):
             cell = self.running.pop(handle)
             if cell.is_done:
-                score = self.table.progress(cell)
-                self.table.event(f"done: {cell.label}, score {score}")
+                unit = read_state(cell.folder).get("unit", "score")
+                self.table.event(
+                    f"done: {cell.label}, {unit} {self.table.progress(cell)}"
+                )
                 continue
             died = code is None or code <= 0 or code >= DIED
             deaths = self.deaths.get(cell.folder, 0) + died
@@ -142,7 +145,9 @@ class Table:
             return "FAILED"
         if state.get("state") == "done":
             score = state.get("score")
-            return "done" if score is None else f"{score:.1f}"
+            # Nobody knows the size of an environment's returns.
+            form = ".4g" if state.get("unit") == RAW.label else ".1f"
+            return "done" if score is None else f"{score:{form}}"
         total = cell.config.offline_iterations + cell.config.online_iterations
         for file in cell.folder.glob("*/metrics.csv"):
             step = max(0, min(_last_step(file), total))

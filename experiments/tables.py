@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from corl.drop import drop_at_the_switch
+from corl.tasks import RAW, Scale
 from experiments import stats
 from experiments.groups import Experiment, Group
-from experiments.store import online_scores, online_steps
+from experiments.store import online_scores, online_steps, training_metric
+from experiments.stored import scale_of
 from experiments.values import flatten
 
 # Measures on which methods are compared -> their titles in figures.
@@ -32,12 +34,19 @@ CONTRASTED = {
 # A run whose final score is below this share of the offline model's has collapsed.
 COLLAPSED = 0.5
 
+
+def told(scale: Scale, text: str) -> str:
+    """A text about scores in the words of a scale: of raw returns it says return."""
+    return text.replace("score", scale.name)
+
+
 # ---------------------------------------------------------------- numbers of runs
 
 
 def measures(record: Mapping) -> dict[str, float | None]:
-    """A run's scores (D4RL-normalized): before, after (last four), last, best; its regret.
+    """A run's scores, in its scale: before, after (last four), last, best; its regret.
 
+    regret: None where nothing is normalized, since nobody knows the best return.
     training: mean over the logged online steps of the score of the last training episode.
     depth, recovery: of the drop at the switch, see `corl.drop.Drop`. A recovery that the run did
     not see is None, and in `censored` it is the last evaluation's step.
@@ -45,16 +54,17 @@ def measures(record: Mapping) -> dict[str, float | None]:
     scores = online_scores(record)
     before = float(np.mean(record["before"]["scores"])) if record["before"] else None
     drop = drop_at_the_switch(before, online_steps(record), scores.tolist())
+    scale = scale_of(record)
     return {
         "before": before,
         "after": stats.final_score(scores),
         "last": float(scores[-1]),
         "best": float(scores.max()),
-        "regret": stats.regret(scores),
+        "regret": None if scale is RAW else stats.regret(scores),
         # Older versions stored its bins alone.
         "training": record["training"]
         if "training" in record
-        else _metric_mean(record, "train_score"),
+        else _metric_mean(record, training_metric(scale)),
         "depth": drop.depth if drop else None,
         "recovery": drop.recovery if drop else None,
         "censored": drop.censored_recovery if drop else None,
@@ -71,6 +81,16 @@ def common_tasks(experiment: Experiment, group: Group) -> list[str]:
     """The tasks that every method of the group has runs of."""
     sets = [set(experiment.runs[label]) for label in group.labels]
     return sorted(set.intersection(*sets)) if sets else []
+
+
+def averaged(experiment: Experiment, group: Group) -> list[list[str]]:
+    """The common tasks in parts over which a mean is taken.
+
+    Scores have one scale, so all tasks are one part. Raw returns of different environments have
+    no common unit, so each task is its own.
+    """
+    tasks = common_tasks(experiment, group)
+    return [[task] for task in tasks] if experiment.scale is RAW else [tasks]
 
 
 def _values(
@@ -167,7 +187,9 @@ def _seeds(by_seed: Mapping[int, Any]) -> str:
 
 def task_table(experiment: Experiment, group: Group) -> str:
     """Per task and method: scores before, after, last, best; regret, training, drop, exchanges."""
-    header = ["task", "method", "seeds", "before → after", "last", "best", "regret"]
+    regret = experiment.scale is not RAW
+    header = ["task", "method", "seeds", "before → after", "last", "best"]
+    header += ["regret"] * regret
     header += ["training", "depth", "recovery", "pairs exchanged"]
     tasks = sorted({env for label in group.labels for env in experiment.runs[label]})
     rows = []
@@ -180,9 +202,9 @@ def task_table(experiment: Experiment, group: Group) -> str:
             column = {name: [m[name] for m in found] for name in found[0]}
             both = f"{_spread(column['before'])} → {_spread(column['after'])}"
             rest = [_spread(column["last"]), _spread(column["best"])]
-            rest += [_spread(column["regret"], 3), _spread(column["training"])]
-            rest += [_spread(column["depth"]), _recovery(found)]
-            rest += [_spread(column["exchanged"])]
+            rest += [_spread(column["regret"], 3)] * regret
+            rest += [_spread(column["training"]), _spread(column["depth"])]
+            rest += [_recovery(found), _spread(column["exchanged"])]
             rows.append([env, experiment.name(label), _seeds(by_seed), both, *rest])
     return _table(header, rows)
 
@@ -205,7 +227,8 @@ def contrast_table(experiment: Experiment, group: Group) -> str:
         tasks = sorted(_tasks(experiment, one) & _tasks(experiment, other))
         if not tasks:
             rows.append([names, "–", "0", *["no runs yet"] * len(CONTRASTED), "–"])
-        for shown in [[task] for task in tasks] + ([tasks] if len(tasks) > 1 else []):
+        over_all = len(tasks) > 1 and experiment.scale is not RAW
+        for shown in [[task] for task in tasks] + [tasks] * over_all:
             cells, so, pairs = [], "–", 0
             for measure in CONTRASTED:
                 cell, verdict, count = _contrast(experiment, one, other, shown, measure)
@@ -216,7 +239,8 @@ def contrast_table(experiment: Experiment, group: Group) -> str:
             rows.append([names, where, str(pairs), *cells, so])
     if not rows:
         return ""
-    heads = [f"{title} [95 %]" for title in CONTRASTED.values()]
+    titles = [told(experiment.scale, title) for title in CONTRASTED.values()]
+    heads = [f"{title} [95 %]" for title in titles]
     return _table(["difference", "task", "pairs", *heads, "so"], rows)
 
 
@@ -318,18 +342,21 @@ def _difference_cells(
 def cost_table(experiment: Experiment, group: Group) -> str:
     """Per method: collapsed runs, updates, CPU time, a generator's share of its paper's.
 
-    Empty if a run of the group does not say its CPU time.
+    Empty if a run of the group does not say its CPU time. Half of a raw return means nothing, so
+    nothing is said of collapses then.
     """
     of_label = {label: list(experiment.records([label])) for label in group.labels}
     everything = [record for records in of_label.values() for record in records]
     if not all("cpu_seconds" in record for record in everything):
         return ""
-    header = ["method", "runs", "collapsed", "updates", "CPU minutes"]
+    collapses = experiment.scale is not RAW
+    header = ["method", "runs", *["collapsed"] * collapses, "updates", "CPU minutes"]
     generated = any("generator_share" in record for record in everything)
     rows = []
     for label, records in of_label.items():
         minutes = [record["cpu_seconds"] / 60 for record in records]
-        row = [experiment.name(label), str(len(records)), _collapsed(records)]
+        row = [experiment.name(label), str(len(records))]
+        row += [_collapsed(records)] * collapses
         row += [_spread([r["updates"] for r in records], 0), _spread(minutes)]
         if generated:
             shares = [record.get("generator_share") for record in records]
@@ -444,8 +471,9 @@ def scores_csv(experiment: Experiment) -> str:
     """A row per run, for other people's analysis; raw episode returns are in runs/."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ("before", "after", "last", "best", "regret", "training", "exchanged")
-    names += ("depth", "recovery")
+    regret = ["regret"] * (experiment.scale is not RAW)
+    names = ["before", "after", "last", "best", *regret, "training", "exchanged"]
+    names += ["depth", "recovery"]
     head = ["label", "env", "seed", *names, "dataset_source", "dataset_sha256", "commit"]
     writer.writerow(head)
     for record in experiment.records(sorted(experiment.runs)):

@@ -44,7 +44,11 @@ class DatasetFacts(TypedDict):
     sha256: str
 
 
-class Concluded(TypedDict):
+class _Unit(TypedDict, total=False):
+    score_unit: str
+
+
+class Concluded(_Unit):
     """What is read of a finished cell's `summary.json`."""
 
     dataset: DatasetFacts
@@ -118,7 +122,8 @@ def _conclude(folder: Path, about: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
         files.write_text(run / "summary.json", text)
     score = summary["score_offline" if about["is_model"] else "score_final"]
-    write_state(folder, state="done", score=score)
+    unit = {"unit": summary["score_unit"]} if "score_unit" in summary else {}
+    write_state(folder, state="done", score=score, **unit)
 
 
 # ---------------------------------------------------------------- started by a worker

@@ -10,6 +10,7 @@ where that is missing; `make test-optional` installs it and runs these tests alo
 
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,13 @@ FAULT = (
     "fault"  # name of the mark, and of the property that carries its kind to the summary
 )
 OPTIONAL = "optional"
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def find_chromium():
+    return next(filter(None, map(shutil.which, CHROMIUMS)), None)
+
+
 # What a test may need -> is it here, and how to get it.
 NEEDED = {
     **{
@@ -43,6 +51,10 @@ NEEDED = {
             "torchrl": "buffers",
         }.items()
     },
+    "browser": (
+        lambda: importlib.util.find_spec("playwright") and find_chromium(),
+        "no playwright (requirements-browser.txt), or none of " + ", ".join(CHROMIUMS),
+    ),
     "cuda": (torch.cuda.is_available, "there is no CUDA device"),
     "corl": (lambda: "CORL_DIR" in os.environ, "CORL_DIR is not a checkout of CORL"),
 }
@@ -66,6 +78,12 @@ def no_timed_choice(monkeypatch):
 
     monkeypatch.setattr(pace, "time_products", timed)
     monkeypatch.setattr(pace, "available_cores", lambda **options: 2)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The path of a Chromium of the system."""
+    return find_chromium()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,5 +1,7 @@
 """Any gymnasium environment and data of the user's own: what a newcomer brings runs."""
 
+import io
+import json
 import os
 import re
 import subprocess
@@ -11,14 +13,20 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from algorithms import iql
-from corl import envs, own_envs, rewards, run_tables, tasks
+from corl import curves, envs, machine, own_envs, rewards, run_tables, tasks, trained
 from corl.config import parse_config
 from corl.data import sources
+from corl.standin import own_policy
+from experiments import report, sweep
+from experiments.cells import read_state, write_cell
+from experiments.plan import plan
+from experiments.workers import run_cell
 
 ROOT = Path(__file__).parent.parent
 LOW, HIGH = np.float32([0.0, -3.0]), np.float32([10.0, 1.5])
@@ -358,6 +366,120 @@ def test_rewards_of_an_own_environment_are_scaled_by_the_span_of_returns():
         assert rewards.scales_by_span(name) and not rewards.is_antmaze(name)
     assert not rewards.scales_by_span("antmaze-umaze-v2")
     assert rewards.is_antmaze("antmaze-umaze-v2")
+
+
+# ---------------------------------------------------------------- a sweep
+
+
+WALKS = """
+import gymnasium as gym
+import numpy as np
+
+
+class Walk(gym.Env):
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
+
+    def __init__(self, far):
+        self.far = far
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.far * self.np_random.normal(size=2)
+        return self.place.astype(np.float32), {}
+
+    def step(self, action):
+        self.place = self.place + 0.1 * action
+        return self.place.astype(np.float32), -float(abs(self.place).sum()), False, False, {}
+
+
+gym.register("Near-v0", Walk, kwargs={"far": 1.0}, max_episode_steps=8)
+gym.register("Far-v0", Walk, kwargs={"far": 100.0}, max_episode_steps=8)
+"""
+OWN_SWEEP = """
+tasks: [walks_of_a_sweep:Near-v0, walks_of_a_sweep:Far-v0]
+seeds: [0, 1]
+config: "{task}.yaml"
+settings: {threads: 1, compile: false, device: cpu, offline_iterations: 4,
+           online_iterations: 12, eval_freq: 4, n_episodes: 2, batch_size: 8,
+           buffer_size: 1000, log_freq: 4}
+methods:
+  once: {algorithm: ALGORITHM}
+  twice: {algorithm: ALGORITHM, settings: {utd: 2}}
+"""
+
+
+def test_a_sweep_over_own_environments_ends_in_a_page_of_returns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
+    monkeypatch.setattr(machine, "git_commit", lambda: "0123456789abcdef")
+    Path("walks_of_a_sweep.py").write_text(WALKS)
+    Path("sweep.yaml").write_text(
+        OWN_SWEEP.replace("ALGORITHM", str(ROOT / "algorithms" / "iql.py"))
+    )
+    for name in ("Near", "Far"):
+        env = f"walks_of_a_sweep:{name}-v0"
+        own_policy.collect(envs.find_task(env), 60, Path(f"{name}.hdf5"), progress=False)
+        text = f"dataset_path: {name}.hdf5\n"
+        Path(f"walks_of_a_sweep_{name}.yaml").write_text(text)
+    cells = plan("sweep.yaml")
+    assert len(cells) == 4 + 8
+    for cell in cells:
+        assert cell.folder.parent.parent == Path("runs")
+        write_cell(cell)
+        run_cell(cell.folder)
+    table = sweep.Table(cells, io.StringIO())
+    scores = [read_state(cell.folder) for cell in cells]
+    assert {state["unit"] for state in scores} == {"raw return"}
+    shown = f"{scores[-1]['score']:.4g}"
+    assert table.progress(cells[-1]) == shown
+
+    report.command_line(
+        ["add", *map(str, Path("runs/sweep").glob("*/run")), "--to", "r"]
+    )
+    report.command_line(["write", "r"])
+    text = Path("r/README.md").read_text()
+    assert "score" not in text.lower() and "raw returns" in text
+    for name in ("Near", "Far"):
+        assert f"| walks_of_a_sweep:{name}-v0 | once | 0–1 |" in text
+        assert f"On walks_of_a_sweep:{name}-v0, which all of them ran" in text
+        picture = f"all-methods-differences-walks_of_a_sweep_{name}-v0.png"
+        assert Path("r/figures", picture).stat().st_size > 1000
+    lines = Path("r/returns.csv").read_text().splitlines()
+    assert len(lines) == 9
+    (folder,) = Path("runs/sweep").glob("twice-walks_of_a_sweep_Near-v0-s1-*/run")
+    summary = json.loads((folder / "summary.json").read_text())
+    row = next(r.split(",") for r in lines if "Near-v0,1," in r and "twice" in r)
+    after = lines[0].split(",").index("after")
+    assert float(row[after]) == pytest.approx(summary["score_final"], rel=1e-5)
+    before = lines[0].split(",").index("before")
+    assert float(row[before]) == pytest.approx(summary["score_offline"], rel=1e-5)
+
+
+# ---------------------------------------------------------------- the policy of a run
+
+
+def test_an_offline_policy_collects_before_the_run_goes_online(tmp_path):
+    _, folder = run(tmp_path, "--online_iterations", "0")
+    assert not (folder / trained.AT_SWITCH).exists()
+    (folder / "summary.json").unlink()  # as in a run that was stopped
+    out = own_policy.collect(point(), 40, tmp_path / "o.hdf5", 3, folder, progress=False)
+    with h5py.File(out) as file:
+        states, actions = file["observations"][:], file["actions"][:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        kept = trained.read(folder)
+        policy = kept.after.train()
+        first = policy.act((states[0] - kept.mean) / kept.std, "cpu")
+    expected = point().to_env(np.clip(first, -1, 1))
+    np.testing.assert_allclose(actions[0], expected, rtol=1e-6)
+    (folder / "checkpoint.pt").unlink()
+    with pytest.raises(
+        ValueError, match="has no checkpoint.pt: name the folder of a run"
+    ):
+        own_policy.collect(point(), 40, tmp_path / "p.hdf5", 0, folder, progress=False)
 
 
 # ---------------------------------------------------------------- the page

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from algorithms import dare_iql, iql
 from corl import curves, machine, runs
 from corl.config import parse_config
+from corl.tasks import D4RL, NORMALIZED, RAW
 from experiments import figures, groups, report, snapshot
 from experiments.groups import read_experiment
 from experiments.panels import differences, tenths
@@ -54,6 +56,7 @@ class Config:
     project: str = "CORL"
     group: str = "G"
     name: str = "iql"
+    ref_max_score: float | None = None
     dare: Dare = field(default_factory=Dare)
 
 
@@ -82,10 +85,11 @@ def make_run(tmp_path, monkeypatch):
         lambda: {"processor": "Abacus", "cores": 3, "gpu": None},
     )
 
-    def make(gain=0.0, sha="a" * 64, episodes=3, metrics=None, **changes):
+    def make(gain=0.0, sha="a" * 64, episodes=3, metrics=None, scale=D4RL, **changes):
         config = Config(runs_dir=str(tmp_path / "runs"), **changes)
         total = config.offline_iterations + config.online_iterations
-        run = runs.Run(config, "dare_iql", ["exchanged", "q_loss", "train_score"])
+        columns = ["exchanged", "q_loss", f"train_{scale.name}"]
+        run = runs.Run(config, "dare_iql", columns, scale)
         run.undefined = ("exchanged",)
         run.dataset = {
             "source": "self-collected",
@@ -99,7 +103,9 @@ def make_run(tmp_path, monkeypatch):
             online = step > config.offline_iterations
             returns = generator.normal(1000.0, 100.0, episodes) + 30.0 * gain * online
             phase = "online" if online else "offline"
-            run.evaluation(step, phase, returns, returns / 30.0)
+            run.evaluation(
+                step, phase, returns, returns / (1.0 if scale is RAW else 30.0)
+            )
             logged = {"q_loss": 1.0 / step}
             if online:
                 logged["exchanged"] = torch.tensor(float(step))
@@ -1332,6 +1338,151 @@ def test_action_error_is_that_of_the_policy_on_each_row():
     found = snapshot.error_numbers(Still(), off, on)
     assert (found["offline_mean"], found["online_mean"]) == (0.0, 0.5)
     assert sum(found["offline"]) == 4 and sum(found["online"]) == 4
+
+
+# ---------------------------------------------------------------- raw returns
+
+OWN = ("Hopper-v5", "my_package:Walk-v0")
+
+
+@pytest.fixture
+def own_tasks(make_run, tmp_path):
+    """Two environments of the user's own, three seeds; `dare` gains 300 on each return."""
+    folder = tmp_path / "results" / "own"
+    for label, gain in (("iql", 0.0), ("dare", 10.0)):
+        add([*own_runs(make_run, label, gain)], folder)
+    groups_ = [{"title": "Both", "labels": ["iql", "dare"]}]
+    groups_[0]["contrasts"] = [["dare", "iql"]]
+    (folder / "experiment.yaml").write_text(yaml.safe_dump({"groups": groups_}))
+    return folder
+
+
+def own_runs(make_run, label, gain, **options):
+    for seed in range(3):
+        for env in OWN:
+            # The training return of each row, and an own seed of evaluations per task.
+            yield make_run(
+                gain=gain,
+                seed=seed,
+                env=env,
+                name=label,
+                metrics={"train_return": 500.0 + gain},
+                **{"scale": RAW, **options},
+            )
+
+
+def test_a_run_without_reference_scores_is_stored_by_its_returns(own_tasks):
+    path = own_tasks / "runs/dare/my_package_Walk-v0-s1.json"
+    record = json.loads(path.read_text())
+    assert record["env"] == "my_package:Walk-v0" and record["score_unit"] == "raw return"
+    assert all(e["returns"] == e["scores"] for e in record["evaluations"])
+    assert record["training"] == 510.0
+    assert set(record["metrics"]) == {"step", "train_return"}
+    # A run with scores stays the text that it was.
+    assert "score_unit" not in json.loads(
+        next(ROOT.glob("results/hopper_cpu/runs/*/*.json")).read_text()
+    )
+
+
+def test_a_page_of_raw_returns_says_return_and_means_each_task_alone(
+    own_tasks, monkeypatch
+):
+    drawn = {"curve_panels": [], "difference_panels": []}
+
+    def draw(name, *args, **options):
+        drawn[name].append(args)
+        return b""
+
+    for name in drawn:
+        monkeypatch.setattr(figures, name, functools.partial(draw, name))
+    report.write_report(own_tasks)
+    text = text_of(own_tasks)
+    assert "All numbers are raw returns, in each environment's own unit." in text
+    for absent in ("score", "regret", "collapsed", "mean of 2 tasks"):
+        assert absent not in text.lower()
+    records = {}
+    for r in read_store(own_tasks):
+        online = [e["returns"] for e in r["evaluations"] if e["phase"] == "online"]
+        found = records.setdefault((r["label"], r["env"]), [])
+        found.append(np.mean(online[-4:]))
+    for env in OWN:
+        gap = np.mean(records["dare", env]) - np.mean(records["iql", env])
+        row = row_of(text, "dare − iql", env)
+        assert row[4].split()[0] == f"{gap:.1f}" and row[3].split()[0] == "10.0"
+        after = np.array(records["dare", env])
+        shown = f"{after.mean():.1f} ± {after.std(ddof=1):.1f}"
+        assert row_of(text, env, "dare", "0–2")[3].endswith(f"→ {shown}")
+        assert f"On {env}, which all of them ran." in text
+        name = f"figures/both-differences-{env.replace(':', '_')}.png"
+        assert name in text and (own_tasks / name).is_file()
+    assert "final return [95 %]" in text and "mean return of the training" in text
+    labels = {args[3] for args in drawn["curve_panels"]}
+    assert labels == {"raw return", "return of training episodes"}
+    panels, _, x_label, caption = drawn["difference_panels"][0]
+    assert list(panels) == ["final return", "training episodes"]
+    assert x_label == "return above iql" and caption.startswith("95 % intervals; Hopper")
+    with open(own_tasks / "returns.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and "regret" not in rows[0]
+    assert {row["env"] for row in rows} == set(OWN)
+    assert not (own_tasks / "scores.csv").exists()
+
+
+def test_a_cost_table_of_raw_returns_does_not_halve_them(own_tasks, no_pictures):
+    for path in own_tasks.glob("runs/*/*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(dump_json({**record, "cpu_seconds": 60.0}))
+    report.write_report(own_tasks)
+    row = row_of(text_of(own_tasks), "iql", "6", "1.0 ± 0.0")
+    assert row == ["iql", "6", "70 ± 0", "1.0 ± 0.0"]
+
+
+@pytest.mark.parametrize("scale", [D4RL, NORMALIZED])
+def test_returns_and_scores_of_two_kinds_do_not_share_a_page(
+    scale, own_tasks, make_run, tmp_path
+):
+    other = make_run(env="hopper-medium-v2", name="iql", scale=scale)
+    says = (
+        rf"raw return \(.* on Hopper-v5\) and {scale.label} \(iql on hopper-medium-v2\)"
+    )
+    with pytest.raises(ValueError, match=says) as error:
+        add([other], own_tasks)
+    assert "different experiments" in str(error.value) and "\n" not in str(error.value)
+    add([other], tmp_path / "results" / "scores")
+    stray = next((tmp_path / "results/scores/runs/iql").iterdir())
+    shutil.copy(stray, own_tasks / "runs/iql" / stray.name)
+    with pytest.raises(ValueError, match="cannot stand in one table"):
+        report.write_report(own_tasks)
+
+
+def test_own_reference_scores_are_scores_that_must_agree(
+    make_run, tmp_path, no_pictures
+):
+    options = {"scale": NORMALIZED, "env": "Hopper-v5"}
+    folder = tmp_path / "x"
+    add(
+        [make_run(seed=s, name="a", ref_max_score=9.0, **options) for s in (0, 1)],
+        folder,
+    )
+    report.write_report(folder)
+    text = text_of(folder)
+    assert "normalized by the runs' own `ref_min_score`" in text and "| regret |" in text
+    add([make_run(name="b", ref_max_score=8.0, **options)], folder)
+    with pytest.raises(ValueError, match="ref_max_score of b and a differ"):
+        report.write_report(folder)
+
+
+def test_a_unit_that_nobody_knows_is_refused(make_run, own_tasks):
+    folder = make_run()
+    change_summary(folder, score_unit="points")
+    with pytest.raises(
+        ValueError, match="summary.json is damaged.*'points' is not one of"
+    ):
+        read_run(folder)
+    path = own_tasks / "runs/dare/Hopper-v5-s0.json"
+    path.write_text(path.read_text().replace('"raw return"', '"points"'))
+    with pytest.raises(ValueError, match=r"Hopper-v5-s0.json is damaged.*'points'"):
+        read_store(own_tasks)
 
 
 # ---------------------------------------------------------------- command line

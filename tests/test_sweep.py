@@ -443,7 +443,7 @@ def test_config_files_take_the_tasks_place_and_lose_against_the_sweep(store):
         ({"seeds": 3}, ["seeds must be a list, not 3"]),
         ({"seeds": ["a"]}, ["seeds must be whole numbers", "not 'a'"]),
         ({"seeds": [0, 0]}, ["seeds: 0 is there twice; take one out"]),
-        ({"tasks": [3]}, ["tasks must be D4RL names, not 3"]),
+        ({"tasks": [3]}, ["tasks must be D4RL names or gymnasium ids", "not 3"]),
         ({"tasks": ["unknown"]}, ["methods.walk on unknown: no task unknown"]),
         ({"name": "offline"}, ["'offline' cannot be the name"]),
         ({"name": "../x"}, ["'../x' cannot be the name"]),

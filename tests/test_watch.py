@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy
 from PIL import Image
 from short_runs import checkpoint_of, folder_of, run
 from torch import nn
@@ -70,8 +71,29 @@ def test_what_a_folder_lacks_is_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="policy_at_switch.safetensors is damaged"):
         trained.read(folder)
     path.unlink()
+    monkeypatch.setattr(watch, "choose_backend", lambda: None)
     with pytest.raises(ValueError, match="has not reached its online phase"):
+        watch.watch(folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "states": None}, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match="older version wrote its checkpoint.*--resume"):
         trained.read(folder)
+
+
+@pytest.mark.parametrize("module", [td3_bc, pex])
+def test_a_run_that_is_not_online_yet_brings_back_its_offline_policy(
+    module, tmp_path, monkeypatch
+):
+    run(module, tmp_path, monkeypatch, **{**SHORT, "online_iterations": 0})
+    found = trained.read(folder_of(tmp_path))
+    assert found.before is None and found.step == SHORT["offline_iterations"]
+    own = checkpoints.unpack(checkpoint_of(tmp_path)["parts"]["trainer"]["actor"])
+    last = found.after.state_dict()
+    assert own and all(torch.equal(last[name], own[name]) for name in own)
+    # The same as those that a run keeps when it goes online.
+    data = toy.make_dataset().arrays["observations"]
+    np.testing.assert_allclose(found.mean, data.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.std, data.std(0) + 1e-3, rtol=1e-4)
 
 
 class Walk:

@@ -92,16 +92,16 @@ def policy_of(task: tasks.Task, policy: Path | None) -> tuple[Policy, str]:
 
 def _checkpoint(folder: Path) -> Path:
     path = folder / "checkpoint.pt"
-    if not path.is_file() or not (folder / "summary.json").is_file():
+    if not path.is_file():
         raise ValueError(
-            f"--policy {folder} is no folder of a finished run (no checkpoint.pt or no "
-            "summary.json); resume the run, or give a policy's .safetensors file"
+            f"--policy {folder} has no checkpoint.pt: name the folder of a run that has saved "
+            "one, which it does at every evaluation, or a policy's .safetensors file"
         )
     return path
 
 
 def _of_run(task: tasks.Task, folder: Path) -> Policy:
-    """The policy of a finished run as it acts online, without the noise that TD3 adds."""
+    """The policy of a run's last checkpoint as it acts online, without the noise that TD3 adds."""
     _checkpoint(folder)
     run = trained.read(folder)
     own = envs.task_of(run.config)

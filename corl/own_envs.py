@@ -145,7 +145,7 @@ def _gym_make(env_id: str, horizon: int | None) -> gym.Env:
     except (gym.error.Error, ImportError) as error:
         line = " ".join(str(error).split())
         for package in packages.FILES:
-            if f"No module named '{package}" in line:
+            if isinstance(error, ImportError) and package in line:
                 line = f"{line.rstrip('.')}; {packages.install(package)}"
         raise ValueError(f"gymnasium cannot make {env_id}: {line}") from error
 

@@ -221,7 +221,8 @@ def test_rewards_ends_and_limits_of_adroit_are_d4rls(robot):
             assert reward == pytest.approx(expected, abs=1e-9)
             fallen = robot == "pen" and hand.data.body("Object").xpos[2] < 0.075
             assert terminated == fallen and truncated == (step == facts.horizon)
-            assert not info["goal_achieved"]
+            # The bonus of a pen that lies as it should is the only large reward.
+            assert info["goal_achieved"] == (robot == "pen" and reward > 50)
             if terminated or truncated:
                 break
         ends.append(step)

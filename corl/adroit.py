@@ -19,6 +19,8 @@ PEN_FALLEN = 0.075
 PEN_HEIGHT = 26  # its place in an observation
 # The parts of the model that a reset draws, where the state of MuJoCo does not hold them.
 DRAWN = ("body_pos", "body_quat", "site_pos")
+# Lengths that a reset of the pen measures, each time with another rounding.
+MEASURED = ("pen_length", "tar_length")
 
 
 def _hand_to_object(robot: str, state: np.ndarray) -> np.ndarray:
@@ -48,8 +50,10 @@ class Adroit(gym.Env):
         made = gym.make(
             f"{name}-v2" if self.repaired else f"{name}-v1", disable_env_checker=True
         )
-        self.hand: Any = made.unwrapped
+        hand: Any = made.unwrapped
+        self.hand = hand
         self.robot = robot
+        self._measured = MEASURED if robot == "pen" else ()
         physics.restore_contact_margin(self.hand.model)
         self.observation_space = self.hand.observation_space
         self.action_space = self.hand.action_space
@@ -81,16 +85,19 @@ class Adroit(gym.Env):
         info = {**info, "goal_achieved": bool(info["success"])}
         return state, float(reward), fallen, False, info
 
-    def get_state(self) -> dict[str, np.ndarray]:
+    def get_state(self) -> dict[str, Any]:
         """What decides the future: MuJoCo's state, and where the reset put goal and object."""
         model = self.hand.model
         drawn = {name: getattr(model, name).copy() for name in DRAWN}
-        return {"mujoco": physics.of_mujoco(model, self.hand.data), **drawn}
+        measured = {k: float(getattr(self.hand, k)) for k in self._measured}
+        return {"mujoco": physics.of_mujoco(model, self.hand.data), **drawn, **measured}
 
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a `get_state`, bit for bit."""
         for name in DRAWN:
             getattr(self.hand.model, name)[:] = state[name]
+        for name in self._measured:
+            setattr(self.hand, name, state[name])
         physics.put_into_mujoco(self.hand.model, self.hand.data, state["mujoco"])
 
     def render(self) -> Any:

@@ -22,7 +22,6 @@ from gymnasium.wrappers import FlattenObservation, TimeLimit
 from corl import packages, tasks
 from corl.data import minari, ogbench
 
-
 # Before a dataset's id: the environment that the dataset records.
 MINARI = "minari:"
 

@@ -127,9 +127,7 @@ def _one_line(name: str) -> Iterator[None]:
         ) from error
 
 
-def stack_episodes(
-    episodes: Iterable[Any], space: Any = None
-) -> dict[str, np.ndarray]:
+def stack_episodes(episodes: Iterable[Any], space: Any = None) -> dict[str, np.ndarray]:
     """Minari's episodes as D4RL's columns.
 
     Without a space the state of a goal environment becomes D4RL's: xy, then the rest, without the

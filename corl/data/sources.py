@@ -425,7 +425,7 @@ def _from_ogbench(
         "path": name,
         "sha256": schema.hash_arrays(raw),
         "recognised": False,
-        "label": f"OGBench's rows of {task.name}, read by its own loader",
+        "label": "OGBench's rows, as its own loader gives them",
         # The loader gives each row its next state.
         "order": "in order",
         "seams": 0,

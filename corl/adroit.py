@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from corl import packages, physics
+from corl import packages, physics, tasks
 
 # Below this height the pen has left the hand.
 PEN_FALLEN = 0.075
@@ -36,14 +36,15 @@ class Adroit(gym.Env):
     """One of D4RL's tasks of the hand, without its time limit.
 
     Args:
-        robot: `pen`, `door`, `hammer` or `relocate`.
+        task: of pen, door, hammer or relocate.
 
     Raises:
         ValueError: gymnasium-robotics is not installed.
     """
 
-    def __init__(self, robot: str):
-        packages.require("gymnasium_robotics", f"the environment of {robot}")
+    def __init__(self, task: tasks.Task):
+        packages.require("gymnasium_robotics", task.name)
+        robot = task.robot
         name = f"AdroitHand{robot.title()}"
         self.repaired = f"{name}-v2" in gym.registry
         # The wrappers come from outside; the time limit is D4RL's and another one.

@@ -85,9 +85,7 @@ def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
     if task.robot == "antmaze":
         return make_antmaze(task)
     if not task.env_id:
-        return ClipAction(
-            gym.wrappers.TimeLimit(adroit.Adroit(task.robot), task.horizon)
-        )
+        return ClipAction(gym.wrappers.TimeLimit(adroit.Adroit(task), task.horizon))
     return make_robot(task.robot)
 
 

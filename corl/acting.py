@@ -12,6 +12,7 @@ import torch
 from corl import envs, finite, physics, runs, tasks
 from corl.buffers import ReplayBuffer
 from corl.config import FinetuneConfig
+from corl.data import ogbench
 
 # The most episodes that run side by side. More would add memory, and little speed: a policy call
 # for so many states is a small part of their environment steps.
@@ -137,7 +138,10 @@ def add_noise(
 
 def is_goal_reached(reward: float, info: Dict) -> bool:
     """Has a goal task been solved in this step?"""
-    return bool(info["goal_achieved"] if "goal_achieved" in info else reward > 0)
+    for key in ("goal_achieved", "success"):
+        if key in info:
+            return bool(info[key])
+    return reward > 0
 
 
 def eval_actor(
@@ -411,7 +415,10 @@ class Evaluator:
         scores = self.collector.task.normalized_score(returns)
         task = self.collector.task
         logs = {task.scale.column: run.evaluation(step, phase, returns, scores)}
-        if phase == "online" and task.robot.startswith(ENVS_WITH_GOAL):
+        if ogbench.is_ogbench(task.name):
+            # OGBench's tables have success rates.
+            logs["success_rate"] = success
+        elif phase == "online" and task.robot.startswith(ENVS_WITH_GOAL):
             self.successes.append(success)
             # Upstream's regret is that of the training episodes.
             counted = self.collector.successes if config.compat else self.successes

@@ -5,7 +5,8 @@ observation, reward and termination equal those of the gym v2 classes that D4RL 
 not: other Walker2d model, no survival bonus on the terminating step). From MuJoCo 3.5 on the
 contact margin of a geom pair is a sum instead of a maximum, which changes hopper's physics;
 `make` halves the margins there, so that every MuJoCo gives D4RL's.
-AntMaze is built in `antmaze.py`. Any other environment of gymnasium's is made in `own_envs.py`.
+AntMaze is built in `antmaze.py`, and `adroit.py` gives gymnasium-robotics' Adroit D4RL's rewards.
+Any other environment is made in `own_envs.py`.
 
 A time-out is not an end: `terminated` says that the episode is over, `truncated` that we
 stopped looking. Only `terminated` may cut the bootstrap.
@@ -17,7 +18,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from corl import antmaze, locomotion, own_envs, physics, tasks
+from corl import adroit, antmaze, locomotion, own_envs, physics, tasks
 
 
 class ClipAction(gym.ActionWrapper):
@@ -71,7 +72,7 @@ def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
         A gymnasium environment with the 5-tuple step and float64 observations (S,).
 
     Raises:
-        ValueError: unknown task or backend, or a task that has no environment on this backend.
+        ValueError: unknown task or backend, or a package that the task needs is not installed.
         ImportError: `backend="d4rl"` without gym and d4rl installed.
     """
     task = tasks.task(name)
@@ -84,10 +85,7 @@ def make(name: tasks.Task | str, backend: str = "gymnasium") -> gym.Env:
     if task.robot == "antmaze":
         return make_antmaze(task)
     if not task.env_id:
-        raise ValueError(
-            f"{task.name}: gymnasium has no environment with D4RL's {task.robot} physics; "
-            "install requirements-d4rl.txt with mujoco_py and pass --env_backend d4rl"
-        )
+        return ClipAction(gym.wrappers.TimeLimit(adroit.Adroit(task), task.horizon))
     return make_robot(task.robot)
 
 
@@ -187,9 +185,15 @@ class OldGymEnv(gym.Env):
 
 
 def seed(env: gym.Env, value: int) -> None:
-    """Seed the resets and the action space without a reset, as old gym's `env.seed` did."""
+    """Seed the resets and the action space, as old gym's `env.seed` did.
+
+    D4RL's environments are not reset.
+    """
     base = env.unwrapped
     if isinstance(base, OldGymEnv):
         base.old.seed(value)
+    if not type(base).__module__.startswith("corl."):
+        # Environments inside it may have generators of their own.
+        env.reset(seed=value)
     base.np_random, _ = gym.utils.seeding.np_random(value)
     env.action_space.seed(value)

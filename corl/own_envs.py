@@ -1,8 +1,10 @@
-"""A gymnasium environment of the user's own as a task: any with Box spaces and a time limit.
+"""An environment that is not D4RL's as a task: any with Box spaces and a time limit.
 
 Algorithms act in [-1, 1]. The environment gets actions of its own range, shape and type, and its
 observations become vectors. The id is gymnasium's, as `Hopper-v5`, or `my_package:MyEnv-v0`, for
-which gymnasium imports `my_package` first, from the folder of the command where it lies there.
+which gymnasium imports `my_package` first, from the folder of the command where it lies there. It
+may be the environment that a Minari dataset records (`minari:D4RL/pen/human-v2`), or OGBench's
+(`ogbench:antmaze-large-navigate-singletask-v0`).
 """
 
 import functools
@@ -17,7 +19,11 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.wrappers import FlattenObservation, TimeLimit
 
-from corl import tasks
+from corl import packages, tasks
+from corl.data import minari, ogbench
+
+# Before a dataset's id: the environment that the dataset records.
+MINARI = "minari:"
 
 
 @functools.cache
@@ -32,11 +38,13 @@ def task(
     Args:
         env_id: gymnasium's id.
         horizon: time limit in steps; default: the environment's own.
-        ref_min, ref_max: raw returns of the scores 0 and 100; default: results are raw returns.
+        ref_min, ref_max: raw returns of the scores 0 and 100; default: those that a Minari dataset
+            records, else results are raw returns.
 
     Raises:
         ValueError: gymnasium cannot make it, its spaces are no Box, its actions have no finite
             range, or it has no time limit. The message says what to do.
+        RuntimeError: a Minari dataset cannot be had.
     """
     env = _gym_make(env_id, horizon)
     try:
@@ -50,12 +58,16 @@ def task(
             f"{env_id} has no time limit; give one in steps: --horizon 1000 (or horizon in the "
             "YAML file)"
         )
-    assert isinstance(states, Box) and isinstance(actions, Box)
+    assert isinstance(actions, Box)
+    if env_id.startswith(MINARI) and ref_min is None:
+        ref_min, ref_max = minari.reference_scores(env_id.removeprefix(MINARI))
     low, high = (side.ravel().tolist() for side in (actions.low, actions.high))
     bounds: tasks.Bounds | None = tuple(low), tuple(high)
     if set(low) == {-1.0} and set(high) == {1.0}:
         bounds = None
-    sizes = int(np.prod(states.shape)), int(np.prod(actions.shape))
+    width = gym.spaces.flatten_space(states).shape
+    assert width is not None
+    sizes = int(np.prod(width)), int(np.prod(actions.shape))
     return tasks.Task(
         env_id, "", "", "", env_id, *sizes, ref_min, ref_max, limit, bounds
     )
@@ -84,8 +96,7 @@ def make(task: tasks.Task) -> gym.Env:
         ValueError: gymnasium cannot make it.
     """
     env = _gym_make(task.env_id, task.horizon)
-    shape = env.observation_space.shape
-    if shape is not None and len(shape) != 1:
+    if len(env.observation_space.shape or ()) != 1:
         env = FlattenObservation(env)
     return UnitActions(env, task)
 
@@ -120,12 +131,21 @@ def _gym_make(env_id: str, horizon: int | None) -> gym.Env:
         with _quiet():
             # The checker's remarks are for whoever writes the environment, and its wrapper costs
             # time in each step.
-            limit: dict[str, Any] = (
-                {} if horizon is None else {"max_episode_steps": horizon}
-            )
-            return gym.make(env_id, disable_env_checker=True, **limit)
+            options: dict[str, Any] = {"disable_env_checker": True}
+            if horizon is not None:
+                options["max_episode_steps"] = horizon
+            if env_id.startswith(MINARI):
+                return minari.recover(env_id.removeprefix(MINARI), **options)
+            if ogbench.is_ogbench(env_id):
+                return ogbench.make(env_id, **options)
+            if tasks.ROBOTICS.match(env_id):
+                packages.require("gymnasium_robotics", env_id)
+            return gym.make(env_id, **options)
     except (gym.error.Error, ImportError) as error:
         line = " ".join(str(error).split())
+        for package in packages.FILES:
+            if isinstance(error, ImportError) and package in line:
+                line = f"{line.rstrip('.')}; {packages.install(package)}"
         raise ValueError(f"gymnasium cannot make {env_id}: {line}") from error
 
 
@@ -160,10 +180,10 @@ def _check_spaces(env_id: str, states: Any, actions: Any) -> None:
             "numbers in a range, a gymnasium.spaces.Box of floats; discrete actions are not for "
             "them"
         )
-    if not isinstance(states, Box):
+    if not _is_boxes(states):
         raise ValueError(
             f"{env_id} has the observations {_one_line(states)}, and every algorithm here needs "
-            "one vector, a gymnasium.spaces.Box; register it with the wrapper "
+            "one vector, a gymnasium.spaces.Box or a Dict of such; register it with the wrapper "
             "gymnasium.wrappers.FlattenObservation"
         )
     low, high = actions.low.ravel(), actions.high.ravel()
@@ -174,6 +194,15 @@ def _check_spaces(env_id: str, states: Any, actions: Any) -> None:
                 "rescaled to [-1, 1]; give action_space = Box(low, high) with finite bounds, in "
                 "the environment or by gymnasium.wrappers.TransformAction around it"
             )
+
+
+def _is_boxes(space: Any) -> bool:
+    """Is this a Box, or a Dict or Tuple of such, which gymnasium can make one vector of?"""
+    if isinstance(space, Box):
+        return True
+    parts = getattr(space, "spaces", ())
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return bool(parts) and all(map(_is_boxes, parts))
 
 
 def _one_line(space: Any) -> str:

@@ -24,6 +24,10 @@ ANTMAZES = (
     "large-diverse",
 )
 ADROIT = ("human", "cloned", "expert")
+# gymnasium-robotics registers its environments when it is imported.
+ROBOTICS = re.compile(
+    r"(AdroitHand|AntMaze_|Fetch|FrankaKitchen|HandManipulate|HandReach|PointMaze_)\w*-v\d+$"
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ class Task:
     ref_max: float | None
     horizon: int
     bounds: Bounds | None = None
+    # Does its data go on at the goal, where an evaluation ends? Then time-outs alone end an episode
+    # of the data, and terminals mark rows at the goal.
+    walks_on: bool = False
 
     @property
     def is_d4rls(self) -> bool:
@@ -191,6 +198,7 @@ def task(name: Task | str) -> Task:
         facts.ref_min,
         facts.ref_max,
         horizon,
+        walks_on=robot == "antmaze",
     )
 
 
@@ -207,7 +215,7 @@ def is_gymnasium_id(name: str) -> bool:
     # It is slow to import, and D4RL's names do not need it.
     import gymnasium
 
-    return name in gymnasium.registry
+    return name in gymnasium.registry or ROBOTICS.match(name) is not None
 
 
 def _known(name: str, robot: str) -> str:

@@ -46,6 +46,8 @@ NEEDED = {
             "ray": "sweep",
             "minari": "minari",
             "d4rl": "d4rl",
+            "gymnasium_robotics": "robotics",
+            "ogbench": "ogbench",
             "stable_baselines3": "buffers",
             "d3rlpy": "buffers",
             "torchrl": "buffers",

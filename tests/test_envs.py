@@ -270,8 +270,6 @@ def test_state_of_another_environment_is_refused():
 def test_impossible_environments_are_refused():
     with pytest.raises(ValueError, match="env_backend 'mujoco'"):
         envs.make("hopper-medium-v2", "mujoco")
-    with pytest.raises(ValueError, match="pen-human-v1.*--env_backend d4rl"):
-        envs.make("pen-human-v1")
 
 
 def test_d4rl_backend_without_d4rl_says_what_to_install(monkeypatch):

@@ -61,7 +61,7 @@ ENDLESS = gym.spaces.Box(-np.inf, np.inf, (2,))
 gym.register("TestPoint-v0", Point)
 gym.register("TestInfinite-v0", Odd, kwargs={"actions": ENDLESS}, max_episode_steps=9)
 gym.register("TestInt-v0", Odd, kwargs={"actions": gym.spaces.Box(0, 9, (1,), int)})
-STATES = gym.spaces.Dict({"a": ENDLESS})
+STATES = gym.spaces.Dict({"a": ENDLESS, "b": gym.spaces.Discrete(2)})
 gym.register("TestDict-v0", Odd, kwargs={"states": STATES}, max_episode_steps=9)
 
 

@@ -54,11 +54,13 @@ def import_minari(name: str) -> Any:
 # ---------------------------------------------------------------- from Minari
 
 
-def from_minari(name: str) -> dict[str, np.ndarray]:
+def from_minari(name: str, whole: bool = False) -> dict[str, np.ndarray]:
     """The rows of a Minari dataset, which is downloaded if it is not there.
 
     Args:
         name: Minari id, such as `mujoco/hopper/medium-v0`.
+        whole: states hold all that the environment shows, in the order of `flat`; else a goal
+            environment's become D4RL's, see `stack_episodes`.
 
     Returns:
         Arrays as of `stack_episodes`, not yet checked against a task.
@@ -66,11 +68,57 @@ def from_minari(name: str) -> dict[str, np.ndarray]:
     Raises:
         RuntimeError: minari is not installed, or cannot load the dataset.
     """
-    minari = import_minari(name)
-    try:
-        return stack_episodes(
-            minari.load_dataset(name, download=True).iterate_episodes()
+    stored = _load(name)
+    with _one_line(name):
+        space = stored.observation_space if whole else None
+        return stack_episodes(stored.iterate_episodes(), space)
+
+
+def recover(name: str, **limit: Any) -> Any:
+    """The environment that a dataset records, the one for evaluations where it names one.
+
+    Args:
+        name: Minari id.
+        limit: `max_episode_steps`, where it is not the recorded one.
+
+    Raises:
+        RuntimeError: as of `from_minari`.
+        ValueError: the dataset records no environment.
+        ImportError, gymnasium.error.Error: the environment cannot be made here.
+    """
+    stored = _load(name)
+    if not {"env_spec", "eval_env_spec"} & set(stored.storage.metadata):
+        raise ValueError(
+            f"the Minari dataset {name} records no environment; give one as env, and "
+            f"minari:{name} as dataset_path"
         )
+    return stored.recover_environment(eval_env=True, **limit)
+
+
+def reference_scores(name: str) -> tuple[float | None, float | None]:
+    """The returns of the scores 0 and 100 that a dataset records; None where it lacks one.
+
+    Raises:
+        RuntimeError: as of `from_minari`.
+    """
+    found = _load(name).storage.metadata
+    low, high = found.get("ref_min_score"), found.get("ref_max_score")
+    if low is None or high is None or not low < high:
+        return None, None
+    return float(low), float(high)
+
+
+def _load(name: str) -> Any:
+    minari = import_minari(name)
+    with _one_line(name):
+        return minari.load_dataset(name, download=True)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Inside, whatever Minari says of a dataset becomes a RuntimeError of one line."""
+    try:
+        yield
     except Exception as error:
         # Minari raises errors of its own for a missing id, a lost network, a damaged folder.
         line = " ".join(str(error).split())
@@ -79,14 +127,16 @@ def from_minari(name: str) -> dict[str, np.ndarray]:
         ) from error
 
 
-def stack_episodes(episodes: Iterable[Any]) -> dict[str, np.ndarray]:
+def stack_episodes(episodes: Iterable[Any], space: Any = None) -> dict[str, np.ndarray]:
     """Minari's episodes as D4RL's columns.
 
-    The state of a goal environment becomes D4RL's: xy, then the rest, without the goal.
+    Without a space the state of a goal environment becomes D4RL's: xy, then the rest, without the
+    goal.
 
     Args:
         episodes: objects with observations (T + 1, S), actions (T, A), rewards, terminations and
             truncations (T,).
+        space: gymnasium's, of the observations; states are then those of `flat`.
 
     Returns:
         observations and next_observations (N, S), actions (N, A), rewards, terminals and
@@ -98,7 +148,9 @@ def stack_episodes(episodes: Iterable[Any]) -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {}
     for episode in episodes:
         states = episode.observations
-        if isinstance(states, dict):
+        if space is not None:
+            states = flat(space, states)
+        elif isinstance(states, dict):
             states = [states["achieved_goal"], states["observation"]]
             states = np.concatenate(states, axis=1)
         # An episode with neither flag was cut by a reset, which is a time-out for us.
@@ -117,6 +169,20 @@ def stack_episodes(episodes: Iterable[Any]) -> dict[str, np.ndarray]:
     if not parts:
         raise ValueError("there is no episode in it")
     return {key: np.concatenate(part) for key, part in parts.items()}
+
+
+def flat(space: Any, values: Any) -> np.ndarray:
+    """Observations as the vectors that gymnasium's `FlattenObservation` makes of them, (N, S).
+
+    Args:
+        space: gymnasium's Box, or a Dict or Tuple of such.
+        values: N observations in the form that the space has, arrays (N, ...) at its leaves.
+    """
+    parts = getattr(space, "spaces", None)
+    if parts is None:
+        return np.asarray(values).reshape(len(values), -1)
+    items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+    return np.concatenate([flat(part, values[key]) for key, part in items], axis=1)
 
 
 # ---------------------------------------------------------------- to Minari

@@ -87,8 +87,10 @@ def file_name(task: tasks.Task) -> str:
     """The name of a task's file in D4RL's dataset folder.
 
     Raises:
-        ValueError: a task of -v0 or -v1, whose files are named otherwise.
+        ValueError: a task of -v0 or -v1 that is not Adroit's -v1; their files are named otherwise.
     """
+    if tasks.ROBOTS[task.robot].kinds is tasks.ADROIT and task.version == "v1":
+        return f"{task.name}.hdf5"
     if task.version != "v2":
         raise ValueError(
             f"{task.name}: D4RL's file names are known here for -v2 tasks only; pass "
@@ -105,8 +107,12 @@ def url(task: tasks.Task) -> str:
     Raises:
         ValueError: as of `file_name`.
     """
-    folder = "ant_maze_v2" if task.robot == "antmaze" else "gym_mujoco_v2"
-    return f"{server()}/{folder}/{file_name(task)}"
+    name = file_name(task)
+    if task.version == "v1":
+        folder = "hand_dapg_v1"
+    else:
+        folder = "ant_maze_v2" if task.robot == "antmaze" else "gym_mujoco_v2"
+    return f"{server()}/{folder}/{name}"
 
 
 def server() -> str:

@@ -295,11 +295,10 @@ def timeout_flags(raw: dict[str, np.ndarray], horizon: int) -> np.ndarray:
 def episode_bounds(raw: dict[str, np.ndarray], task: tasks.Task) -> np.ndarray:
     """First row of each complete episode, then the row after the last one: (E + 1,) int.
 
-    Antmaze episodes end by time-out alone: its terminals mark rows at the goal, where
-    the collector walked on.
+    Where the data goes on at the goal (`Task.walks_on`), time-outs alone end an episode.
     """
     ends = timeout_flags(raw, task.horizon)
-    if task.robot != "antmaze":
+    if not task.walks_on:
         ends = ends | raw["terminals"].astype(bool)
     return np.concatenate([[0], np.flatnonzero(ends) + 1])
 
@@ -324,8 +323,11 @@ def statistics(raw: dict[str, np.ndarray], task: tasks.Task) -> dict[str, Any]:
     None.
     """
     bounds, rows = episode_bounds(raw, task), len(raw["rewards"])
-    # Antmaze's collector flags one row late, and its limit is 1000 in all mazes.
-    longest = 1001 if task.robot == "antmaze" else task.horizon
+    longest = task.horizon
+    if task.walks_on:
+        # Antmaze's collector flags one row late, and its limit is 1000 in all mazes. OGBench's
+        # walks may be longer than its evaluations.
+        longest = 1001 if task.is_d4rls else rows
     lengths = np.append(np.diff(bounds), rows - bounds[-1])
     return {
         "rows": rows,

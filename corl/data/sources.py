@@ -8,7 +8,7 @@ checksum are called D4RL's.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import numpy as np
 
 from corl import tasks
 from corl.config import expand
-from corl.data import download, hdf5, layouts, minari, published, row_order, schema
+from corl.data import (
+    download,
+    hdf5,
+    layouts,
+    minari,
+    ogbench,
+    published,
+    row_order,
+    schema,
+)
 from corl.standin import policies
 
 SOURCES = ("auto", "file", "d4rl_dir", "d4rl", "minari", "self-collected")
@@ -65,7 +74,8 @@ def resolve(
             folder (`D4RL_DATASET_DIR` or ~/.d4rl/datasets); a download from D4RL's
             server into it; the self-collected stand-in.
         path: HDF5 file, `.npz` archive, folder of episodes, dict of arrays, or `minari:` and a
-            Minari id. A task that is not D4RL's needs it.
+            Minari id. A task that is not D4RL's needs it, unless it is named by its Minari dataset
+            or is OGBench's.
         cache_dir: where stand-ins are kept; default `CORL_DARE_CACHE` or
             ~/.cache/corl_dare.
         rows: size of a stand-in that has to be collected (default 200 000, and D4RL's
@@ -82,6 +92,8 @@ def resolve(
     task = tasks.task(task)
     raw, provenance = find(task, source, path, cache_dir, rows)
     order = provenance["order"]
+    if provenance["source"] == "ogbench":
+        task = replace(task, walks_on=True)
     facts, returns = schema.statistics(raw, task), schema.episode_returns(raw, task)
     lengths = np.diff(schema.episode_bounds(raw, task))
     if order == "shuffled":
@@ -155,10 +167,16 @@ def find(
             f"dataset_path is given but dataset_source {source!r} does not read it; use "
             "'file', 'minari' or 'auto'"
         )
+    if path is None and task.name.startswith("minari:"):
+        path = task.name
     if path is None and source in ("file", "minari"):
         raise ValueError(f"dataset_source {source!r} needs dataset_path")
     if isinstance(path, Mapping):
         return _from_memory(task, path)
+    if ogbench.is_ogbench(task.name) and (
+        path is None or ogbench.is_its_file(expand(path))
+    ):
+        return _from_ogbench(task, None if path is None else expand(path))
     if path is None and not task.is_d4rls:
         raise ValueError(
             f"{task.name} is no task of D4RL, so nobody knows its data; give dataset_path (an HDF5 "
@@ -380,7 +398,10 @@ def _from_minari(
             f"dataset_path is a Minari id, but dataset_source is {source!r}"
         )
     # Every episode's last row has a flag, so there are no seams.
-    raw = schema.validate(minari.from_minari(name), task, f"minari:{name}")
+    whole = not task.is_d4rls
+    raw = schema.validate(minari.from_minari(name, whole), task, f"minari:{name}")
+    # Of the data in another environment than its own.
+    warning = {"warning": minari.caveat(name)} if task.name != f"minari:{name}" else {}
     return raw, {
         "source": "minari",
         "path": f"minari:{name}",
@@ -389,6 +410,24 @@ def _from_minari(
         "label": f"Minari dataset {name} (not D4RL data)",
         "order": "in order",
         "seams": 0,
-        "warning": minari.caveat(name),
         "minari_version": minari.import_minari(name).__version__,
+        **warning,
+    }
+
+
+def _from_ogbench(
+    task: tasks.Task, path: Path | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    name = str(path or task.name)
+    raw = schema.validate(ogbench.rows(task.name, path), task, name)
+    return raw, {
+        "source": "ogbench",
+        "path": name,
+        "sha256": schema.hash_arrays(raw),
+        "recognised": False,
+        "label": "OGBench's rows, as its own loader gives them",
+        # The loader gives each row its next state.
+        "order": "in order",
+        "seams": 0,
+        "ogbench_version": ogbench.version(),
     }

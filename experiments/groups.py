@@ -34,6 +34,7 @@ GROUP_FIELDS = {
     "labels": list,
     "baseline": str,
     "contrasts": list,
+    "costs": bool,
 }
 
 
@@ -51,6 +52,8 @@ class Group(NamedTuple):
     baseline: str | None
     # Pairs of methods, (one, other), whose difference was chosen before the runs.
     contrasts: tuple[tuple[str, str], ...] = ()
+    # Only what they cost is shown, and no score.
+    costs: bool = False
 
     @property
     def slug(self) -> str:
@@ -183,6 +186,7 @@ def _read_group(entry: Any, values: Mapping, runs: Mapping, file: Path) -> Group
         tuple(label for label in labels if label not in runs),
         baseline if baseline in present else None,
         tuple((one, other) for one, other in contrasts),
+        bool(entry.get("costs")),
     )
 
 
@@ -196,7 +200,9 @@ def _check_fields(values: Any, fields: Mapping[str, type], where: str) -> None:
             )
         kind = fields[name]
         if value is not None and not isinstance(value, kind):
-            word = {str: "text", list: "a list", dict: "a block"}[kind]
+            word = {str: "text", list: "a list", dict: "a block", bool: "true or false"}[
+                kind
+            ]
             raise ValueError(f"{where}: {name} must be {word}, not {value!r}")
         if kind is dict and any(not isinstance(v, str) for v in (value or {}).values()):
             raise ValueError(f"{where}: {name} must give each label a text")

@@ -111,7 +111,25 @@ def _group_section(
         )
     if not group.labels:
         return "\n".join(text)
-    text.append(tables.task_table(experiment, group))
+    if not group.costs:
+        text.extend(_scores(experiment, group))
+    text.extend(_costs(experiment, group))
+    if warned := tables.warnings_list(experiment, group):
+        text.append("Warnings of the runs:\n\n" + warned)
+    if group.costs:
+        return "\n".join(text)
+    for name, picture, alt in group_figures(experiment, group):
+        pictures[name] = picture
+        text.append(f"![{alt}](figures/{name}.png)\n")
+    settings = tables.settings_table(experiment, group)
+    if settings:
+        text.append("What differs between them:\n\n" + settings)
+    return "\n".join(text)
+
+
+def _scores(experiment: Experiment, group: Group) -> list[str]:
+    """The tables of scores, or of returns, and what they hold."""
+    text = [tables.task_table(experiment, group)]
     scored = experiment.scale is not RAW
     regret = "Regret: mean of 1 − score/100 over the online evaluations. " * scored
     training = tables.told(experiment.scale, "Training: mean score of the training")
@@ -126,24 +144,22 @@ def _group_section(
     for tasks in tables.averaged(experiment, group):
         if tasks and len(group.labels) > 1:
             text.extend(_aggregates(experiment, group, tasks))
+    return text
+
+
+def _costs(experiment: Experiment, group: Group) -> list[str]:
+    """The table of what the runs cost, and what it holds; nothing where they do not say it."""
     cost = tables.cost_table(experiment, group)
-    if cost:
-        collapsed = "Collapsed: final score below half of the offline model's. " * scored
-        text.append(cost)
-        text.append(
-            f"{collapsed}Updates and CPU time are "
-            "of a run itself, all threads together; a shared offline model is not counted. "
-            "Generator's share: its arithmetic, of what its authors spend.\n"
-        )
-    if warned := tables.warnings_list(experiment, group):
-        text.append("Warnings of the runs:\n\n" + warned)
-    for name, picture, alt in group_figures(experiment, group):
-        pictures[name] = picture
-        text.append(f"![{alt}](figures/{name}.png)\n")
-    settings = tables.settings_table(experiment, group)
-    if settings:
-        text.append("What differs between them:\n\n" + settings)
-    return "\n".join(text)
+    if not cost:
+        return []
+    scored = experiment.scale is not RAW
+    collapsed = "Collapsed: final score below half of the offline model's. " * scored
+    return [
+        cost,
+        f"{collapsed}Updates and CPU time are "
+        "of a run itself, all threads together; a shared offline model is not counted. "
+        "Generator's share: its arithmetic, of what its authors spend.\n",
+    ]
 
 
 def _aggregates(experiment: Experiment, group: Group, tasks: list[str]) -> list[str]:

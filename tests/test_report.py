@@ -851,6 +851,25 @@ def test_the_costs_name_collapsed_seeds_cpu_time_and_a_generators_share(
     assert "CPU minutes" not in text_of(folder)
 
 
+def test_a_group_of_costs_shows_no_score(make_run, tmp_path, no_pictures):
+    folder = tmp_path / "results" / "trial"
+    for label in ("a", "b"):
+        run = make_run(name=label)
+        change_summary(run, cpu_seconds=90.0)
+        add([run], folder)
+    group = {"title": "Costs", "labels": ["a", "b"], "costs": True}
+    (folder / "experiment.yaml").write_text(json.dumps({"groups": [group]}))
+    report.write_report(folder)
+    shown = text_of(folder).split("## Costs")[1].split("## Where")[0]
+    tables = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert "CPU minutes" in tables[0] and len(tables) == 4
+    assert "| a | 1 |" in tables[2] and "| 1.5 |" in tables[2]
+    group["costs"] = "yes"
+    (folder / "experiment.yaml").write_text(json.dumps({"groups": [group]}))
+    with pytest.raises(ValueError, match="costs must be true or false, not 'yes'"):
+        report.write_report(folder)
+
+
 def test_a_page_says_what_its_runs_warned_of(make_run, tmp_path, no_pictures):
     folder = tmp_path / "results" / "trial"
     made = [make_run(name="sa", seed=seed) for seed in range(4)]

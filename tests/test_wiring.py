@@ -38,6 +38,11 @@ def with_corl_files(recorded, tmp_path_factory):
 
 
 every_algorithm = pytest.mark.parametrize("name", ALL)
+# A twin is its baseline plus lines (test_structure.py). What no such line touches is tested in the
+# baselines alone, and what a twin does besides its baseline's in the twins alone.
+TWINS = [name for name in ALL if name.startswith(("dare_", "edis_", "baq_", "cfdg_"))]
+BASELINES = [name for name in ALL if name not in TWINS]
+WIDEST = [name for name in ALL if f"dare_{name}" not in ALL]
 
 
 def single_buffer(record):
@@ -183,7 +188,7 @@ def test_the_networks_train_in_training_mode_before_and_after_evaluations(
     assert record.events.index(updates[-1]) > first
 
 
-@pytest.mark.parametrize("name", [*IQL, *SPOT, "opt_td3"])
+@pytest.mark.parametrize("name", [n for n in (*IQL, *SPOT, "opt_td3") if n in BASELINES])
 @pytest.mark.parametrize("noise, bound", [(0.03, 0.5), (5.0, 0.1)])
 def test_the_deterministic_policy_explores_with_bounded_noise(
     name, noise, bound, recorded
@@ -206,7 +211,7 @@ def test_the_deterministic_policy_explores_with_bounded_noise(
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.3])
-@pytest.mark.parametrize("name", [*TD3, *REBRAC])
+@pytest.mark.parametrize("name", [n for n in (*TD3, *REBRAC) if n in BASELINES])
 def test_td3_explores_with_normal_noise_that_has_no_bound_but_the_actions(
     name, noise, recorded
 ):
@@ -310,8 +315,10 @@ def test_the_training_environment_is_seeded_once_by_seed(name, recorded):
 # ---------------------------------------------------------------- evaluations
 
 
-@pytest.mark.parametrize("fields", [{}, COMPAT])
-@every_algorithm
+@pytest.mark.parametrize(
+    "name, fields",
+    [*((name, {}) for name in ALL), *((name, COMPAT) for name in BASELINES)],
+)
 def test_every_evaluation_starts_from_the_evaluation_seed(name, fields, recorded):
     record = recorded(name, **fields)
     config = record.config
@@ -636,7 +643,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
     assert part.summary["updates"] == whole.summary["updates"]
 
 
-@every_algorithm
+@pytest.mark.parametrize("name", WIDEST)
 def test_the_time_estimate_changes_no_number(name, recorded):
     """Measured or left out: the same networks, buffers and random streams at the end."""
     with_estimate = recorded(name, estimate=True)

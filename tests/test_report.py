@@ -828,7 +828,8 @@ def test_the_costs_name_collapsed_seeds_cpu_time_and_a_generators_share(
     for label, gains in (("a", (0.0, -25.0, -25.0)), ("b", (0.0, 0.0, -10.0))):
         made = [make_run(name=label, seed=s, gain=g) for s, g in enumerate(gains)]
         for seed, run in enumerate(made):
-            extra = {"generator_share": 0.001 * (seed + 1)} if label == "b" else {}
+            extra = {"generator_share": 0.001 * (seed + 1), "caveat": "a reading: ours"}
+            extra = extra if label == "b" else {}
             change_summary(run, cpu_seconds=60.0 * (seed + 1), **extra)
         add(made, folder)
     report.write_report(folder)
@@ -841,7 +842,10 @@ def test_the_costs_name_collapsed_seeds_cpu_time_and_a_generators_share(
         *("a", "3", "2 (hopper-medium-v2 seed 1–2)"),
         *(f"{steps} ± 0", "2.0 ± 1.0", "–"),
     ]
-    assert costs[3] == ["b", "3", "0", f"{steps} ± 0", "2.0 ± 1.0", "0.001–0.003"]
+    assert costs[3] == [
+        *("b (a reading)", "3", "0"),
+        *(f"{steps} ± 0", "2.0 ± 1.0", "0.001–0.003"),
+    ]
     # Runs of before CPU time was noted have no such table, and their pages stay.
     path = folder / "runs/a/hopper-medium-v2-s0.json"
     record = json.loads(path.read_text())

@@ -39,11 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Of a batch, and updates: 30 actions of every row in ten critics take their time.
 ROWS, UPDATES = 32, 10
-EXPLANATION = (
-    "float32 rounding: the same terms are added up in another order; where a gradient is as "
-    "small as Adam's epsilon, that decides the step, as of 19 of 1.4 million weights of the "
-    "published critics online, which differ by more than 1e-4"
-)
+EXPLANATION = "float32 rounding: the same terms are added up in another order"
 
 
 class MiniBatch:

@@ -185,15 +185,12 @@ class OldGymEnv(gym.Env):
 
 
 def seed(env: gym.Env, value: int) -> None:
-    """Seed the resets and the action space, as old gym's `env.seed` did.
-
-    D4RL's environments are not reset.
-    """
+    """Seed the resets and the action space without a reset, as old gym's `env.seed` did."""
     base = env.unwrapped
     if isinstance(base, OldGymEnv):
         base.old.seed(value)
-    if not type(base).__module__.startswith("corl."):
-        # Environments inside it may have generators of their own.
-        env.reset(seed=value)
-    base.np_random, _ = gym.utils.seeding.np_random(value)
+    # Mazes and the kitchen draw from the generator of the robot inside them, too.
+    inside = [part for part in vars(base).values() if isinstance(part, gym.Env)]
+    for each in (base, *inside):
+        each.np_random, _ = gym.utils.seeding.np_random(value)
     env.action_space.seed(value)

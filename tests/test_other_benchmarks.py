@@ -140,6 +140,14 @@ def test_dict_observations_become_one_vector_with_the_keys_in_their_order():
     assert envs.make(task).reset()[0].tolist() == [3, 4, 1, 2]
 
 
+def test_a_seed_reaches_the_robot_inside_an_environment():
+    outer = gym.make("TestGoal-v0")
+    outer.unwrapped.robot = Goal()
+    envs.seed(outer, 5)
+    draws = [env.np_random.random() for env in (outer.unwrapped, outer.unwrapped.robot)]
+    assert draws == [np.random.default_rng(5).random()] * 2
+
+
 class OwnHopper(HopperEnv):
     """Might remember more than MuJoCo's state."""
 

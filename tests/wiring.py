@@ -450,9 +450,6 @@ def networks_of(trainer: Any) -> dict[str, torch.nn.Module]:
     if hasattr(trainer, "critic_1"):
         names = ["actor", "critic_1", "critic_2", *target_names(trainer)]
         return {name: getattr(trainer, name) for name in names}
-    if hasattr(trainer, "critics"):
-        names = ("actor", "critics", "target_critics")
-        return {name: getattr(trainer, name) for name in names}
     names = "actor qf q_target vf"
     networks = {name: getattr(trainer, name) for name in names.split()}
     return {**networks, "q1": trainer.qf.q1, "q2": trainer.qf.q2}
@@ -546,6 +543,11 @@ def stream_of(trainer: Any) -> torch.Tensor | None:
     return None if generator is None else generator.get_state()
 
 
+def some_of(tensors: Any) -> list[torch.Tensor]:
+    """A copy of every 97th number of each: a module of tests keeps hundreds of records."""
+    return [tensor.detach().flatten()[::97].clone() for tensor in tensors]
+
+
 def watch_hook(patch: Any, record: Record) -> None:
     """Record the behavior model's fit and samples, and the energy's steps."""
     fit_cached, contrastive_loss = hook.fit_cached, hook.contrastive_loss
@@ -601,9 +603,9 @@ def watch_hook(patch: Any, record: Record) -> None:
         record.add(
             "energy",
             network=type(energy).__name__,
-            weights=[w.detach().clone() for w in energy.parameters()],
-            gradient=torch.autograd.grad(
-                loss, list(energy.parameters()), retain_graph=True
+            weights=some_of(energy.parameters()),
+            gradient=some_of(
+                torch.autograd.grad(loss, list(energy.parameters()), retain_graph=True)
             ),
             support=support.clone(),
             q=q_values.clone(),

@@ -7,7 +7,6 @@ goals, have no rewards.
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from corl import packages
@@ -21,7 +20,7 @@ def is_ogbench(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def make(name: str, **limit: Any) -> gym.Env:
+def make(name: str, **limit: Any) -> Any:
     """The environment of a task, as OGBench makes it.
 
     Args:

@@ -104,9 +104,18 @@ def test_a_package_that_is_missing_is_one_line_with_the_command(
     assert "\n" not in str(error.value)
 
 
-def test_a_task_of_ogbench_without_rewards_is_refused_with_the_name_of_one_that_has_some():
-    with pytest.raises(ValueError, match="as ogbench:cube-single-play-singletask-v0"):
-        envs.find_task("ogbench:cube-single-play-v0")
+@pytest.mark.parametrize("name", ["cube-single-play-v0", "visual-cube-single-play-v0"])
+def test_a_task_of_ogbench_without_rewards_is_refused_with_the_name_of_one_that_has_some(
+    name,
+):
+    right = name.replace("-v0", "-singletask-v0")
+    with pytest.raises(ValueError, match=f"as ogbench:{right}"):
+        envs.find_task(f"ogbench:{name}")
+
+
+def test_a_task_of_pictures_is_refused_with_the_name_of_one_of_vectors():
+    with pytest.raises(ValueError, match="take ogbench:cube-single-play-singletask-v0"):
+        envs.find_task("ogbench:visual-cube-single-play-singletask-v0")
 
 
 def test_nested_observations_become_the_vectors_that_gymnasium_makes_of_them():

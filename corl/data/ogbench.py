@@ -7,7 +7,6 @@ goals, have no rewards.
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from corl import packages
@@ -21,7 +20,7 @@ def is_ogbench(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def make(name: str, **limit: Any) -> gym.Env:
+def make(name: str, **limit: Any) -> Any:
     """The environment of a task, as OGBench makes it.
 
     Args:
@@ -29,7 +28,7 @@ def make(name: str, **limit: Any) -> gym.Env:
         limit: `max_episode_steps`, where it is not OGBench's.
 
     Raises:
-        ValueError: OGBench is not installed, or it is no single task.
+        ValueError: OGBench is not installed, or it is no single task, or one of pictures.
         gymnasium.error.Error: OGBench has no such environment.
     """
     own = _own(name)
@@ -112,5 +111,10 @@ def _own(name: str) -> str:
         raise ValueError(
             f"{name} has goals and no rewards; OGBench's tasks with rewards are its single tasks, "
             f"as {PREFIX}{head}-singletask-{version}"
+        )
+    if own.startswith("visual-"):
+        raise ValueError(
+            f"{name} shows pictures, and every algorithm here takes one vector; take {PREFIX}"
+            f"{own.removeprefix('visual-')}"
         )
     return own

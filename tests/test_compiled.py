@@ -23,7 +23,6 @@ from algorithms import (
     famo2o_cql,
     famo2o_iql,
     iql,
-    opt_spot,
     opt_td3,
     pex,
     rebrac,
@@ -82,7 +81,7 @@ def train(trainer, module, skip, count, arguments=()):
 
 
 DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot")
-DELAYED += ("td3_bc_sa", "opt_td3", "opt_spot")
+DELAYED += ("td3_bc_sa", "opt_td3")
 # The threshold is checked in one of the updates; so it is no number in the graph.
 SA = {"beta_lr": 1e-4, "n_period": 4}
 WSRL = {"cql_n_actions": 2, "hidden_dim": 16}
@@ -112,7 +111,6 @@ CASES = {
     "cql_sa": (cql_sa, {**SA, "cql_n_actions": 3, "cql_lagrange": True}, ()),
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
     "opt_td3": (opt_td3, {}, (True,)),
-    "opt_spot": (opt_spot, {"vae_hidden_dim": 32}, (True,)),
     "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
     "awac": (awac, {"hidden_dim": 64}, ()),
     "rebrac": (rebrac, {"hidden_dim": 64}, ()),

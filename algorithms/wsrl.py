@@ -93,9 +93,8 @@ class TrainConfig(FinetuneConfig):
     # The offline phase
     base: str = "cql"  # its penalty: cql, cal_ql
     n_penalty_critics: int = 2  # critics drawn for it, two may be the same
-    cql_alpha: float = (
-        5.0  # weight of the gap; with cql_lagrange a factor on the multiplier
-    )
+    # Weight of the gap; with cql_lagrange a factor on the multiplier
+    cql_alpha: float = 5.0
     cql_n_actions: int = 10  # actions of each kind under the soft maximum
     cql_lagrange: bool = False  # learn the weight of the gap
     cql_target_action_gap: float = 0.8  # gap that the Lagrange multiplier aims at

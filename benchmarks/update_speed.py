@@ -130,6 +130,7 @@ SUBJECTS = {
     "rebrac": Subject("ReBRAC", None, None, {"expl_noise": 0.1}),
     "rlpd": Subject("RLPD", None, None),
     "wsrl": Subject("WSRL", None, None),
+    "e2o": Subject("E2O", None, None),
 }
 
 

@@ -119,8 +119,9 @@ E2O_FIELDS |= {
 SAC_FIELDS = {
     **{k: v for k, v in FIELDS.items() if k not in ("vf_lr", "beta")},
     "utd": 2,
-    "hidden_dim": 64,
-    "n_critics": 4,
+    "hidden_dim": 32,
+    "n_critics": 3,
+    "online_iterations": 400,
     "online_warmup": 50,
     "init_temperature": 0.02,
     "temperature_lr": 1e-4,

@@ -102,7 +102,8 @@ CASES = {
         {"n_critics": 3, "hidden_dim": 32, "cql_n_actions": 2, "cql_alpha_online": 1.0},
         (True,),
     ),
-    "rlpd, online": (rlpd, {"utd": 2, "hidden_dim": 16}, (True,)),
+    # Three updates are one environment step: a run saves between two of them.
+    "rlpd, online": (rlpd, {"utd": 3, "hidden_dim": 16}, (True,)),
     "wsrl": (wsrl, {**WSRL, "base": "cal_ql", "cql_lagrange": True}, ()),
     "wsrl, online": (wsrl, {**WSRL, "utd": 3, "zero_gradient_steps": True}, (True,)),
     "td3_bc": (td3_bc, {}, ()),

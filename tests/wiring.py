@@ -151,8 +151,8 @@ OWN = {
     "dare_awac": {"seed": 8},
     "spot": {"seed": 1, "normalize": True},
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
-    "rlpd": {"normalize": True},
-    "wsrl": {"normalize": True},
+    "rlpd": {"seed": 5, "normalize": True},
+    "wsrl": {"seed": 5, "normalize": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
     "e2o": {"normalize": True},
@@ -407,6 +407,9 @@ class Recorder:
 
 
 def networks_of(trainer: Any) -> dict[str, torch.nn.Module]:
+    if hasattr(trainer, "critics"):
+        names = ["actor", "critics", "target_critics"]
+        return {name: getattr(trainer, name) for name in names}
     if hasattr(trainer, "critic_1"):
         names = ["actor", "critic_1", "critic_2", *target_names(trainer)]
         return {name: getattr(trainer, name) for name in names}

@@ -13,6 +13,7 @@ import torch
 from algorithms import cal_ql
 from benchmarks import parity
 
+UPDATES = 8
 WORKER = Path(__file__).with_name("ensembles_jax.py")
 FIELDS = "observations actions rewards next_observations masks mc_returns".split()
 
@@ -41,7 +42,7 @@ class Authors(NamedTuple):
                 list(map(str, command)), env=environment, capture_output=True, text=True
             )
             if done.returncode:
-                raise RuntimeError(f"{self.python}: {done.stderr.strip()[-800:]}")
+                raise RuntimeError(f"{self.python}: {done.stderr.strip()[-3000:]}")
             with np.load(made) as arrays:
                 return dict(arrays)
 
@@ -83,7 +84,7 @@ def our_run(
         return noise
 
     trainer._noise = recorded
-    for _ in range(parity.UPDATES):
+    for _ in range(UPDATES):
         batch = [column.to(dtype) for column in buffer.sample(parity.B)]
         batches.append(batch)
         returns = batch[5:] if getattr(module.TrainConfig, "MC_RETURNS", False) else []

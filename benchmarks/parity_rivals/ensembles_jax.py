@@ -111,10 +111,24 @@ class Draws:
         self.waiting.setdefault(kind, deque()).append(value)
 
     def answer(self, kind: str) -> Any:
+        """What stands in the place of `jax.random.KIND`."""
+        import jax
         import jax.numpy as jnp
 
+        own = getattr(jax.random, kind)
+
         def drawn(key: Any, *args: Any, **named: Any) -> Any:
-            return jnp.asarray(self.waiting[kind].popleft())
+            # flax asks for the shape of first weights in every call, and for no numbers.
+            if isinstance(key, jax.core.Tracer):
+                return own(key, *args, **named)
+            value = self.waiting[kind].popleft()
+            if kind in ("randint", "choice"):
+                return jnp.asarray(value)
+            shape = named["shape"] if "shape" in named else args[0]
+            # tensorflow_probability draws the dimensions of an action before the rows.
+            if tuple(shape[-2:]) == value.shape[::-1]:
+                value = value.T
+            return jnp.asarray(value.reshape(shape))
 
         return drawn
 
@@ -286,7 +300,8 @@ def main() -> None:
     name, checkout, given, made = sys.argv[1:]
     for unused in UNUSED:
         sys.modules[unused] = mock.MagicMock()
-    sys.path.insert(0, checkout)
+    # In the place of this folder, whose modules have the same names.
+    sys.path[0] = checkout
     with np.load(given) as arrays:
         case = dict(arrays)
     settings = json.loads(str(case["settings"]))

@@ -25,10 +25,12 @@ EXPLANATIONS = {
 
 
 def cases(checkout: Path, jax_python: Path) -> list[Case]:
-    """Whole environment steps of five updates each, in float32 and in float64."""
+    """Whole environment steps of four updates each, in float32 and in float64."""
     authors, found = Authors("rlpd", checkout, jax_python), []
     for name, fields in SETTINGS.items():
-        config = rlpd.TrainConfig(env=parity.TASK, compile=False, utd=5, **fields)
+        config = rlpd.TrainConfig(
+            env=parity.TASK, compile=False, utd=4, hidden_dim=64, **fields
+        )
         theirs = {
             "hidden_dims": [config.hidden_dim] * config.n_hidden_layers,
             "num_qs": config.n_critics,

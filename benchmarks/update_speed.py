@@ -164,6 +164,7 @@ SUBJECTS = {
     "famo2o_cql": Subject("FamCQL", None, None),
     "opt_td3": Subject("TD3+OPT", None, None, update=opt_update),
     "opt_spot": Subject("SPOT+OPT", None, None, update=opt_update),
+    "e2o": Subject("E2O", None, None),
 }
 
 

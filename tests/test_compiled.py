@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from algorithms import (
     awac,
+    baq_cal_ql,
     cql_sa,
     dare_awac,
     dare_cal_ql,
@@ -45,7 +46,7 @@ needs_compiler = pytest.mark.skipif(
 def batches(module, count):
     rng = np.random.default_rng(0)
     shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)] + [(B, 1)] * (
-        module in (dare_cal_ql, wsrl)
+        module in (baq_cal_ql, dare_cal_ql, wsrl)
     )
     shapes += [(B, A)] * getattr(module.TrainConfig, "NEXT_ACTIONS", False)
     for _ in range(count):
@@ -94,6 +95,11 @@ CASES = {
     "iql": (iql, {}, ()),
     "pex": (pex, {}, ()),
     "pex, online": (pex, {}, (True,)),
+    "baq_cal_ql": (
+        baq_cal_ql,
+        {"cql_n_actions": 3, "q_n_hidden_layers": 1},
+        (torch.linspace(0.1, 1.0, B),),
+    ),
     "e2o, gap kept": (
         e2o,
         {"n_critics": 3, "hidden_dim": 32, "cql_n_actions": 2, "cql_alpha_online": 1.0},

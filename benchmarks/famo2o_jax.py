@@ -41,6 +41,12 @@ class Draws:
         """The numbers of an update, from 0."""
         self.left = itertools.cycle([draw[update] for draw in self.all])
         self.next = next(self.left, None)
+        self.given = 0
+
+    def check(self) -> None:
+        """Raises RuntimeError where the update has left some out."""
+        if self.all and (self.given == 0 or self.given % len(self.all)):
+            raise RuntimeError(f"{self.given} of draws of {len(self.all)} were taken")
 
     def __call__(
         self, key: Any, shape: Any = (), dtype: Any = float, *args: Any, **bounds: Any
@@ -52,6 +58,7 @@ class Draws:
         ):
             return self.otherwise(key, shape, dtype, *args, **bounds)
         found, self.next = self.next, next(self.left)
+        self.given += 1
         return jnp.asarray(found).reshape(shape)
 
 
@@ -184,6 +191,7 @@ def run_iql(checkout: Path, case: dict[str, np.ndarray]) -> dict[str, np.ndarray
             next_observations=column(case, "next_observations", update),
         )
         learner.update(batch, not settings["online"])
+        normal.check(), uniform.check()
     return {
         f"{part}.{key}": value
         for part, name in LEARNER.items()
@@ -288,6 +296,7 @@ def run_cql(checkout: Path, case: dict[str, np.ndarray]) -> dict[str, np.ndarray
         normal.begin(update), uniform.begin(update)
         batch = {name: column(case, name, update) for name in fields}
         sac.train(batch, use_cql=True, random_hierarchical=not settings["online"])
+        normal.check(), uniform.check()
     trees = {part: sac._train_states[name].params for part, name in STATES.items()}
     trees.update({part: sac._target_qf_params[name] for part, name in TARGETS.items()})
     return {

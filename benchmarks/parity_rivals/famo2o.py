@@ -23,7 +23,7 @@ from algorithms import famo2o_cql, famo2o_iql, iql
 from benchmarks import parity
 from benchmarks.parity_rivals import Case
 
-UPDATES, B = 6, 64
+UPDATES, B = 4, 64
 FIELDS = ("observations", "actions", "rewards", "next_observations", "dones")
 ALIKE = {"iql": famo2o_iql, "cql": famo2o_cql}
 PARTS = {
@@ -74,7 +74,9 @@ def draws_of(base: str, config: Any, noise: Any) -> dict[str, list[torch.Tensor]
         even = [config.beta_low + noise.share * width]
     if base == "iql":
         drawn = [] if noise.drawn is None else [noise.drawn]
-        return {"normal": [noise.balance, noise.action, *drawn], "uniform": even}
+        # Their library draws the columns of an action one after the other.
+        normal = [noise.balance, noise.action.mT, *drawn]
+        return {"normal": normal, "uniform": even}
     induced = [] if noise.induced is None else [noise.induced]
     normal = [noise.balance, noise.policy, *induced, noise.backup]
     normal += [noise.current, noise.following]

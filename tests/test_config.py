@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional  # pyrallis, which prints --help, does not know X | None
@@ -573,7 +575,9 @@ def test_a_field_under_both_of_its_names_is_refused(module, alias, tmp_path, cap
 
 
 @pytest.mark.parametrize("module", ALL)
-def test_an_alias_is_no_field_and_means_one(module, capsys):
+def test_an_alias_is_no_field_and_means_one(module, capsys, monkeypatch):
+    # pyrallis parses the class anew for each of its fields, which takes seconds.
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     fields = {field.name for field in dataclasses.fields(module.TrainConfig)}
     aliases = module.TrainConfig.ALIASES
     assert not fields & aliases.keys() and set(aliases.values()) <= fields

@@ -134,7 +134,7 @@ def test_pex_learns_offline_and_online(tmp_path, monkeypatch):
 def test_rlpd_learns_online_and_wsrl_in_both_phases(tmp_path, monkeypatch):
     """WSRL goes on without an offline row."""
     summary = run(rlpd, tmp_path / "rlpd", monkeypatch)
-    assert summary["score_offline"] is None and summary["updates"] == 2 * 350
+    assert summary["score_offline"] is None and summary["updates"] == 2 * 250
     assert summary["score_final"] > 85, summary
     summary = run(wsrl, tmp_path / "wsrl", monkeypatch)
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary

@@ -151,20 +151,17 @@ class CfdgConfig(GeneratorConfig):
     values are readings.
     """
 
-    synthetic_ratio: float = (
-        1 / 3
-    )  # share of generated rows in a batch; 0: none (control)
+    # Share of generated rows in a batch; 0: none (control)
+    synthetic_ratio: float = 1 / 3
     offline_share: float = 0.2  # offline-like share of the generated rows
     # Readings
     # One model with labels: conditional; a control without: unconditional, one per label
     models: str = "conditional"
-    guidance: float = (
-        1.0  # w of (1 + w) labelled - w unlabelled; 0: labels alone (control)
-    )
+    # The w of (1 + w) labelled - w unlabelled; 0: labels alone (control)
+    guidance: float = 1.0
     label_dropout: float = 0.2  # chance that a row is learned without its label
-    online_rows: float = (
-        0.5  # online share of the rows that the conditional model learns
-    )
+    # Online share of the rows that the conditional model learns
+    online_rows: float = 0.5
     samples: int = 200000  # generated rows, replaced by every refresh
     diffusion_updates: int = 100000  # gradient steps of a model at the first refresh
     refresh_updates: int = 20000  # and at each later one, where the model goes on

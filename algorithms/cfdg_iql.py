@@ -143,6 +143,9 @@ class TrainConfig(FinetuneConfig):
         "policy_std",
     }
     QUICK_START: ClassVar[str] = "configs/cfdg_iql/quick_start.yaml"
+    CAVEAT: ClassVar[str] = (
+        "reading: guidance, denoiser and refreshes of CFDG are not public, so they are ours"
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -44,6 +44,7 @@ test: $(DEV_READY)  ## all tests
 OPTIONAL_sweep := -r requirements.txt -r requirements-sweep.txt
 OPTIONAL_minari := -r requirements.txt -r requirements-minari.txt
 OPTIONAL_buffers := -r requirements.txt -r requirements-buffers.txt
+OPTIONAL_video := -r requirements.txt -r requirements-video.txt
 OPTIONAL_browser := -r requirements.txt -r requirements-browser.txt
 OPTIONAL_robotics := -r requirements.txt -r requirements-robotics.txt
 OPTIONAL_ogbench := -r requirements.txt -r requirements-ogbench.txt
@@ -54,7 +55,7 @@ install-%: $(DEV_READY)
 		2>$(VENV)/$*.log || printf 'requirements-%s.txt cannot be installed here, so its tests are skipped: %s\n' \
 		$* "$$(grep -m1 ERROR $(VENV)/$*.log)"
 
-test-optional: install-sweep install-minari install-robotics install-ogbench install-buffers install-browser install-d4rl  ## what `make test` skips: installs Ray, Minari, other benchmarks, d4rl, buffer libraries and playwright, where it can
+test-optional: install-sweep install-minari install-robotics install-ogbench install-buffers install-browser install-video install-d4rl  ## what `make test` skips: installs Ray, Minari, other benchmarks, d4rl, buffer libraries and playwright, where it can
 	OMP_NUM_THREADS=1 $(if $(wildcard $(CORL)/algorithms),CORL_DIR=$(abspath $(CORL))) \
 		$(BIN)/python -m pytest -m optional -rs $(ARGS)
 

@@ -197,7 +197,8 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path} ends neither in .gif nor in .mp4")
     if path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ValueError(
-            "an .mp4 needs the package imageio-ffmpeg: pip install imageio-ffmpeg, or name a .gif"
+            "an .mp4 needs the package imageio-ffmpeg: pip install -r requirements-video.txt, or "
+            "name a .gif"
         )
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder")

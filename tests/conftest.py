@@ -48,6 +48,7 @@ NEEDED = {
             "d4rl": "d4rl",
             "gymnasium_robotics": "robotics",
             "ogbench": "ogbench",
+            "imageio_ffmpeg": "video",
             "stable_baselines3": "buffers",
             "d3rlpy": "buffers",
             "torchrl": "buffers",

@@ -146,6 +146,21 @@ def test_two_episodes_lie_side_by_side_in_a_gif(tmp_path):
         assert film.info["duration"] == 40
 
 
+@pytest.mark.optional("imageio_ffmpeg")
+def test_a_film_is_an_mp4_of_all_pictures(tmp_path):
+    import imageio.v2 as imageio
+
+    out = tmp_path / "policy.mp4"
+    watch.check_out(out)
+    shades = [np.full((64, 128, 3), 40 * i, dtype=np.uint8) for i in range(6)]
+    watch.write_film(out, shades, 25.0)
+    with imageio.get_reader(out) as film:
+        found = [np.asarray(picture).mean() for picture in film]
+        assert film.get_meta_data()["fps"] == 25.0
+    # Colors are compressed.
+    np.testing.assert_allclose(found, [0, 40, 80, 120, 160, 200], atol=6)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -142,8 +142,16 @@ CASES = {
 }
 
 
+# Half a minute to two minutes of compiling each; the same operations stand in the other cases.
+SLOW = ("baq_cal_ql", "e2o, gap kept", "wsrl", "wsrl, online")
+SLOW += ("famo2o_iql", "famo2o_cql, online", "opt_td3")
+
+
 @needs_compiler
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.whole) if x in SLOW else x for x in CASES],
+)
 def test_the_compiled_update_is_the_eager_one_and_goes_on_after_a_resume(name):
     """Six updates of one trainer against three, a checkpoint and three more.
 

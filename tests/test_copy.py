@@ -263,15 +263,22 @@ def pasted(file, names=()):
     return "\n\n\n".join(parts) + "\n"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
-        *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
-        *("famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot"),
-    ],
+PASTED = (
+    *("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot"),
+    *("pex", "td3_bc_sa", "cql_sa", "rlpd", "wsrl", "e2o"),
+    *("famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot"),
 )
-def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path):
+# Runs programs one after the other: most of the time of one goes into importing torch.
+RUN_ALL = """
+import runpy, sys
+for name in sys.argv[1:]:
+    print(name, flush=True)
+    runpy.run_path(f"{name}.py", run_name="__main__")
+"""
+
+
+def program_of(name):
+    """A program that pastes the class of an algorithm and makes one update."""
     steps = pasted(
         "corl/compiled.py", ("begin_anew", "descend", "_traced_adam", "soft_update")
     )
@@ -292,10 +299,15 @@ def test_an_algorithm_class_pasted_with_torch_and_descend_trains(name, tmp_path)
     program = program.replace("KIND", kind).replace(
         "EXTRA", str(1 + (name in ("cal_ql", "wsrl")))
     )
-    program = program.replace("NEXT_ACTIONS", str(int(name == "rebrac")))
-    (tmp_path / "program.py").write_text(program)
-    done = run([sys.executable, "program.py"], tmp_path)
-    assert done.stdout.strip() == "ok", done.stderr
+    return program.replace("NEXT_ACTIONS", str(int(name == "rebrac")))
+
+
+def test_algorithm_classes_pasted_with_torch_and_descend_train(tmp_path):
+    for name in PASTED:
+        (tmp_path / f"{name}.py").write_text(program_of(name))
+    done = run([sys.executable, "-c", RUN_ALL, *PASTED], tmp_path)
+    expected = [word for name in PASTED for word in (name, "ok")]
+    assert done.stdout.split() == expected, done.stderr
 
 
 # Runs a file without what the editable installation of this checkout adds to imports.

@@ -13,6 +13,7 @@ from test_cql import A, B, S, assert_same, make_pair, random_batch
 from algorithms import baq_cal_ql, cal_ql
 from corl import curves
 from corl.buffers import MixedBuffer, ReplayBuffer
+from corl.tasks import D4RL
 from experiments.groups import Experiment
 
 ROWS = 45  # of a dataset; 0, 20 and 40 are held out
@@ -139,7 +140,7 @@ def test_every_result_says_that_it_is_an_interpretation(tmp_path, monkeypatch, c
     shown = capsys.readouterr().out
     assert f"\n{caveat}\n" in shown and "clone: median squared distance" in shown
     runs = {"baq": {"hopper-medium-v2": {0: {"caveat": caveat}}}}
-    named = Experiment(tmp_path, "", "", {"baq": "BAQ", "x": "X"}, [], runs, [])
+    named = Experiment(tmp_path, "", "", {"baq": "BAQ", "x": "X"}, [], runs, [], D4RL)
     assert (named.name("baq"), named.name("x")) == ("BAQ (interpretation)", "X")
     metrics = curves.read_csv(folder_of(tmp_path) / "metrics.csv")
     k = [float(x) for x in metrics["sensitivity"] if x]

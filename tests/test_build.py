@@ -20,6 +20,7 @@ SOURCES = (
     "transition_diffusion",
     "adaptive_regularization",
     "policy_family",
+    "online_pretraining",
     "pyproject.toml",
     "setup.py",
     "README.md",

@@ -131,7 +131,9 @@ def read_experiment(folder: Path | str) -> Experiment:
             )
         groups.append(group)
         mentioned |= {*group.labels, *group.missing}
-        _check_comparable(group.title, {label: runs[label] for label in group.labels})
+        # Costs compare, whatever the evaluations were.
+        if not group.costs:
+            _check_comparable(group.title, {x: runs[x] for x in group.labels})
     if values.get("baseline") and values["baseline"] not in mentioned:
         raise ValueError(f"{file}: baseline {values['baseline']} is in no group")
     note = (values.get("note") or "").strip()

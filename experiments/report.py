@@ -152,7 +152,7 @@ def _costs(experiment: Experiment, group: Group) -> list[str]:
     cost = tables.cost_table(experiment, group)
     if not cost:
         return []
-    scored = experiment.scale is not RAW
+    scored = experiment.scale is not RAW and not group.costs
     collapsed = "Collapsed: final score below half of the offline model's. " * scored
     return [
         cost,

@@ -342,14 +342,14 @@ def _difference_cells(
 def cost_table(experiment: Experiment, group: Group) -> str:
     """Per method: collapsed runs, updates, CPU time, a generator's share of its paper's.
 
-    Empty if a run of the group does not say its CPU time. Half of a raw return means nothing, so
-    nothing is said of collapses then.
+    Empty if a run of the group does not say its CPU time. Half of a raw return means nothing, and
+    a page of costs says nothing of scores; both say nothing of collapses.
     """
     of_label = {label: list(experiment.records([label])) for label in group.labels}
     everything = [record for records in of_label.values() for record in records]
     if not all("cpu_seconds" in record for record in everything):
         return ""
-    collapses = experiment.scale is not RAW
+    collapses = experiment.scale is not RAW and not group.costs
     header = ["method", "runs", *["collapsed"] * collapses, "updates", "CPU minutes"]
     generated = any("generator_share" in record for record in everything)
     rows = []

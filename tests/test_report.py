@@ -867,6 +867,7 @@ def test_a_group_of_costs_shows_no_score(make_run, tmp_path, no_pictures):
     shown = text_of(folder).split("## Costs")[1].split("## Where")[0]
     tables = [line for line in shown.splitlines() if line.startswith("| ")]
     assert "CPU minutes" in tables[0] and len(tables) == 4
+    assert "collapsed" not in tables[0]
     assert "| a | 1 |" in tables[2] and "| 1.5 |" in tables[2]
     group["costs"] = "yes"
     (folder / "experiment.yaml").write_text(json.dumps({"groups": [group]}))

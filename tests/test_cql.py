@@ -74,7 +74,8 @@ def make_pair(module, n_hidden_layers=2, **flags):
         if f.name not in OWN_SETTINGS
     }
     kind = getattr(module, "CalQL", None) or module.ContinuousCQL
-    if module in TWINS:
+    # Upstream's module is no key of a table.
+    if module in [*TWINS]:
         block = module.TrainConfig.__dataclass_fields__["dare"].default_factory
         arguments["dare"] = block(lagrange_gap=settings.lagrange_gap)
     if "compat" in inspect.signature(kind).parameters:

@@ -228,12 +228,12 @@ def offline_draws(draws: Draws, case: dict[str, np.ndarray], i: int, lagrange: b
         draws.give("randint", given("penalized"))
 
     draws.give("normal", given("policy"))
+    if lagrange:
+        # For the multiplier, `cql_alpha_lagrange`, they draw them once more.
+        gap()
     draws.give("normal", actions_first(given("backup")))
     draws.give("randint", given("members"))
     gap()
-    if lagrange:
-        # They draw them once more for the multiplier.
-        gap()
     draws.give("normal", actions_first(given("temperature")))
 
 

@@ -22,6 +22,15 @@ EXPLANATIONS = {
     torch.float32: "float32 rounding, which Adam enlarges where a gradient is almost 0",
     torch.float64: "rounding",
 }
+# The most that rounding explains in so few updates.
+LIMITS = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+def explained(gaps: dict[str, float], dtype: torch.dtype) -> str:
+    """What makes the differences, or that it is not known."""
+    if max(gaps.values()) < LIMITS[dtype]:
+        return EXPLANATIONS[dtype]
+    return "more than rounding, and not explained yet"
 
 
 def cases(checkout: Path, jax_python: Path) -> list[Case]:
@@ -39,8 +48,8 @@ def cases(checkout: Path, jax_python: Path) -> list[Case]:
             "backup_entropy": config.backup_entropy,
         }
         settings = {"utd": config.utd, "theirs": theirs}
-        for dtype, why in EXPLANATIONS.items():
+        for dtype in EXPLANATIONS:
             gaps = differences(authors, rlpd, config, True, settings, dtype)
             kind = str(dtype).removeprefix("torch.")
-            found.append((f"rlpd, {name}, {kind}", gaps, why))
+            found.append((f"rlpd, {name}, {kind}", gaps, explained(gaps, dtype)))
     return found

@@ -10,7 +10,7 @@ from algorithms import wsrl
 from benchmarks import parity
 from benchmarks.parity_rivals import Case
 from benchmarks.parity_rivals.ensembles import Authors, differences
-from benchmarks.parity_rivals.rlpd import EXPLANATIONS
+from benchmarks.parity_rivals.rlpd import EXPLANATIONS, explained
 
 MAZE = {
     "base": "cal_ql",
@@ -47,8 +47,9 @@ def cases(checkout: Path, jax_python: Path) -> list[Case]:
                 "utd": config.utd if online else 1,
                 "theirs": {},
             }
-            for dtype, why in EXPLANATIONS.items():
+            for dtype in EXPLANATIONS:
                 gaps = differences(authors, wsrl, config, online, case, dtype)
                 kind = str(dtype).removeprefix("torch.")
-                found.append((f"wsrl, {name}, {phase}, {kind}", gaps, why))
+                title = f"wsrl, {name}, {phase}, {kind}"
+                found.append((title, gaps, explained(gaps, dtype)))
     return found

@@ -11,7 +11,7 @@ SWEEP ?= sweeps/hopper_cpu.yaml
 SWEEP_READY := $(VENV)/.ready-sweep
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-optional faults bounds lint format diff patches corl bench sweep report clean
+.PHONY: help setup run test test-optional test-slow faults bounds lint format diff patches corl bench sweep report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 15
@@ -61,6 +61,9 @@ test-optional: install-sweep install-minari install-robotics install-ogbench ins
 
 faults: $(DEV_READY)  ## every way a run can go wrong, and how many end as they should
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --all-faults $(ARGS)
+
+test-slow: $(DEV_READY)  ## the slow instances that `make test` leaves out, compiled updates among them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-faults -m whole $(ARGS)
 
 bounds:  ## do the lowest and the newest versions of pyproject.toml work? gigabytes, minutes
 	$(PYTHON) scripts/check_bounds.py $(ARGS)

@@ -1,8 +1,8 @@
 """Options and marks of all tests. No test looks for data on the network.
 
 A fault that a run may meet is a test with the mark `fault(kind)`. With `--all-faults`, which
-`make faults` and `make test-slow` give, the many slow instances run too (mark `whole`), and the last
-lines count the faults of each kind that ended as they should.
+`make faults` and `make test-slow` give, the many slow instances run too (mark `whole`), and the
+last lines count the faults of each kind that ended as they should.
 
 A test that needs what not everybody has is a test with the mark `optional(what)`. It is skipped
 where that is missing; `make test-optional` installs it and runs these tests alone.

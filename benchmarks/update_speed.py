@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,9 +39,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from algorithms import dare_iql
+from adaptive_regularization.trust import FlaggedBuffer
+from algorithms import baq_cal_ql, dare_iql
 from benchmarks import parity
 from corl import arguments, commit, compiled, finetune, machine
+from corl.buffers import upload
 from corl.captured import Captured
 from corl_dare import hook
 from corl_dare.behavior import make_behavior_model
@@ -119,6 +121,33 @@ def opt_update(
     return lambda: module.step(trainer, rows, config, True)
 
 
+def flagged_update(
+    module: ModuleType, trainer: Any, source: Any, config: Any
+) -> Callable[[], Any]:
+    """The same of SSAR, whose rows tell whether they are trusted: here every third is."""
+    rows = FlaggedBuffer(source.online, ROWS, trainer.device, upload)
+    rows.trust(np.arange(ROWS) % 3 == 0)
+    return lambda: module.step(trainer, rows, config)
+
+
+def baq_update(
+    module: ModuleType, trainer: Any, source: Any, config: Any
+) -> Callable[[], Any]:
+    """The same of BAQ, with rows by their priorities and weights by the clone."""
+    parts = SimpleNamespace(
+        offline_buffer=source.offline,
+        online_buffer=source.online,
+        mixed=source,
+        sizes=(S, A, 1.0),
+        device=trainer.device,
+        facts=lambda: {"online_steps": lambda: 0},
+        keep=lambda name, part: part,
+    )
+    rows = baq_cal_ql.Behavior(parts, config)
+    rows.calibrate(lambda line: None)
+    return lambda: module.step(trainer, rows, config)
+
+
 class Subject(NamedTuple):
     """An algorithm that is measured: `algorithms/NAME.py`, and `dare_NAME.py` where there is one.
 
@@ -142,6 +171,8 @@ class Subject(NamedTuple):
 
 
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
+# Batches of halves, as those of the other algorithms here.
+HALVES = {"buffer_mode": "half"}
 JAX = "JAX-CORL's iql.py, offline"
 SUBJECTS = {
     "iql": Subject("IQL", "finetune/iql.py", parity.iql_trainer, variants=IQL_VARIANTS),
@@ -165,6 +196,33 @@ SUBJECTS = {
     "opt_td3": Subject("TD3+OPT", None, None, update=opt_update),
     "opt_spot": Subject("SPOT+OPT", None, None, update=opt_update),
     "e2o": Subject("E2O", None, None),
+    "pex": Subject(
+        "PEX", None, None, online=lambda trainer, config: trainer.start_online()
+    ),
+    "cql_sa": Subject(
+        "CQL(SA)",
+        None,
+        None,
+        HALVES,
+        online=lambda trainer, config: trainer.start_online(),
+        update=flagged_update,
+    ),
+    "td3_bc_sa": Subject(
+        "TD3+BC(SA)",
+        None,
+        None,
+        HALVES,
+        online=lambda trainer, config: trainer.start_online(config.policy_freq_online),
+        update=flagged_update,
+    ),
+    "baq_cal_ql": Subject(
+        "BAQ-Cal-QL",
+        None,
+        None,
+        CQL,
+        online=lambda trainer, config: trainer.start_online(config.cql_alpha_online),
+        update=baq_update,
+    ),
 }
 
 

@@ -11,6 +11,7 @@ returns a dict of tensors.
 """
 
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -179,16 +180,20 @@ def descend(
 def _traced_adam(state: dict, group: dict, pairs: list) -> None:
     # Adam (arXiv 1412.6980), Algorithm 1. torch's own step reads the learning rate as a number,
     # and a number would be compiled in.
+    moved = [pair for pair in pairs if pair[1] is not None]
+    counts = torch.stack([state[parameter]["step"].add_(1) for parameter, _ in moved])
+    # Once for all parameters, and as exponentials: the compiler keeps what several use if there
+    # is an exponential in it. A power was computed again for every eight numbers of a parameter.
+    decays = [(counts.double() * math.log(beta)).exp() for beta in group["betas"]]
+    rates = group["lr"] / (1 - decays[0]).float()
+    roots = (1 - decays[1]).rsqrt().float()
     beta_1, beta_2 = group["betas"]
-    for parameter, gradient in pairs:
-        if gradient is None:
-            continue
-        count = state[parameter]["step"].add_(1)
+    for number, (parameter, gradient) in enumerate(moved):
         mean, square = state[parameter]["exp_avg"], state[parameter]["exp_avg_sq"]
         mean.lerp_(gradient, 1 - beta_1)
         square.mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
-        scale = (square / (1 - beta_2**count)).sqrt() + group["eps"]
-        parameter.sub_(group["lr"] / (1 - beta_1**count) * mean / scale)
+        scale = square.sqrt() * roots[number] + group["eps"]
+        parameter.sub_(rates[number] * mean / scale)
 
 
 @torch.no_grad()

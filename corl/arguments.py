@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from corl import ranges
-from corl.config import as_number, shown
+from corl.layers import as_number, shown
 
 # A seed of numpy's generators.
 SEED = "[0, 4294967295]"

@@ -52,8 +52,8 @@ from corl.buffers import (  # noqa: F401
     TensorBatch,
 )
 from corl.captured import Captured
-from corl.config import ConfigError, expand, presets_of
 from corl.data import sources
+from corl.layers import ConfigError, expand, presets_of
 from corl.progress import progress_bar
 from corl.rewards import (  # noqa: F401
     LINEAR_REWARDS,

@@ -12,7 +12,7 @@ import torch
 
 import corl
 from corl import commit
-from corl.config import ConfigError
+from corl.layers import ConfigError
 
 
 def pick_device(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from corl import files
-from corl.config import ConfigError
+from corl.layers import ConfigError
 from corl.tasks import D4RL, RAW, SCALES, Scale
 
 COMMON_COLUMNS = ("step", "phase", D4RL.column)

@@ -43,7 +43,7 @@ from corl import (
     summary,
     tasks,
 )
-from corl.config import ConfigError, dump_config, expand, with_absolute_paths
+from corl.layers import ConfigError, dump_config, expand, with_absolute_paths
 from corl.progress import progress_bar
 from corl.run_tables import TABLES, Tables
 from corl.trained import AT_SWITCH

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from corl import compiled, machine, pace, runs
-from corl.config import AUTO, ConfigError, dump_config, seed_list
+from corl.config import AUTO, seed_list
 from corl.finetune import Session
+from corl.layers import ConfigError, dump_config
 from corl.stacked_session import StackedSession
 
 # Seconds that a run has to save after the command that started it is gone.

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from corl import checkpoints, files, fits
-from corl.config import ConfigError, parse_config
+from corl.config import parse_config
+from corl.layers import ConfigError
 
 AT_SWITCH = "policy_at_switch.safetensors"
 # The algorithm files of a clone of the repository.

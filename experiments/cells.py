@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict
 import filelock
 
 from corl import files, locks, machine
-from corl.config import ConfigError, dump_config, read_yaml
+from corl.layers import ConfigError, dump_config, read_yaml
 from experiments.values import flatten, plain, read_json
 
 # Folder of the offline models, beside the folders of the sweeps.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corl.config import read_yaml
+from corl.layers import read_yaml
 from corl.tasks import Scale
 from experiments.plan import planned_cells, read_sweep
 from experiments.programs import ROOT

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from corl.config import read_yaml
+from corl.layers import read_yaml
 from corl.run_tables import TABLES, scale_of
 from corl.tasks import D4RL, RAW
 from experiments.cells import last_lines, read_state

@@ -24,13 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from corl import pace, tasks
-from corl.config import (
-    AUTO,
-    ConfigError,
-    make_config,
-    read_yaml,
-    without_foreign_blocks,
-)
+from corl.config import AUTO
+from corl.layers import ConfigError, make_config, read_yaml, without_foreign_blocks
 from experiments.cells import OFFLINE, Cell, check_begun
 from experiments.programs import baseline_of, load_algorithm, missing_file
 from experiments.values import flatten, read_json, shown

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 from types import ModuleType
 
-from corl.config import ConfigError
+from corl.layers import ConfigError
 from corl.trained import load_program
 
 # The clone of the repository: runs import from here, and its folder algorithms/ has the files.

@@ -14,9 +14,10 @@ from typing import Any, TypedDict
 import numpy as np
 
 from corl import files, rewards, tasks
-from corl.config import FinetuneConfig, expand, read_yaml
+from corl.config import FinetuneConfig
 from corl.curves import read_csv
 from corl.drop import SWITCH
+from corl.layers import expand, read_yaml
 from corl.summary import training_score
 from experiments import stats
 from experiments.stored import FORMAT, NAME, Machine, Snapshot, check_stored, scale_of

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from corl import arguments, machine
-from corl.config import ConfigError
+from corl.layers import ConfigError
 from corl.tasks import RAW
 from experiments.cells import Cell, last_lines, read_state, write_cell, write_failed
 from experiments.plan import plan, select

@@ -44,13 +44,12 @@ from algorithms import (
     td3_bc_sa,
     wsrl,
 )
-from corl.config import (
+from corl.config import FinetuneConfig, parse_config
+from corl.layers import (
     NOTHING,
     ConfigError,
-    FinetuneConfig,
     dump_config,
     make_config,
-    parse_config,
     without_foreign_blocks,
 )
 

@@ -14,7 +14,8 @@ from short_runs import checkpoint_of, folder_of, run, stop_after
 
 from algorithms import cql, iql
 from corl import compiled, finetune, pace
-from corl.config import FinetuneConfig, dump_config, parse_config, read_yaml
+from corl.config import FinetuneConfig, parse_config
+from corl.layers import dump_config, read_yaml
 
 ROOT = Path(__file__).parent.parent
 # As they are before the tests are kept from them.

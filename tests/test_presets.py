@@ -32,14 +32,8 @@ from algorithms import (
     wsrl,
 )
 from corl import finetune
-from corl.config import (
-    ConfigError,
-    dump_config,
-    make_config,
-    parse_config,
-    presets_help,
-    presets_of,
-)
+from corl.config import parse_config
+from corl.layers import ConfigError, dump_config, make_config, presets_help, presets_of
 from corl_dare.config import PRESETS, DareConfig
 
 WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]

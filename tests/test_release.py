@@ -11,8 +11,9 @@ from wiring import ALGORITHMS, DARE, Recorder
 
 from algorithms import dare_cal_ql, dare_cql, dare_td3_bc
 from corl import stacked
-from corl.config import make_config as layered
-from corl.config import parse_config, presets_of
+from corl.config import parse_config
+from corl.layers import make_config as layered
+from corl.layers import presets_of
 from corl.stacked_session import StackedBuffer
 from corl.stacked_session import Streams as AllStreams
 from corl_dare.config import ALIKE, SCORING, DareConfig

@@ -13,7 +13,8 @@ import torch
 
 from algorithms import cal_ql, iql
 from corl import tasks
-from corl.config import ConfigError, parse_config
+from corl.config import parse_config
+from corl.layers import ConfigError
 from corl.rewards import return_reward_range
 from corl.training_data import load_data
 from experiments import store

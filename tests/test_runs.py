@@ -24,7 +24,8 @@ from hypothesis.extra import numpy as hnp
 from small_config import Config, parse
 
 from corl import checkpoints, curves, machine, run_tables, runs, tasks
-from corl.config import ConfigError, main
+from corl.config import main
+from corl.layers import ConfigError
 from corl_dare.config import LOGS, PANELS
 
 ROOT = Path(__file__).parent.parent

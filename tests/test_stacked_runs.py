@@ -25,7 +25,8 @@ from algorithms import (
     td3_bc,
     wsrl,
 )
-from corl.config import ConfigError, parse_config
+from corl.config import parse_config
+from corl.layers import ConfigError
 from corl.stacked_session import StackedSession
 
 SHORT = {

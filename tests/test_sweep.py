@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from corl import curves
-from corl.config import ConfigError
+from corl.layers import ConfigError
 from experiments import sweep
 from experiments.cells import lock, read_state, write_cell, write_failed, write_state
 from experiments.plan import digest, plan, select

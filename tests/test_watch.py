@@ -15,7 +15,7 @@ from torch import nn
 
 from algorithms import pex, td3_bc
 from corl import checkpoints, trained, watch
-from corl.config import ConfigError
+from corl.layers import ConfigError
 
 ROOT = Path(__file__).parent.parent
 SHORT = {

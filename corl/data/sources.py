@@ -16,7 +16,6 @@ import h5py
 import numpy as np
 
 from corl import tasks
-from corl.config import expand
 from corl.data import (
     download,
     hdf5,
@@ -27,6 +26,7 @@ from corl.data import (
     row_order,
     schema,
 )
+from corl.layers import expand
 from corl.standin import policies
 
 SOURCES = ("auto", "file", "d4rl_dir", "d4rl", "minari", "self-collected")

@@ -6,7 +6,8 @@ import yaml
 
 from algorithms import dare_iql
 from corl import yaml_files
-from corl.config import FinetuneConfig, read_yaml
+from corl.config import FinetuneConfig
+from corl.layers import read_yaml
 from experiments import plan
 
 pytestmark = pytest.mark.fault("bad inputs")
@@ -222,6 +223,6 @@ def test_a_file_of_a_megabyte_is_refused_unread(tmp_path, monkeypatch):
 
 def test_no_value_that_corl_ships_is_called_foreign():
     """The hints are of fields that we do not have."""
-    from corl.config import CORL_FIELDS
+    from corl.layers import CORL_FIELDS
 
     assert not CORL_FIELDS.keys() & FinetuneConfig.__dataclass_fields__.keys()

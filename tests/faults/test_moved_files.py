@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from algorithms import cql, dare_cal_ql, iql
-from corl.config import parse_config, with_absolute_paths
+from corl.config import parse_config
+from corl.layers import with_absolute_paths
 from experiments import store
 from experiments.values import dump_json
 

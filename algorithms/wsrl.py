@@ -23,11 +23,18 @@ What differs from the authors' program, and why:
   behind the online rows and cuts the whole into batches, most of which have one kind.
 - Online rows have no return-to-go, so that they bound no value of Cal-QL's penalty where that is
   kept. Theirs waits for the end of the episode and learns from finished ones.
+- Where as many critics are asked as there are, each is asked once. Theirs may draw one twice.
 As in theirs, though the paper does not say so, the critics share their last layer
 (`shared_head: false` gives each its own).
 `batch_size` is that of one update: theirs says 1024 for four of them. Settings of the kitchen
-(no importance weights) and of a pixel encoder are left out. A start from a model of two critics
-(cql.py, cal_ql.py) is not offered: its policy has another form.
+(no importance weights) and of a pixel encoder are left out.
+
+`model_of: cql` or `cal_ql` starts from a model of that file (configs/wsrl/two_critics_*.yaml). That
+is not the published WSRL, and every result says so (`caveat`): two critics without normalization
+go on. They, their targets, the policy, the temperature and the multiplier of the gap are the same
+functions and numbers as there; Adam's moments begin anew.
+
+    python algorithms/wsrl.py --config configs/wsrl/two_critics_hopper_medium.yaml --load_model RUN
 
 Shapes: N critics, M of them that are asked, B rows of a batch, R those of all batches of an
 environment step, n = cql_n_actions, S state dimension, A action dimension.
@@ -45,7 +52,14 @@ from corl.compiled import CompiledUpdate, complete, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 from corl.ensembles import CriticEnsemble, Form, draw_members
 from corl.finetune import LINEAR_REWARDS, TensorBatch
-from corl.sac import PositiveScalar, SquashedGaussianPolicy, policy_fit
+from corl.sac import (
+    TWO_CRITICS,
+    PositiveScalar,
+    SquashedGaussianPolicy,
+    form_of,
+    of_two_critics,
+    policy_fit,
+)
 
 # Bounds of the policy's standard deviation.
 STD_MIN, STD_MAX = 1e-5, 10.0
@@ -90,6 +104,11 @@ class TrainConfig(FinetuneConfig):
     shared_head: bool = True  # one last layer for all critics, as in the authors' code
     n_critics: int = 10  # critics
     n_target_critics: int = 2  # of them drawn for the minimum in a TD target
+    # Bounds of the logarithm of the policy's standard deviation
+    log_std_min: float = math.log(STD_MIN)  # of 1e-5
+    log_std_max: float = math.log(STD_MAX)  # of 10
+    # Whose model load_model is: wsrl; cql, cal_ql: two critics, not the published WSRL
+    model_of: str = "wsrl"
     # The offline phase
     base: str = "cql"  # its penalty: cql, cal_ql
     n_penalty_critics: int = 2  # critics drawn for it, two may be the same
@@ -108,7 +127,10 @@ class TrainConfig(FinetuneConfig):
     # Adam also moves, by its momentum, what does not learn in a step, as in the authors' code
     zero_gradient_steps: bool = False
 
-    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {"base": ("cql", "cal_ql")}
+    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {
+        "base": ("cql", "cal_ql"),
+        "model_of": ("wsrl", "cql", "cal_ql"),
+    }
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         **dict.fromkeys(("actor_lr", "qf_lr", "temperature_lr"), "(0, inf)"),
         **dict.fromkeys(("multiplier_lr", "init_temperature"), "(0, inf)"),
@@ -118,6 +140,8 @@ class TrainConfig(FinetuneConfig):
         "hidden_dim": "[1, 1e5]",
         **dict.fromkeys(("actor_n_hidden_layers", "q_n_hidden_layers"), "[1, 100]"),
         "last_hidden_gain": "(0, inf)",
+        "log_std_min": "[-100, 0]",
+        "log_std_max": "[0, 100]",
         **dict.fromkeys(("n_critics", "n_target_critics"), "[1, 1000]"),
         "n_penalty_critics": "[1, 1000]",
         **dict.fromkeys(("cql_alpha", "cql_alpha_online"), "[0, inf)"),
@@ -142,6 +166,12 @@ class TrainConfig(FinetuneConfig):
             raise ValueError(
                 "is_sparse_reward needs a discount below 1: r / (1 - discount)"
             )
+
+    def caveat(self) -> str:
+        """What every result says of a run that starts from a model of two critics."""
+        if self.model_of == "wsrl":
+            return super().caveat()
+        return f"two critics: from a model of {self.model_of}.py, not the published WSRL"
 
 
 class Noise(NamedTuple):
@@ -191,6 +221,7 @@ class WSRL:
     discount: float = 0.99
     tau: float = 0.005
     utd: int = 4
+    model_of: str = "wsrl"
     device: str = "cpu"
 
     def __post_init__(self):
@@ -315,7 +346,7 @@ class WSRL:
             return torch.randn(shape, device=device)
 
         def drawn(count: int) -> torch.Tensor:
-            return draw_members(total, count, True, device)
+            return draw_members(total, count, count != total, device)
 
         return Noise(
             backup=normal(b, *each, a),
@@ -434,13 +465,39 @@ class WSRL:
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.load_weights(state_dict)
-
-    def load_weights(self, state_dict: Dict[str, Any]) -> None:
-        """Start from the networks and optimizers of a `state_dict`."""
         for part in CHECKPOINT_PARTS:
             getattr(self, part).load_state_dict(state_dict[part])
         self.total_it = state_dict["total_it"]
+
+    def load_weights(self, state_dict: Dict[str, Any]) -> None:
+        """Start from the networks and optimizers of a `state_dict`, or from another file's model.
+
+        Raises:
+            ValueError: it is of another file, or its networks have another form.
+        """
+        wanted = CHECKPOINT_PARTS if self.model_of == "wsrl" else TWO_CRITICS
+        if missing := [key for key in wanted if key not in state_dict]:
+            raise ValueError(
+                f"it has no {missing[0]!r}, so it is no model of {self.model_of}.py; set "
+                "model_of to the file that it is a model of"
+            )
+        if self.model_of != "wsrl":
+            # Adam's moments are those of the start.
+            state_dict = {**self.state_dict(), **of_two_critics(state_dict)}
+            self._check_form(state_dict)
+        self.load_state_dict(state_dict)
+
+    def _check_form(self, state_dict: Dict[str, Any]) -> None:
+        """Raises ValueError where fields of the config make other networks than CQL's."""
+        own = form_of(self.actor.state_dict(), self.critics.state_dict())
+        own |= {"log_std_min": self.actor.log_std_min, "log_std_max": self.actor.log_std_max}
+        needed = form_of(state_dict["actor"], state_dict["critics"])
+        needed |= {"log_std_min": -20.0, "log_std_max": 2.0}
+        wrong = [f"{k} to {str(v).lower()}" for k, v in needed.items() if own[k] != v]
+        if wrong:
+            raise ValueError(
+                f"a model of {self.model_of}.py has other networks: set {', '.join(wrong)}"
+            )
 
 
 def make_trainer(
@@ -462,8 +519,8 @@ def make_trainer(
         action_dim,
         max_action,
         form(config.actor_n_hidden_layers),
-        log_std_min=math.log(STD_MIN),
-        log_std_max=math.log(STD_MAX),
+        log_std_min=config.log_std_min,
+        log_std_max=config.log_std_max,
         state_dependent_std=config.state_dependent_std,
     ).to(device)
     critics = CriticEnsemble(
@@ -509,9 +566,17 @@ def step(
 @seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
+    if config.model_of != "wsrl" and not config.load_model:
+        raise ValueError(
+            f"model_of {config.model_of} needs a model: give load_model, a run folder or a "
+            "checkpoint, or leave model_of out"
+        )
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
-        session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        # The rest is another one in a model of two critics; `load_weights` looks.
+        session.keep("trainer", trainer, loads=("actor",))
+        if caveat := config.caveat():
+            print(f"{caveat}; Adam's moments begin anew")
         session.weigh_rows(trainer.actor, policy_fit(trainer.actor))
         source = session.mixed
         session.start(

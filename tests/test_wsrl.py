@@ -1,5 +1,7 @@
 """WSRL: updates of both phases against a float64 oracle, and what the online phase keeps."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from short_runs import checkpoint_of, folder_of, run, stop_after
 from test_rlpd import A, B, S, assert_same_weights, watch_noise
 from test_rlpd import batches as plain_batches
 
-from algorithms import wsrl
+from algorithms import cal_ql, cql, wsrl
 from corl import buffers
 
 TASK = "hopper-medium-v2"
@@ -162,6 +164,136 @@ def test_stopped_and_resumed_equals_an_unbroken_run(
         assert_equal(one[key], two[key], key)
     texts = [(folder_of(tmp_path / x) / "metrics.csv").read_text() for x in "ab"]
     assert texts[0] == texts[1]
+
+
+# ---------------------------------------------------------------- models of two critics
+
+TWO = {
+    **{"n_critics": 2, "shared_head": False, "layer_norm": False},
+    **{"actor_n_hidden_layers": 3, "hidden_dim": 256},
+    **{"log_std_min": -20.0, "log_std_max": 2.0},
+}
+
+
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def name_of(module):
+    return module.__name__.removeprefix("algorithms.")
+
+
+@pytest.mark.parametrize("module, max_action", [(cql, 1.0), (cal_ql, 2.0)])
+def test_a_model_of_two_critics_is_the_same_functions(module, max_action, in_float64):
+    torch.manual_seed(1)
+    config = module.TrainConfig(env=TASK, q_n_hidden_layers=4, compile=False)
+    theirs = module.make_trainer(config, S, A, max_action, "cpu")
+    with torch.no_grad():
+        # So many logarithms of the standard deviation lie beyond both bounds.
+        theirs.actor.log_std_multiplier.constant.fill_(12.0)
+        theirs.actor.log_std_offset.constant.fill_(-9.0)
+        theirs.log_alpha.constant.fill_(-1.3)
+        theirs.log_alpha_prime.constant.fill_(0.4)
+        for p in theirs.target_critic_2.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    fields = {**TWO, "q_n_hidden_layers": 4, "model_of": name_of(module)}
+    ours, _ = make_trainer(max_action, **fields)
+    ours.load_weights({**theirs.state_dict(), "total_it": 7})
+    states, rows = 2.0 * torch.randn(B, S), max_action * torch.rand(B, 3, A)
+    log_std = ours.actor.gaussian(states)[1]
+    assert (log_std.min(), log_std.max()) == (-20.0, 2.0)
+    for noise, repeat in ((torch.randn(B, A), None), (torch.randn(B, 3, A), 3)):
+        actions, log_pi = theirs.actor(states, repeat=repeat, noise=noise)
+        found = ours.actor(states, noise)
+        torch.testing.assert_close(found[0], actions, rtol=0.0, atol=1e-13)
+        # CQL takes the noise from the action again, where it is a billionth of it.
+        torch.testing.assert_close(found[1], log_pi, rtol=0.0, atol=1e-5)
+    modes = theirs.actor(states, deterministic=True)[0]
+    torch.testing.assert_close(ours.actor.mode(states), modes, rtol=0.0, atol=1e-13)
+    for kind in ("", "target_"):
+        pair = (getattr(theirs, f"{kind}critic_{number}") for number in (1, 2))
+        expected = torch.stack([critic(states, rows) for critic in pair])
+        found = getattr(ours, f"{kind}critics")(states, rows)
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+    assert ours.temperature().item() == pytest.approx(np.exp(-1.3), rel=1e-6)
+    assert ours.multiplier().item() == pytest.approx(np.exp(0.4), rel=1e-6)
+    assert ours.total_it == 7
+    moments = [s["exp_avg"] for o in ours.optimizers() for s in o.state.values()]
+    assert moments and not any(moment.any() for moment in moments)
+
+
+def test_where_all_critics_are_asked_each_is_asked_once():
+    trainer, _ = make_trainer(**{**TWO, "hidden_dim": 16})
+    (batch,) = batches(1)
+    for _ in range(9):
+        noise = trainer._noise(batch[1], 0, False)
+        assert sorted(noise.members.tolist()) == [0, 1]
+        assert sorted(noise.penalized.tolist()) == [0, 1]
+
+
+def model_of(module, tmp_path, monkeypatch):
+    """The folder of a short run on the toy."""
+    short = {"offline_iterations": 2, "online_iterations": 0, "eval_freq": 2}
+    run(module, tmp_path / "model", monkeypatch, **short, n_episodes=1)
+    return folder_of(tmp_path / "model")
+
+
+def test_a_run_from_a_model_of_two_critics_says_so(tmp_path, monkeypatch, capsys):
+    """It needs the model no more when it is resumed."""
+    model = model_of(cal_ql, tmp_path, monkeypatch)
+    theirs = checkpoint_of(tmp_path / "model")["parts"]["trainer"]
+    fields = {**SHORT, **TWO, "model_of": "cal_ql", "load_model": str(model)}
+    # Nothing learns, so that the networks stay those of the model.
+    fields |= {"offline_iterations": 0, "online_iterations": 6, "online_warmup": 6}
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        assert run(wsrl, tmp_path / "b", monkeypatch, **fields) == {}
+    shutil.rmtree(model)
+    folder = folder_of(tmp_path / "b")
+    summary = run(wsrl, tmp_path / "b", monkeypatch, **fields, resume=str(folder))
+    caveat = "two critics: from a model of cal_ql.py, not the published WSRL"
+    assert summary["caveat"] == caveat
+    assert "model_of: cal_ql" in (folder / "config.yaml").read_text()
+    shown = capsys.readouterr().out
+    assert shown.count(f"{caveat}; Adam's moments begin anew\n") == 2
+    assert f"\n{caveat}\n" in shown
+    ours = checkpoint_of(tmp_path / "b")["parts"]["trainer"]["critics"]
+    for number in (0, 1):
+        weight = theirs[f"critic{number + 1}"]["network.0.weight"]
+        assert torch.equal(ours["hidden.0.weight"][number], weight.T)
+
+
+def test_a_model_that_does_not_fit_is_refused_by_its_fields(tmp_path, monkeypatch):
+    model = model_of(cql, tmp_path, monkeypatch)
+    cases = [
+        (
+            {"n_critics": 3, "shared_head": True, "hidden_dim": 32},
+            "set hidden_dim to 256, n_critics to 2, shared_head to false;",
+        ),
+        (
+            {"state_dependent_std": False, "log_std_max": 1.0},
+            "set state_dependent_std to true, log_std_max to 2.0;",
+        ),
+        (
+            {"actor_n_hidden_layers": 2, "q_n_hidden_layers": 3, "layer_norm": True},
+            "set actor_n_hidden_layers to 3, layer_norm to false, q_n_hidden_layers to 2;",
+        ),
+        ({"model_of": "wsrl"}, "it has no 'critics', so it is no model of wsrl.py"),
+        ({"load_model": ""}, "model_of cql needs a model: give load_model"),
+    ]
+    for fields, message in cases:
+        given = {**SHORT, **TWO, "model_of": "cql", "load_model": str(model), **fields}
+        with pytest.raises(ValueError) as caught:
+            run(wsrl, tmp_path / "b", monkeypatch, **given)
+        line = str(caught.value)
+        assert message in line and "\n" not in line
+        assert (str(model) in line) is bool(given["load_model"])
+
+
+# ---------------------------------------------------------------- bad settings
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ class TrainConfig(FinetuneConfig):
     cql_max_target_backup: bool = True  # TD target: maximum over cql_n_actions
     is_sparse_reward: bool = False  # cal_ql: failed episodes count as endless
     # The online phase
-    mixing_ratio: float = 0.0  # offline share of an online batch
-    cql_alpha_online: float = 0.0  # as cql_alpha; 0: plain SAC
+    mixing_ratio: Optional[float] = None  # offline share of an online batch; none: 0
+    cql_alpha_online: Optional[float] = None  # as cql_alpha; none: 0, plain SAC
     max_target_backup_online: bool = False  # as cql_max_target_backup
     # Adam also moves, by its momentum, what does not learn in a step, as in the authors' code
     zero_gradient_steps: bool = False
@@ -161,6 +161,8 @@ class TrainConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.mixing_ratio = self.mixing_ratio or 0.0
+        self.cql_alpha_online = self.cql_alpha_online or 0.0
         self.check_mixing_ratio()
         if self.is_sparse_reward and not self.discount < 1.0:
             raise ValueError(
@@ -284,7 +286,10 @@ class WSRL:
         )
 
     def conservative_gaps(
-        self, values: torch.Tensor, batch: TensorBatch, noise: Noise
+        self,
+        values: torch.Tensor,
+        batch: TensorBatch,
+        noise: Noise,
     ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         """Soft maximum of Q over actions minus Q of the data's, (B,), and metrics.
 
@@ -307,11 +312,16 @@ class WSRL:
             found["bound_rate"] = (policies.detach() < mc_returns).float().mean()
             q = torch.cat((uniform, torch.maximum(policies, mc_returns)), dim=-1)
         gaps = torch.logsumexp(q - log_prob, dim=-1) - values[noise.penalized]
-        return gaps.mean(dim=0), found
+        gaps = gaps.mean(dim=0)
+        return gaps, found
 
-    def multiplier_loss(self, gap: torch.Tensor) -> torch.Tensor:
+    def multiplier_loss(
+        self,
+        gap: torch.Tensor,
+    ) -> torch.Tensor:
         """-multiplier (gap - its target), 0-d; gap 0-d, without gradient."""
-        return -self.multiplier() * (gap - self.cql_target_action_gap)
+        excess = gap - self.cql_target_action_gap
+        return -self.multiplier() * excess
 
     def policy_losses(
         self, observations: torch.Tensor, noise: torch.Tensor
@@ -331,7 +341,12 @@ class WSRL:
                 log_pi = log_pi.mean(dim=-1)
         return self.temperature() * (-log_pi - self.target_entropy)
 
-    def _noise(self, actions: torch.Tensor, rows: int, online: bool) -> Noise:
+    def _noise(
+        self,
+        actions: torch.Tensor,
+        rows: int,
+        online: bool,
+    ) -> Noise:
         """The random numbers of one update on actions (B, A), from the global stream.
 
         The policy learns from so many `rows`; 0: it does not learn.
@@ -340,10 +355,13 @@ class WSRL:
         device, total = actions.device, self.critics.n_critics
         several = self.max_target_backup_online if online else self.cql_max_target_backup
         each = (n,) if several else ()
-        penalized = self.gap_weight(online) > 0
+        penalized, gap_rows = self.gap_weight(online) > 0, b
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=device)
+
+        def uniform(*shape: int) -> torch.Tensor:
+            return actions.new_empty(shape).uniform_(-1, 1)
 
         def drawn(count: int) -> torch.Tensor:
             return draw_members(total, count, count != total, device)
@@ -352,14 +370,18 @@ class WSRL:
             backup=normal(b, *each, a),
             members=drawn(self.n_target_critics),
             penalized=drawn(self.n_penalty_critics) if penalized else None,
-            uniform=actions.new_empty(b, n, a).uniform_(-1, 1) if penalized else None,
-            current=normal(b, n, a) if penalized else None,
-            following=normal(b, n, a) if penalized else None,
+            uniform=uniform(gap_rows, n, a) if penalized else None,
+            current=normal(gap_rows, n, a) if penalized else None,
+            following=normal(gap_rows, n, a) if penalized else None,
             policy=normal(rows, a) if rows else None,
             temperature=normal(rows, *each, a) if rows else None,
         )
 
-    def train(self, batch: TensorBatch, online: bool = False) -> Dict[str, torch.Tensor]:
+    def train(
+        self,
+        batch: TensorBatch,
+        online: bool = False,
+    ) -> Dict[str, torch.Tensor]:
         """One update of everything, online of the critics and after `utd` of all; 0-d tensors.
 
         Online the policy and the temperature learn from the rows of the `utd` batches together.
@@ -375,16 +397,34 @@ class WSRL:
                 rows = (torch.cat(states, dim=-2), torch.cat(next_states, dim=-2))
                 self.waiting.clear()
         count = 0 if rows is None else rows[0].shape[-2]
-        return self._update(batch, self._noise(batch[1], count, online), rows, online)
+        noise = self._noise(
+            batch[1],
+            count,
+            online,
+        )
+        return self._update(
+            batch,
+            noise,
+            rows,
+            online,
+        )
 
     def _update(
-        self, batch: TensorBatch, noise: Noise, rows: Optional[Rows], online: bool
+        self,
+        batch: TensorBatch,
+        noise: Noise,
+        rows: Optional[Rows],
+        online: bool,
     ) -> Dict[str, torch.Tensor]:
         """A function of tensors but for the steps.
 
         Offline every loss comes before the first step; online the critics step first.
         """
-        critic_loss, gap, log_dict = self._critic_loss(batch, noise, online)
+        critic_loss, gap, log_dict = self._critic_loss(
+            batch,
+            noise,
+            online,
+        )
         coasts = online and self.zero_gradient_steps
         if online:
             self._step_critics(critic_loss)
@@ -395,7 +435,9 @@ class WSRL:
         if rows is not None:
             log_dict.update(self._step_policy(rows, noise))
             if gap is not None and self.cql_lagrange:
-                multiplier_loss = self.multiplier_loss(gap)
+                multiplier_loss = self.multiplier_loss(
+                    gap,
+                )
                 descend(multiplier_loss, self.multiplier_optimizer)
                 log_dict["multiplier_loss"] = multiplier_loss.detach()
             if coasts:
@@ -405,7 +447,10 @@ class WSRL:
         return log_dict
 
     def _critic_loss(
-        self, batch: TensorBatch, noise: Noise, online: bool
+        self,
+        batch: TensorBatch,
+        noise: Noise,
+        online: bool,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Dict[str, torch.Tensor]]:
         """The critics' loss, the mean gap where it counts, both 0-d, and metrics."""
         observations, actions, rewards, next_observations, dones = batch[:5]
@@ -419,7 +464,11 @@ class WSRL:
         }
         if noise.penalized is None:
             return td_loss, None, log_dict
-        gaps, found = self.conservative_gaps(values, batch, noise)
+        gaps, found = self.conservative_gaps(
+            values,
+            batch,
+            noise,
+        )
         gap = gaps.mean(-1)
         weight = torch.full_like(td_loss, self.gap_weight(online))
         if self.cql_lagrange:
@@ -490,7 +539,10 @@ class WSRL:
     def _check_form(self, state_dict: Dict[str, Any]) -> None:
         """Raises ValueError where fields of the config make other networks than CQL's."""
         own = form_of(self.actor.state_dict(), self.critics.state_dict())
-        own |= {"log_std_min": self.actor.log_std_min, "log_std_max": self.actor.log_std_max}
+        own |= {
+            "log_std_min": self.actor.log_std_min,
+            "log_std_max": self.actor.log_std_max,
+        }
         needed = form_of(state_dict["actor"], state_dict["critics"])
         needed |= {"log_std_min": -20.0, "log_std_max": 2.0}
         wrong = [f"{k} to {str(v).lower()}" for k, v in needed.items() if own[k] != v]

@@ -5,14 +5,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal
+from helpers import assert_equal, hard_release
 from oracle_sac import OracleWSRL
 from short_runs import checkpoint_of, folder_of, run, stop_after
 from test_rlpd import A, B, S, assert_same_weights, watch_noise
 from test_rlpd import batches as plain_batches
 
-from algorithms import cal_ql, cql, wsrl
+from algorithms import cal_ql, cql, dare_wsrl, wsrl
 from corl import buffers
+from corl_dare.config import LagrangeDareConfig
+from corl_dare.hook import Release
 
 TASK = "hopper-medium-v2"
 SMALL = {"hidden_dim": 16, "cql_n_actions": 3, "n_critics": 4, "compile": False}
@@ -28,10 +30,10 @@ def batches(count):
         yield [*batch, torch.tensor(returns, dtype=torch.float32)]
 
 
-def make_trainer(max_action=1.0, **fields):
-    config = wsrl.TrainConfig(env=TASK, **{**SMALL, **fields})
+def make_trainer(max_action=1.0, module=wsrl, **fields):
+    config = module.TrainConfig(env=TASK, **{**SMALL, **fields})
     torch.manual_seed(0)
-    return wsrl.make_trainer(config, S, A, max_action, "cpu"), config
+    return module.make_trainer(config, S, A, max_action, "cpu"), config
 
 
 MAZE = {
@@ -166,6 +168,107 @@ def test_stopped_and_resumed_equals_an_unbroken_run(
     assert texts[0] == texts[1]
 
 
+# ---------------------------------------------------------------- weights of rows
+
+KEPT = {**MAZE, "cql_alpha_online": 0.7, "utd": 3}
+# What a release may look like: part of the rows, none, all, and weights of their own.
+RELEASES = [hard_release(B, 11), hard_release(B, 0), hard_release(B, B)]
+RELEASES += [Release(torch.linspace(0.05, 0.95, B))]
+RELEASES += [Release((torch.arange(B) % 3 == 0).float())]
+
+
+@pytest.mark.parametrize("lagrange_gap", ["literal", "weighted"])
+@pytest.mark.parametrize("fields", [KEPT, {**KEPT, "base": "cql", "n_critics": 2}])
+def test_weighted_updates_equal_the_float64_oracle(fields, lagrange_gap):
+    dare = LagrangeDareConfig(lagrange_gap=lagrange_gap)
+    trainer, config = make_trainer(module=dare_wsrl, dare=dare, **fields)
+    oracle, drawn, waiting = OracleWSRL(trainer, config, A), watch_noise(trainer), []
+    for number, batch in enumerate(batches(15)):
+        release = RELEASES[number % 5]
+        logs = trainer.train(batch, True, release)
+        waiting = [*waiting, batch] if number % 3 else [batch]
+        rows = None
+        if len(waiting) == 3:
+            rows = [torch.cat([x[i] for x in waiting]) for i in (0, 3)]
+        assert len(drawn[-1].uniform) == (B if release.kept is None else release.kept)
+        assert_logged(logs, oracle.train(batch, drawn[-1], rows, True, release))
+        assert ("conservative_loss" in logs) is (release.kept != 0)
+        if release.kept != 0:
+            mean = logs["cql_gap"] / release.weight.double().mean()
+            assert logs["conservative_loss"].item() == pytest.approx(
+                mean.item(), rel=1e-5
+            )
+    assert_same_weights(trainer, oracle)
+
+
+def learned(trainer, releases, seed=5):
+    """The state after an online update with each release, from draws of one seed."""
+    torch.manual_seed(seed)
+    for batch, release in zip(batches(len(releases)), releases, strict=True):
+        trainer.train(batch, True, *release)
+    return trainer.state_dict()
+
+
+@pytest.mark.parametrize("release", [hard_release(B, B), Release(torch.ones(B))])
+def test_weight_1_everywhere_is_wsrl_with_the_penalty_kept(release):
+    ours, theirs = make_trainer(module=dare_wsrl, **KEPT)[0], make_trainer(**KEPT)[0]
+    assert_equal(learned(ours, 6 * [[release]]), learned(theirs, 6 * [[]]))
+
+
+@pytest.mark.parametrize("release", [hard_release(B, 0), Release(torch.zeros(B))])
+def test_weight_0_everywhere_is_wsrl_without_the_penalty(release):
+    """The penalty has random numbers of its own, so both get those of the other parts."""
+    fields = {**KEPT, "cql_lagrange": False}
+    ours, _ = make_trainer(module=dare_wsrl, **fields)
+    theirs, _ = make_trainer(**{**fields, "cql_alpha_online": None})
+    drawn = watch_noise(ours)
+    learned(ours, 6 * [[release]])
+    of_ours, theirs._noise = (
+        iter(drawn),
+        lambda *args: next(of_ours)._replace(
+            penalized=None, uniform=None, current=None, following=None
+        ),
+    )
+    assert_equal(ours.state_dict(), learned(theirs, 6 * [[]]))
+
+
+def test_the_gaps_of_kept_rows_are_those_of_these_rows_alone():
+    trainer, _ = make_trainer(module=dare_wsrl, **KEPT)
+    (batch,) = batches(1)
+    release, alone = hard_release(B, 11), [field[:11] for field in batch]
+    noise = trainer._noise(batch[1], 0, True, release)
+    values = trainer.critics(*batch[:2])
+    gaps, _ = trainer.conservative_gaps(values, batch, noise, release)
+    expected, _ = trainer.conservative_gaps(values[:, :11], alone, noise)
+    assert torch.equal(gaps[:11], expected) and gaps[11:].eq(0).all() and len(gaps) == B
+
+
+def test_dare_keeps_offline_rows_and_the_penalty():
+    make = lambda **fields: dare_wsrl.TrainConfig(env=TASK, **fields)  # noqa: E731
+    config, off = make(cql_alpha=3.0), make(dare=LagrangeDareConfig(enabled=False))
+    assert (config.mixing_ratio, config.cql_alpha_online) == (0.5, 3.0)
+    assert (off.mixing_ratio, off.cql_alpha_online) == (0.0, 0.0)
+    given = make(mixing_ratio=0.25, cql_alpha_online=0.1)
+    assert (given.mixing_ratio, given.cql_alpha_online) == (0.25, 0.1)
+    assert make(**{k: v for k, v in vars(config).items() if k != "env"}) == config
+    for fields in ({"cql_alpha_online": 0.0}, {"cql_alpha": 0.0}):
+        with pytest.raises(
+            ValueError, match="cql_alpha_online 0 leaves no.*dare.enabled"
+        ):
+            make(**fields)
+    with pytest.raises(ValueError, match="mixing_ratio 0 leaves no offline row"):
+        make(mixing_ratio=0.0)
+
+
+def test_without_dare_the_twin_is_wsrl_bit_for_bit(tmp_path, monkeypatch):
+    off = LagrangeDareConfig(enabled=False)
+    run(wsrl, tmp_path / "a", monkeypatch, **SHORT)
+    run(dare_wsrl, tmp_path / "b", monkeypatch, **SHORT, dare=off)
+    one, two = (checkpoint_of(tmp_path / name) for name in "ab")
+    for key in ("parts", "rng", "step"):
+        assert_equal(one[key], two[key], key)
+
+
 # ---------------------------------------------------------------- models of two critics
 
 TWO = {
@@ -193,7 +296,7 @@ def test_a_model_of_two_critics_is_the_same_functions(module, max_action, in_flo
     theirs = module.make_trainer(config, S, A, max_action, "cpu")
     with torch.no_grad():
         # So many logarithms of the standard deviation lie beyond both bounds.
-        theirs.actor.log_std_multiplier.constant.fill_(12.0)
+        theirs.actor.log_std_multiplier.constant.fill_(40.0)
         theirs.actor.log_std_offset.constant.fill_(-9.0)
         theirs.log_alpha.constant.fill_(-1.3)
         theirs.log_alpha_prime.constant.fill_(0.4)
@@ -211,6 +314,9 @@ def test_a_model_of_two_critics_is_the_same_functions(module, max_action, in_flo
         torch.testing.assert_close(found[0], actions, rtol=0.0, atol=1e-13)
         # CQL takes the noise from the action again, where it is a billionth of it.
         torch.testing.assert_close(found[1], log_pi, rtol=0.0, atol=1e-5)
+    densities = theirs.actor.log_prob(states, rows)
+    found = ours.actor.log_prob(states, rows)
+    torch.testing.assert_close(found, densities, rtol=1e-9, atol=0.0)
     modes = theirs.actor(states, deterministic=True)[0]
     torch.testing.assert_close(ours.actor.mode(states), modes, rtol=0.0, atol=1e-13)
     for kind in ("", "target_"):

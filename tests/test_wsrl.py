@@ -260,15 +260,6 @@ def test_dare_keeps_offline_rows_and_the_penalty():
         make(mixing_ratio=0.0)
 
 
-def test_without_dare_the_twin_is_wsrl_bit_for_bit(tmp_path, monkeypatch):
-    off = LagrangeDareConfig(enabled=False)
-    run(wsrl, tmp_path / "a", monkeypatch, **SHORT)
-    run(dare_wsrl, tmp_path / "b", monkeypatch, **SHORT, dare=off)
-    one, two = (checkpoint_of(tmp_path / name) for name in "ab")
-    for key in ("parts", "rng", "step"):
-        assert_equal(one[key], two[key], key)
-
-
 # ---------------------------------------------------------------- models of two critics
 
 TWO = {

@@ -72,7 +72,7 @@ from corl.finetune import (  # noqa: F401
 from corl.finetune import modify_reward_linear as modify_reward  # noqa: F401
 from corl.finetune import modify_reward_linear_online as modify_reward_online  # noqa: F401
 from corl.sampling import Fit, standard_log_prob
-from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, DareConfig
+from corl_dare.config import LOGS, MEANS, PANELS, PRESETS, UNDEFINED, LagrangeDareConfig
 from corl_dare.hook import DareHook, Release, energy_q_scale, prepare
 
 BASELINE = "cql"
@@ -121,26 +121,10 @@ CHECKPOINT_PARTS = {
 
 
 @dataclass
-class DareCQLConfig(DareConfig):
+class DareCQLConfig(LagrangeDareConfig):
     """The block `dare:` of DARE-CQL."""
 
     cap: Optional[int] = 32  # n, most pairs exchanged per batch; none: no cap
-    # With cql_lagrange, the multiplier drives to 0: literal: mean(w gap) - target; weighted:
-    # mean(w (gap - target))
-    lagrange_gap: str = "weighted"
-
-    CHOICES: ClassVar[dict] = DareConfig.CHOICES | {
-        "lagrange_gap": ("literal", "weighted"),
-    }
-
-    def check_multiplier(self) -> None:
-        """Refuse a multiplier that would raise the weight of the gap by what is released."""
-        if self.lagrange_gap == "literal":
-            raise ValueError(
-                f"dare.weights {self.weights} with cql_lagrange and dare.lagrange_gap literal "
-                "would release nothing, since the multiplier makes up for it; set "
-                "dare.lagrange_gap to weighted"
-            )
 
 
 @dataclass

@@ -23,11 +23,18 @@ What differs from the authors' program, and why:
   behind the online rows and cuts the whole into batches, most of which have one kind.
 - Online rows have no return-to-go, so that they bound no value of Cal-QL's penalty where that is
   kept. Theirs waits for the end of the episode and learns from finished ones.
+- Where as many critics are asked as there are, each is asked once. Theirs may draw one twice.
 As in theirs, though the paper does not say so, the critics share their last layer
 (`shared_head: false` gives each its own).
 `batch_size` is that of one update: theirs says 1024 for four of them. Settings of the kitchen
-(no importance weights) and of a pixel encoder are left out. A start from a model of two critics
-(cql.py, cal_ql.py) is not offered: its policy has another form.
+(no importance weights) and of a pixel encoder are left out.
+
+`model_of: cql` or `cal_ql` starts from a model of that file (configs/wsrl/two_critics_*.yaml). That
+is not the published WSRL, and every result says so (`caveat`): two critics without normalization
+go on. They, their targets, the policy, the temperature and the multiplier of the gap are the same
+functions and numbers as there; Adam's moments begin anew.
+
+    python algorithms/wsrl.py --config configs/wsrl/two_critics_hopper_medium.yaml --load_model RUN
 
 Shapes: N critics, M of them that are asked, B rows of a batch, R those of all batches of an
 environment step, n = cql_n_actions, S state dimension, A action dimension.
@@ -45,7 +52,14 @@ from corl.compiled import CompiledUpdate, complete, descend, soft_update
 from corl.config import FinetuneConfig, arguments_of, main
 from corl.ensembles import CriticEnsemble, Form, draw_members
 from corl.finetune import LINEAR_REWARDS, TensorBatch
-from corl.sac import PositiveScalar, SquashedGaussianPolicy, policy_fit
+from corl.sac import (
+    TWO_CRITICS,
+    PositiveScalar,
+    SquashedGaussianPolicy,
+    form_of,
+    of_two_critics,
+    policy_fit,
+)
 
 # Bounds of the policy's standard deviation.
 STD_MIN, STD_MAX = 1e-5, 10.0
@@ -90,6 +104,11 @@ class TrainConfig(FinetuneConfig):
     shared_head: bool = True  # one last layer for all critics, as in the authors' code
     n_critics: int = 10  # critics
     n_target_critics: int = 2  # of them drawn for the minimum in a TD target
+    # Bounds of the logarithm of the policy's standard deviation
+    log_std_min: float = math.log(STD_MIN)  # of 1e-5
+    log_std_max: float = math.log(STD_MAX)  # of 10
+    # Whose model load_model is: wsrl; cql, cal_ql: two critics, not the published WSRL
+    model_of: str = "wsrl"
     # The offline phase
     base: str = "cql"  # its penalty: cql, cal_ql
     n_penalty_critics: int = 2  # critics drawn for it, two may be the same
@@ -102,13 +121,16 @@ class TrainConfig(FinetuneConfig):
     cql_max_target_backup: bool = True  # TD target: maximum over cql_n_actions
     is_sparse_reward: bool = False  # cal_ql: failed episodes count as endless
     # The online phase
-    mixing_ratio: float = 0.0  # offline share of an online batch
-    cql_alpha_online: float = 0.0  # as cql_alpha; 0: plain SAC
+    mixing_ratio: Optional[float] = None  # offline share of an online batch; none: 0
+    cql_alpha_online: Optional[float] = None  # as cql_alpha; none: 0, plain SAC
     max_target_backup_online: bool = False  # as cql_max_target_backup
     # Adam also moves, by its momentum, what does not learn in a step, as in the authors' code
     zero_gradient_steps: bool = False
 
-    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {"base": ("cql", "cal_ql")}
+    CHOICES: ClassVar[dict] = FinetuneConfig.CHOICES | {
+        "base": ("cql", "cal_ql"),
+        "model_of": ("wsrl", "cql", "cal_ql"),
+    }
     RANGES: ClassVar[dict] = FinetuneConfig.RANGES | {
         **dict.fromkeys(("actor_lr", "qf_lr", "temperature_lr"), "(0, inf)"),
         **dict.fromkeys(("multiplier_lr", "init_temperature"), "(0, inf)"),
@@ -118,6 +140,8 @@ class TrainConfig(FinetuneConfig):
         "hidden_dim": "[1, 1e5]",
         **dict.fromkeys(("actor_n_hidden_layers", "q_n_hidden_layers"), "[1, 100]"),
         "last_hidden_gain": "(0, inf)",
+        "log_std_min": "[-100, 0]",
+        "log_std_max": "[0, 100]",
         **dict.fromkeys(("n_critics", "n_target_critics"), "[1, 1000]"),
         "n_penalty_critics": "[1, 1000]",
         **dict.fromkeys(("cql_alpha", "cql_alpha_online"), "[0, inf)"),
@@ -137,11 +161,19 @@ class TrainConfig(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.mixing_ratio = self.mixing_ratio or 0.0
+        self.cql_alpha_online = self.cql_alpha_online or 0.0
         self.check_mixing_ratio()
         if self.is_sparse_reward and not self.discount < 1.0:
             raise ValueError(
                 "is_sparse_reward needs a discount below 1: r / (1 - discount)"
             )
+
+    def caveat(self) -> str:
+        """What every result says of a run that starts from a model of two critics."""
+        if self.model_of == "wsrl":
+            return super().caveat()
+        return f"two critics: from a model of {self.model_of}.py, not the published WSRL"
 
 
 class Noise(NamedTuple):
@@ -191,6 +223,7 @@ class WSRL:
     discount: float = 0.99
     tau: float = 0.005
     utd: int = 4
+    model_of: str = "wsrl"
     device: str = "cpu"
 
     def __post_init__(self):
@@ -253,7 +286,10 @@ class WSRL:
         )
 
     def conservative_gaps(
-        self, values: torch.Tensor, batch: TensorBatch, noise: Noise
+        self,
+        values: torch.Tensor,
+        batch: TensorBatch,
+        noise: Noise,
     ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         """Soft maximum of Q over actions minus Q of the data's, (B,), and metrics.
 
@@ -276,11 +312,16 @@ class WSRL:
             found["bound_rate"] = (policies.detach() < mc_returns).float().mean()
             q = torch.cat((uniform, torch.maximum(policies, mc_returns)), dim=-1)
         gaps = torch.logsumexp(q - log_prob, dim=-1) - values[noise.penalized]
-        return gaps.mean(dim=0), found
+        gaps = gaps.mean(dim=0)
+        return gaps, found
 
-    def multiplier_loss(self, gap: torch.Tensor) -> torch.Tensor:
+    def multiplier_loss(
+        self,
+        gap: torch.Tensor,
+    ) -> torch.Tensor:
         """-multiplier (gap - its target), 0-d; gap 0-d, without gradient."""
-        return -self.multiplier() * (gap - self.cql_target_action_gap)
+        excess = gap - self.cql_target_action_gap
+        return -self.multiplier() * excess
 
     def policy_losses(
         self, observations: torch.Tensor, noise: torch.Tensor
@@ -300,7 +341,12 @@ class WSRL:
                 log_pi = log_pi.mean(dim=-1)
         return self.temperature() * (-log_pi - self.target_entropy)
 
-    def _noise(self, actions: torch.Tensor, rows: int, online: bool) -> Noise:
+    def _noise(
+        self,
+        actions: torch.Tensor,
+        rows: int,
+        online: bool,
+    ) -> Noise:
         """The random numbers of one update on actions (B, A), from the global stream.
 
         The policy learns from so many `rows`; 0: it does not learn.
@@ -309,26 +355,33 @@ class WSRL:
         device, total = actions.device, self.critics.n_critics
         several = self.max_target_backup_online if online else self.cql_max_target_backup
         each = (n,) if several else ()
-        penalized = self.gap_weight(online) > 0
+        penalized, gap_rows = self.gap_weight(online) > 0, b
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=device)
 
+        def uniform(*shape: int) -> torch.Tensor:
+            return actions.new_empty(shape).uniform_(-1, 1)
+
         def drawn(count: int) -> torch.Tensor:
-            return draw_members(total, count, True, device)
+            return draw_members(total, count, count != total, device)
 
         return Noise(
             backup=normal(b, *each, a),
             members=drawn(self.n_target_critics),
             penalized=drawn(self.n_penalty_critics) if penalized else None,
-            uniform=actions.new_empty(b, n, a).uniform_(-1, 1) if penalized else None,
-            current=normal(b, n, a) if penalized else None,
-            following=normal(b, n, a) if penalized else None,
+            uniform=uniform(gap_rows, n, a) if penalized else None,
+            current=normal(gap_rows, n, a) if penalized else None,
+            following=normal(gap_rows, n, a) if penalized else None,
             policy=normal(rows, a) if rows else None,
             temperature=normal(rows, *each, a) if rows else None,
         )
 
-    def train(self, batch: TensorBatch, online: bool = False) -> Dict[str, torch.Tensor]:
+    def train(
+        self,
+        batch: TensorBatch,
+        online: bool = False,
+    ) -> Dict[str, torch.Tensor]:
         """One update of everything, online of the critics and after `utd` of all; 0-d tensors.
 
         Online the policy and the temperature learn from the rows of the `utd` batches together.
@@ -344,16 +397,34 @@ class WSRL:
                 rows = (torch.cat(states, dim=-2), torch.cat(next_states, dim=-2))
                 self.waiting.clear()
         count = 0 if rows is None else rows[0].shape[-2]
-        return self._update(batch, self._noise(batch[1], count, online), rows, online)
+        noise = self._noise(
+            batch[1],
+            count,
+            online,
+        )
+        return self._update(
+            batch,
+            noise,
+            rows,
+            online,
+        )
 
     def _update(
-        self, batch: TensorBatch, noise: Noise, rows: Optional[Rows], online: bool
+        self,
+        batch: TensorBatch,
+        noise: Noise,
+        rows: Optional[Rows],
+        online: bool,
     ) -> Dict[str, torch.Tensor]:
         """A function of tensors but for the steps.
 
         Offline every loss comes before the first step; online the critics step first.
         """
-        critic_loss, gap, log_dict = self._critic_loss(batch, noise, online)
+        critic_loss, gap, log_dict = self._critic_loss(
+            batch,
+            noise,
+            online,
+        )
         coasts = online and self.zero_gradient_steps
         if online:
             self._step_critics(critic_loss)
@@ -364,7 +435,9 @@ class WSRL:
         if rows is not None:
             log_dict.update(self._step_policy(rows, noise))
             if gap is not None and self.cql_lagrange:
-                multiplier_loss = self.multiplier_loss(gap)
+                multiplier_loss = self.multiplier_loss(
+                    gap,
+                )
                 descend(multiplier_loss, self.multiplier_optimizer)
                 log_dict["multiplier_loss"] = multiplier_loss.detach()
             if coasts:
@@ -374,7 +447,10 @@ class WSRL:
         return log_dict
 
     def _critic_loss(
-        self, batch: TensorBatch, noise: Noise, online: bool
+        self,
+        batch: TensorBatch,
+        noise: Noise,
+        online: bool,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Dict[str, torch.Tensor]]:
         """The critics' loss, the mean gap where it counts, both 0-d, and metrics."""
         observations, actions, rewards, next_observations, dones = batch[:5]
@@ -388,7 +464,11 @@ class WSRL:
         }
         if noise.penalized is None:
             return td_loss, None, log_dict
-        gaps, found = self.conservative_gaps(values, batch, noise)
+        gaps, found = self.conservative_gaps(
+            values,
+            batch,
+            noise,
+        )
         gap = gaps.mean(-1)
         weight = torch.full_like(td_loss, self.gap_weight(online))
         if self.cql_lagrange:
@@ -434,13 +514,42 @@ class WSRL:
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.load_weights(state_dict)
-
-    def load_weights(self, state_dict: Dict[str, Any]) -> None:
-        """Start from the networks and optimizers of a `state_dict`."""
         for part in CHECKPOINT_PARTS:
             getattr(self, part).load_state_dict(state_dict[part])
         self.total_it = state_dict["total_it"]
+
+    def load_weights(self, state_dict: Dict[str, Any]) -> None:
+        """Start from the networks and optimizers of a `state_dict`, or from another file's model.
+
+        Raises:
+            ValueError: it is of another file, or its networks have another form.
+        """
+        wanted = CHECKPOINT_PARTS if self.model_of == "wsrl" else TWO_CRITICS
+        if missing := [key for key in wanted if key not in state_dict]:
+            raise ValueError(
+                f"it has no {missing[0]!r}, so it is no model of {self.model_of}.py; set "
+                "model_of to the file that it is a model of"
+            )
+        if self.model_of != "wsrl":
+            # Adam's moments are those of the start.
+            state_dict = {**self.state_dict(), **of_two_critics(state_dict)}
+            self._check_form(state_dict)
+        self.load_state_dict(state_dict)
+
+    def _check_form(self, state_dict: Dict[str, Any]) -> None:
+        """Raises ValueError where fields of the config make other networks than CQL's."""
+        own = form_of(self.actor.state_dict(), self.critics.state_dict())
+        own |= {
+            "log_std_min": self.actor.log_std_min,
+            "log_std_max": self.actor.log_std_max,
+        }
+        needed = form_of(state_dict["actor"], state_dict["critics"])
+        needed |= {"log_std_min": -20.0, "log_std_max": 2.0}
+        wrong = [f"{k} to {str(v).lower()}" for k, v in needed.items() if own[k] != v]
+        if wrong:
+            raise ValueError(
+                f"a model of {self.model_of}.py has other networks: set {', '.join(wrong)}"
+            )
 
 
 def make_trainer(
@@ -462,8 +571,8 @@ def make_trainer(
         action_dim,
         max_action,
         form(config.actor_n_hidden_layers),
-        log_std_min=math.log(STD_MIN),
-        log_std_max=math.log(STD_MAX),
+        log_std_min=config.log_std_min,
+        log_std_max=config.log_std_max,
         state_dependent_std=config.state_dependent_std,
     ).to(device)
     critics = CriticEnsemble(
@@ -509,9 +618,17 @@ def step(
 @seeds.each
 def train(config: TrainConfig) -> Dict[str, Any]:
     """The whole run; returns what the run folder's summary.json says."""
+    if config.model_of != "wsrl" and not config.load_model:
+        raise ValueError(
+            f"model_of {config.model_of} needs a model: give load_model, a run folder or a "
+            "checkpoint, or leave model_of out"
+        )
     with seeds.session(config, __file__, COLUMNS) as session:
         trainer = session.build(make_trainer)
-        session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
+        # The rest is another one in a model of two critics; `load_weights` looks.
+        session.keep("trainer", trainer, loads=("actor",))
+        if caveat := config.caveat():
+            print(f"{caveat}; Adam's moments begin anew")
         session.weigh_rows(trainer.actor, policy_fit(trainer.actor))
         source = session.mixed
         session.start(

@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cql_sa": {},
     "rlpd": {"hidden_dim": 64},
     "wsrl": {"hidden_dim": 64},
+    "dare_wsrl": {"hidden_dim": 64, "utd": 1},
     "awac": {},
     "dare_awac": {},
     "spot": {},
@@ -90,6 +91,8 @@ class Updates:
         if name.startswith("dare_"):
             weight = (torch.arange(B) < B // 2).float().to(device)
             self.given = [Release(weight, B // 2)]
+            if name == "dare_wsrl":
+                self.given = [True, *self.given]
         if name == "baq_cal_ql":
             self.given = [torch.linspace(0.1, 1.0, B).to(device)]
         if name in ("pex", "e2o", "famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot"):

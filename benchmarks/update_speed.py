@@ -367,7 +367,7 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
             for pair in ([buffer_rows, empty], [empty, buffer_rows]):
                 buffer = offline if len(pair[0]) else online
                 source.support(draw_rows(buffer, buffer_rows)[0], pair)
-    return lambda: module.step(trainer, source, config)
+    return subject.update(module, trainer, source, config)
 
 
 def measure(

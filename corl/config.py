@@ -239,6 +239,10 @@ class FinetuneConfig:
                 f"random stream, not {self.env_backend}; set it to false"
             )
 
+    def caveat(self) -> str:
+        """What every result of a run says of it: `CAVEAT`, or what its settings make of that."""
+        return self.CAVEAT
+
     def early_evaluations(self) -> tuple[int, ...]:
         """The online steps that `eval_early` names.
 

@@ -8,7 +8,7 @@ dimension, A action dimension.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -182,3 +182,46 @@ def draw_members(
     if replace:
         return torch.randint(n_critics, (count,), device=device)
     return torch.randperm(n_critics, device=device)[:count]
+
+
+def linear_layers(
+    state: Mapping[str, torch.Tensor], name: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weight (n_out, n_in) and bias (n_out,) of the linear layers of a `Sequential`, in order.
+
+    Args:
+        state: state_dict of the module that it is a part of.
+        name: of the part.
+
+    Raises:
+        ValueError: there are none, or other layers with weights stand between them.
+    """
+    places = [key.split(".") for key in state if key.startswith(f"{name}.")]
+    numbers = sorted({int(number) for _, number, kind in places if kind == "weight"})
+    if not numbers:
+        raise ValueError(f"it has no linear layers {name}.0, {name}.1 and so on")
+    layers = [(state[f"{name}.{n}.weight"], state[f"{name}.{n}.bias"]) for n in numbers]
+    if any(weight.ndim != 2 for weight, _ in layers):
+        raise ValueError(f"not all layers of its {name} are linear ones")
+    return layers
+
+
+def ensemble_weights(
+    critics: Sequence[Mapping[str, torch.Tensor]], name: str = "network"
+) -> dict[str, torch.Tensor]:
+    """The state_dict of a `CriticEnsemble` that is the same functions as separate critics.
+
+    Args:
+        critics: the state_dict of each: linear layers with a ReLU between two of them.
+        name: of these layers in it.
+
+    Raises:
+        ValueError: a critic has no such layers, or they are not equally many.
+    """
+    each = [linear_layers(critic, name) for critic in critics]
+    places = [f"hidden.{number}" for number in range(len(each[0]) - 1)] + ["last"]
+    found = {}
+    for place, layers in zip(places, zip(*each, strict=True), strict=True):
+        found[f"{place}.weight"] = torch.stack([weight.T for weight, _ in layers])
+        found[f"{place}.bias"] = torch.stack([bias for _, bias in layers]).unsqueeze(1)
+    return found

@@ -71,7 +71,8 @@ def summary_of(run: Any) -> dict[str, Any]:
     data = run.dataset
     metrics = curves.read_csv(run.folder / "metrics.csv")
     found = drop.drop_of(run.scores, run.config.offline_iterations)
-    caveat = getattr(run.config, "CAVEAT", "")
+    # Programs of other people have configs of their own.
+    caveat = run.config.caveat() if hasattr(run.config, "caveat") else ""
     return {
         "algorithm": run.algorithm,
         **({"caveat": caveat} if caveat else {}),

@@ -324,3 +324,29 @@ class NoisyDareConfig(DareConfig):
                 "without noise; set dare.policy_std"
             )
         return std
+
+
+@dataclass
+class LagrangeDareConfig(DareConfig):
+    """The block `dare:` of an algorithm whose gap may have a Lagrange multiplier as its weight."""
+
+    # With cql_lagrange, the multiplier drives to 0: literal: mean(w gap) - target; weighted:
+    # mean(w (gap - target))
+    lagrange_gap: str = "weighted"
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = DareConfig.CHOICES | {
+        "lagrange_gap": ("literal", "weighted"),
+    }
+
+    def check_multiplier(self) -> None:
+        """Refuse a multiplier that would raise the weight of the gap by what is released.
+
+        Raises:
+            ValueError: it would, with weights that are the same for all rows.
+        """
+        if self.lagrange_gap == "literal":
+            raise ValueError(
+                f"dare.weights {self.weights} with cql_lagrange and dare.lagrange_gap literal "
+                "would release nothing, since the multiplier makes up for it; set "
+                "dare.lagrange_gap to weighted"
+            )

@@ -146,6 +146,16 @@ CASES = {
         "--max_target_backup_online true --state_dependent_std false --q_n_hidden_layers 3 "
         "--normalize_reward true --reward_scale 2 --reward_bias -1",
     ),
+    "dare_wsrl": (
+        "dare_wsrl",
+        f"{RATIO} --online_warmup 10 --utd 2 --hidden_dim 32 --cql_n_actions 3 "
+        "--cql_lagrange true",
+    ),
+    "dare_wsrl guided": (
+        "dare_wsrl",
+        f"{GUIDED} --base cal_ql --online_warmup 0 --hidden_dim 32 --cql_n_actions 3 "
+        "--mixing_ratio 0.25 --dare.reference_max_age 3",
+    ),
     "awac": ("awac", "--awac_lambda 0.3333"),
     "awac two buffers": ("awac", "--mixing_ratio 0.25 --hidden_dim 64 --gamma 0.9"),
     "rebrac": ("rebrac", "--hidden_dim 64"),

@@ -155,18 +155,22 @@ class OracleRLPD(Oracle):
 
 
 class OracleWSRL(Oracle):
-    """`train(batch, noise, rows, online)` does one update in float64."""
+    """`train(batch, noise, rows, online, release)` does one update in float64.
+
+    The gap of a row is multiplied by its weight in the release, where there is one; the noise is
+    then that of the leading rows that are kept.
+    """
 
     LOW, HIGH = math.log(1e-5), math.log(10.0)
 
     def positive(self, params):
         return (1 + params["raw"].exp()).log()
 
-    def train(self, batch, noise, rows, online):
+    def train(self, batch, noise, rows, online, release=None):
         # What every loss of an offline update is computed with.
         old = {name: dict(params) for name, params in self.now.items()}
         found = {}
-        critic_loss, gap = self.critic_loss(old, batch, noise, online)
+        critic_loss, gap = self.critic_loss(old, batch, noise, online, release)
         if online:
             found["critic_loss"] = self.step_critics(critic_loss)
             old["critics"] = dict(self.now["critics"])
@@ -178,7 +182,10 @@ class OracleWSRL(Oracle):
         if rows is not None:
             found.update(self.policy_steps(old, rows, noise))
             if gap is not None and self.config.cql_lagrange:
-                excess = gap - self.config.cql_target_action_gap
+                target = self.config.cql_target_action_gap
+                if release is not None and self.config.dare.lagrange_gap == "weighted":
+                    target = target * release.weight.double().mean()
+                excess = gap - target
                 found["multiplier_loss"] = self.step(
                     "multiplier", lambda p: -self.positive(p) * excess
                 )
@@ -188,7 +195,7 @@ class OracleWSRL(Oracle):
             found["critic_loss"] = self.step_critics(critic_loss)
         return found
 
-    def critic_loss(self, old, batch, noise, online):
+    def critic_loss(self, old, batch, noise, online, release):
         c = self.config
         s, a, r, s2, d, mc = (x.double() for x in batch)
         r, d = r[:, 0], d[:, 0]
@@ -200,21 +207,26 @@ class OracleWSRL(Oracle):
             return lambda p: self.td_loss(p, s, a, y), None
         if c.cql_lagrange:
             weight = weight * self.positive(old["multiplier"])
-        current, log_pi = self.act(old["actor"], s, noise.current)
-        following, next_log_pi = self.act(old["actor"], s2, noise.following)
+        shares = torch.ones(len(s), dtype=torch.float64)
+        if release is not None:
+            shares = release.weight.double()
+        # The rows whose gaps are asked for.
+        k = len(noise.current)
+        current, log_pi = self.act(old["actor"], s[:k], noise.current)
+        following, next_log_pi = self.act(old["actor"], s2[:k], noise.following)
         uniform = self.max_action * noise.uniform.double()
 
         def gap(params):
             gaps = []
             for member in noise.penalized:
-                ask = lambda x, m=member: values(params, s, x, m[None])[0]  # noqa: E731
+                ask = lambda x, m=member: values(params, s[:k], x, m[None])[0]  # noqa: E731
                 q = [ask(x) for x in (current, following)]
                 if c.base == "cal_ql":
-                    q = [torch.where(x < mc, mc.expand_as(x), x) for x in q]
+                    q = [torch.where(x < mc[:k], mc[:k].expand_as(x), x) for x in q]
                 density = math.log(0.5**self.action_dim)
                 corrected = [ask(uniform) - density, q[0] - log_pi, q[1] - next_log_pi]
                 soft = torch.cat(corrected, 1).exp().sum(1).log()
-                gaps.append((soft - ask(a)).mean())
+                gaps.append((shares[:k] * (soft - ask(a[:k]))).sum() / len(s))
             return sum(gaps) / len(gaps)
 
         loss = lambda p: self.td_loss(p, s, a, y) + weight * gap(p)  # noqa: E731

@@ -16,6 +16,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     edis_iql,
     famo2o_cql,
@@ -32,7 +33,7 @@ from algorithms import (
     wsrl,
 )
 from corl import finetune, runs
-from corl_dare.config import NoisyDareConfig
+from corl_dare.config import LagrangeDareConfig, NoisyDareConfig
 from transition_diffusion.config import CfdgConfig, EdisConfig
 
 FIELDS = {
@@ -168,6 +169,7 @@ DEFAULTS = {
     pex: PEX_FIELDS,
     rlpd: RLPD_FIELDS,
     wsrl: WSRL_FIELDS,
+    dare_wsrl: WSRL_FIELDS,
     famo2o_iql: FAMO2O_IQL_FIELDS,
     famo2o_cql: FAMO2O_CQL_FIELDS,
     edis_iql: FIELDS,
@@ -244,6 +246,11 @@ def awac_block(**fields):
 def noisy_block(**fields):
     """The block `dare:` of a short run of DARE-TD3+BC, DARE-ReBRAC or DARE-SPOT."""
     return NoisyDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def wsrl_block(**fields):
+    """The block `dare:` of a short run of DARE-WSRL."""
+    return LagrangeDareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 
 def edis_block(**fields):

@@ -20,6 +20,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     famo2o_cql,
     famo2o_iql,
@@ -46,7 +47,7 @@ needs_compiler = pytest.mark.skipif(
 def batches(module, count):
     rng = np.random.default_rng(0)
     shapes = [(B, S), (B, A), (B, 1), (B, S), (B, 1)] + [(B, 1)] * (
-        module in (baq_cal_ql, dare_cal_ql, wsrl)
+        module in (baq_cal_ql, dare_cal_ql, wsrl, dare_wsrl)
     )
     shapes += [(B, A)] * getattr(module.TrainConfig, "NEXT_ACTIONS", False)
     for _ in range(count):
@@ -109,6 +110,11 @@ CASES = {
     "rlpd, online": (rlpd, {"utd": 3, "hidden_dim": 16}, (True,)),
     "wsrl": (wsrl, {**WSRL, "base": "cal_ql", "cql_lagrange": True}, ()),
     "wsrl, online": (wsrl, {**WSRL, "utd": 3, "zero_gradient_steps": True}, (True,)),
+    "dare_wsrl": (
+        dare_wsrl,
+        {**WSRL, "utd": 1, "cql_lagrange": True},
+        (True, hard_release(B, B // 2)),
+    ),
     "famo2o_iql": (famo2o_iql, {}, ()),
     "famo2o_cql, online": (famo2o_cql, {"cql_n_actions": 3}, (True,)),
     "td3_bc": (td3_bc, {}, ()),
@@ -143,7 +149,7 @@ CASES = {
 
 
 # Half a minute to two minutes of compiling each; the same operations stand in the other cases.
-SLOW = ("baq_cal_ql", "e2o, gap kept", "wsrl", "wsrl, online")
+SLOW = ("baq_cal_ql", "e2o, gap kept", "wsrl", "wsrl, online", "dare_wsrl")
 SLOW += ("famo2o_iql", "famo2o_cql, online", "opt_td3")
 
 

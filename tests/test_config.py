@@ -28,6 +28,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     edis_cal_ql,
     edis_iql,
@@ -68,7 +69,7 @@ FAMILIES = {
     "cql_sa": [cql_sa],
     "e2o": [e2o],
     "rlpd": [rlpd],
-    "wsrl": [wsrl],
+    "wsrl": [wsrl, dare_wsrl],
     "famo2o_iql": [famo2o_iql],
     "famo2o_cql": [famo2o_cql],
     "opt": [opt_td3, opt_spot],
@@ -464,7 +465,7 @@ FAMO2O_CQL_ARGUMENTS = {
 ARGUMENTS = {
     e2o: E2O_ARGUMENTS,
     rlpd: RLPD_ARGUMENTS,
-    wsrl: WSRL_ARGUMENTS,
+    **dict.fromkeys(FAMILIES["wsrl"], WSRL_ARGUMENTS),
     famo2o_iql: FAMO2O_IQL_ARGUMENTS,
     famo2o_cql: FAMO2O_CQL_ARGUMENTS,
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
@@ -500,7 +501,9 @@ NOISY = ("td3_bc", "rebrac", "spot")
 RATES = {
     e2o: ({"qf_lr": 0.1, "policy_lr": 0.3, "temperature_lr": 0.2}, [0.1, 0.3, 0.2]),
     rlpd: (SAC_RATES, [0.1, 0.3, 0.2]),
-    wsrl: ({**SAC_RATES, "multiplier_lr": 0.4}, [0.1, 0.3, 0.2, 0.4]),
+    **dict.fromkeys(
+        FAMILIES["wsrl"], ({**SAC_RATES, "multiplier_lr": 0.4}, [0.1, 0.3, 0.2, 0.4])
+    ),
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_RATES),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_RATES),
     **dict.fromkeys(FAMILIES["iql"], IQL_RATES),

@@ -26,6 +26,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     famo2o_cql,
     famo2o_iql,
@@ -112,8 +113,9 @@ def updates():
 
     def ensemble(module, online, **fields):
         trainer = make_trainer(module, utd=1, hidden_dim=16, **fields)
-        returns = [torch.randn(B, 1)] * (module is wsrl)
-        return lambda: trainer.train(batch() + returns, online)
+        returns = [torch.randn(B, 1)] * (module in (wsrl, dare_wsrl))
+        release = [Release(torch.rand(B))] * (module is dare_wsrl)
+        return lambda: trainer.train(batch() + returns, online, *release)
 
     def dare(value):
         block = dare_iql.DareIQLConfig(value=value)
@@ -184,6 +186,7 @@ def updates():
         "rlpd online": ensemble(rlpd, True),
         "wsrl": ensemble(wsrl, False, base="cal_ql", cql_lagrange=True),
         "wsrl online": ensemble(wsrl, True),
+        "dare_wsrl online": ensemble(dare_wsrl, True, cql_lagrange=True),
         "pex": in_phase(pex, False),
         "pex online": in_phase(pex, True),
         "famo2o_iql": in_phase(famo2o_iql, False, weights_of="batch"),
@@ -207,7 +210,7 @@ NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
 NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 NAMES += ["e2o", "e2o online", "baq_cal_ql"]
-NAMES += ["rlpd online", "wsrl", "wsrl online"]
+NAMES += ["rlpd online", "wsrl", "wsrl online", "dare_wsrl online"]
 NAMES += [f"{x}{phase}" for x in ("pex", "famo2o_iql", "famo2o_cql") for phase in PHASES]
 NAMES += ["opt_td3 online", "opt_td3 pre-training"]
 NAMES += ["opt_spot online", "opt_spot pre-training"]

@@ -17,6 +17,7 @@ from short_runs import (
     noisy_block,
     run,
     stop_after,
+    wsrl_block,
 )
 
 from algorithms import (
@@ -32,6 +33,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     famo2o_cql,
     famo2o_iql,
@@ -82,6 +84,7 @@ BLOCKS = {
     dare_cql: cql_block,
     dare_td3_bc: noisy_block,
     dare_awac: awac_block,
+    dare_wsrl: wsrl_block,
 }
 
 
@@ -160,7 +163,11 @@ def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module, cap", [(dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)]
+    "module, cap",
+    [
+        *((dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)),
+        pytest.param(dare_wsrl, 8, marks=pytest.mark.whole),
+    ],
 )
 def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):
     block = BLOCKS.get(module, noisy_block)

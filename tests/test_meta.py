@@ -5,6 +5,7 @@ So a forgotten `device=` and a host read fail here as they would on a GPU.
 """
 
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ MORE = {
     "cql": ({"cql_lagrange": True, "cql_max_target_backup": True},),
     "cal_ql": ({"cql_lagrange": True, "backup_entropy": True}, {"bc_steps": 5}),
     "dare_cal_ql": ({"cql_lagrange": True}, {"cql_importance_sample": False}),
+    "dare_wsrl": ({"cql_lagrange": True, "utd": 2},),
 }
 CASES = [(name, fields) for name in ALGORITHMS for fields in ({}, *MORE.get(name, ()))]
 
@@ -76,6 +78,8 @@ def test_an_update_stays_on_its_device(name, fields, kind):
         pytest.skip("a baseline has no release")
     trainer = meta_trainer(name, fields)
     given = [] if kind == "none" else [release(kind)]
+    if given and "online" in inspect.signature(trainer.train).parameters:
+        given = [True, *given]
     # Two, for what happens in every second update only.
     for _ in range(2):
         logs = trainer.train(meta_batch(name), *given)

@@ -18,6 +18,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     edis_cal_ql,
     edis_iql,
@@ -37,7 +38,7 @@ from corl.layers import ConfigError, dump_config, make_config, presets_help, pre
 from corl_dare.config import PRESETS, DareConfig
 
 WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]
-WITH_PRESETS += [dare_spot]
+WITH_PRESETS += [dare_spot, dare_wsrl]
 BASELINES = [
     *(iql, cql, cal_ql, td3_bc, awac, rebrac, spot),
     *(pex, edis_iql, edis_cal_ql, cfdg_iql, rlpd, wsrl, e2o, baq_cal_ql),

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_equal, make_buffer, make_hook
 from wiring import ALGORITHMS, DARE, Recorder
 
-from algorithms import dare_cal_ql, dare_cql, dare_td3_bc
+from algorithms import dare_cal_ql, dare_cql, dare_td3_bc, dare_wsrl
 from corl import stacked
 from corl.config import parse_config
 from corl.layers import make_config as layered
@@ -222,7 +222,7 @@ def test_a_later_choice_leaves_out_what_an_earlier_place_says(tmp_path, capsys):
     assert line.startswith("error: dare.weights uniform") and line.count("\n") == 1
 
 
-@pytest.mark.parametrize("module", [dare_cal_ql, dare_cql])
+@pytest.mark.parametrize("module", [dare_cal_ql, dare_cql, dare_wsrl])
 def test_a_multiplier_that_makes_up_for_the_weight_is_refused(module):
     def make(**dare):
         block = type(module.TrainConfig().dare)(weights="uniform", **dare)
@@ -284,7 +284,7 @@ def test_annealed_rebrac_is_its_own_schedule_bit_for_bit(recorder):
     assert_equal(weights_of(plain), weights_of(recorder("dare_rebrac", dare=dare)))
 
 
-@pytest.mark.parametrize("algorithm", ["dare_cal_ql", "dare_cql"])
+@pytest.mark.parametrize("algorithm", ["dare_cal_ql", "dare_cql", "dare_wsrl"])
 def test_uniform_weights_scale_alpha(algorithm, recorder):
     dare = plain_block(algorithm, weights="uniform", weight=0.25)
     found = recorder(algorithm, dare=dare)

@@ -24,6 +24,7 @@ from short_runs import (
     noisy_block,
     run,
     stop_after,
+    wsrl_block,
 )
 from torch._dynamo.utils import counters
 
@@ -41,6 +42,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     edis_iql,
     famo2o_cql,
@@ -267,6 +269,10 @@ RUNS = {
     "pex": (pex, {"online_warmup": 5, "utd": 2}),
     "rlpd": (rlpd, {"online_warmup": 5, "random_steps": 12, "utd": 3}),
     "wsrl": (wsrl, {"online_warmup": 5, "utd": 3, "cql_lagrange": True}),
+    "dare_wsrl": (
+        dare_wsrl,
+        {"online_warmup": 5, "utd": 3, "dare": wsrl_block(behavior_updates=5)},
+    ),
     "famo2o_iql": (famo2o_iql, {"balance_period": 3}),
     "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.5}),
     "opt_td3": (opt_td3, {"online_warmup": 5, "pretrain_updates": 6, "utd": 2}),

@@ -15,6 +15,7 @@ from short_runs import (
     noisy_block,
     run,
     stop_after,
+    wsrl_block,
 )
 
 from algorithms import (
@@ -31,6 +32,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     edis_cal_ql,
     edis_iql,
@@ -156,6 +158,16 @@ ONLINE = {
             "cql_alpha_online": 7.0,
             "max_target_backup_online": True,
             "zero_gradient_steps": True,
+        },
+    ),
+    "dare_wsrl": (
+        dare_wsrl,
+        {
+            "mixing_ratio": 0.25,
+            "cql_alpha_online": 7.0,
+            "max_target_backup_online": True,
+            "zero_gradient_steps": True,
+            "dare": wsrl_block(behavior_updates=3),
         },
     ),
     "famo2o_iql": (famo2o_iql, {"mixing_ratio": 0.25}),

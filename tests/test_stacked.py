@@ -15,6 +15,7 @@ from algorithms import (
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     famo2o_cql,
     famo2o_iql,
@@ -53,6 +54,7 @@ CASES = {
     "rlpd, online": (rlpd, {"utd": 3, "hidden_dim": 16}, 2, 12),
     "wsrl, offline": (wsrl, {**WSRL, "cql_lagrange": True}, 2, 6),
     "wsrl, online": (wsrl, {**WSRL, "utd": 3, "cql_alpha_online": 2.0}, 2, 12),
+    "dare_wsrl, online": (dare_wsrl, {**WSRL, "utd": 3, "cql_lagrange": True}, 2, 12),
     "famo2o_iql, offline": (famo2o_iql, {"balance_period": 2}, 2, 6),
     "famo2o_cql, online": (famo2o_cql, {"cql_n_actions": 2}, 2, 6),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
@@ -64,7 +66,7 @@ CASES = {
     "cal_ql": (cal_ql, CQL, 2, 10),
     "dare_cal_ql, online": (dare_cal_ql, CQL, 2, 10),
 }
-WITH_RETURNS = (cal_ql, dare_cal_ql, wsrl)
+WITH_RETURNS = (cal_ql, dare_cal_ql, wsrl, dare_wsrl)
 # Their update takes the phase.
 WITH_PHASE = (pex, rlpd, wsrl, e2o, famo2o_iql, famo2o_cql)
 # What a release may look like: half of the rows kept, all of them (k = B), soft weights.
@@ -168,6 +170,8 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
         together, each = releases(number, seeds, online)
         if module in WITH_PHASE:
             together, each = (online,), [(online,)] * seeds
+        elif module is dare_wsrl:
+            together, each = (online, *together), [(online, *own) for own in each]
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):
             with streams[seed]:

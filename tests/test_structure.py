@@ -27,6 +27,7 @@ from algorithms import (
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
+    dare_wsrl,
     e2o,
     edis_cal_ql,
     edis_iql,
@@ -91,11 +92,12 @@ REMOVED = {
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
     "rebrac.py": ['    name: str = "ReBRAC"  # first part of the run folder\'s name'],
     "spot.py": ['    name: str = "SPOT"  # first part of the run folder\'s name'],
+    "wsrl.py": ['    name: str = "WSRL"  # first part of the run folder\'s name'],
 }
 # The most lines that another file of a baseline may insert; 175 where nothing stands here.
 INSERTED = {
     **{"dare_td3_bc.py": 60, "dare_rebrac.py": 60, "dare_spot.py": 60},
-    **{"dare_awac.py": 100, "edis_iql.py": 95, "edis_cal_ql.py": 75},
+    **{"dare_awac.py": 100, "dare_wsrl.py": 85, "edis_iql.py": 95, "edis_cal_ql.py": 75},
     **{"baq_cal_ql.py": 265, "cfdg_iql.py": 70},
 }
 # Files that are a baseline plus lines.
@@ -121,7 +123,7 @@ READERS = {  # folder of configs -> the files that read them
     "td3_bc_sa": (td3_bc_sa,),
     "cql_sa": (cql_sa,),
     "rlpd": (rlpd,),
-    "wsrl": (wsrl,),
+    "wsrl": (wsrl, dare_wsrl),
     "famo2o_iql": (famo2o_iql,),
     "famo2o_cql": (famo2o_cql,),
     "opt_td3": (opt_td3,),
@@ -334,7 +336,9 @@ def test_config_is_read_by_its_files_and_sorted(path):
         if module is iql:
             assert config.mixing_ratio is None
     if path.stem != "quick_start":
-        assert path.stem.replace("_", "-") == values["env"].removesuffix("-v2")
+        # WSRL can start from models of other files.
+        stem = path.stem.removeprefix("two_critics_")
+        assert stem.replace("_", "-") == values["env"].removesuffix("-v2")
 
 
 def test_git_ignores_nothing_that_docs_or_pages_rest_on():
@@ -361,7 +365,7 @@ def test_the_quick_start_that_a_long_run_names_is_there(module):
     assert (ROOT / module.TrainConfig.QUICK_START) in CONFIGS
 
 
-@pytest.mark.parametrize("algorithm", ["iql", "cal_ql", "cql", "td3_bc", "awac"])
+@pytest.mark.parametrize("algorithm", ["iql", "cal_ql", "cql", "td3_bc", "awac", "wsrl"])
 def test_the_papers_guidance_scales_stand_in_the_configs(algorithm):
     """Table 7."""
     scale = {

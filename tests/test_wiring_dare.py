@@ -192,12 +192,12 @@ def test_references_beyond_the_bounds_are_clipped_and_counted(name, recorded):
 def test_the_policy_ratio_compares_densities_of_what_is_executed(
     name, patched, recorded
 ):
-    """Who clips what is executed has atoms at the bounds in both densities; Cal-QL does not."""
+    """Who clips what is executed has atoms at the bounds in both densities; a tanh has none."""
     record = recorded(name, patched=patched, dare=RATIO)
     means = []
     for update in online_updates(record):
         event = references_of(record, update)
-        clips = name not in wiring.CQL
+        clips = name not in (*wiring.CQL, "dare_wsrl")
         assert event.bounds == ((wiring.MAX_ACTION,) if clips else ())
         rows = drawn(record, event.states)
         torch.testing.assert_close(event.actions, rows[1])

@@ -58,13 +58,14 @@ ALGORITHMS = {
     "dare_cal_ql": "algorithms.dare_cal_ql",
     "dare_cql": "algorithms.dare_cql",
     "dare_awac": "algorithms.dare_awac",
+    "dare_wsrl": "algorithms.dare_wsrl",
     "edis_iql": "algorithms.edis_iql",
     "edis_cal_ql": "algorithms.edis_cal_ql",
     "cfdg_iql": "algorithms.cfdg_iql",
 }
 DARE = (
     *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
-    *("dare_rebrac", "dare_spot"),
+    *("dare_rebrac", "dare_spot", "dare_wsrl"),
 )
 EDIS = ("edis_iql", "edis_cal_ql")
 NO_ANTMAZE = ("e2o",)
@@ -76,7 +77,7 @@ CQL = (
     *("baq_cal_ql", "famo2o_cql"),
 )
 # Whose rewards are scaled and shifted.
-LINEAR = (*CQL, "wsrl", "e2o")
+LINEAR = (*CQL, "wsrl", "dare_wsrl", "e2o")
 LOCOMOTION, GOAL = "toyhopper-medium-v2", "antmazetoy-medium-v2"
 MAX_ACTION = 2.0
 HORIZON = 5
@@ -168,6 +169,7 @@ OWN = {
     "pex": {"seed": 1, "eval_epsilon": 0.0, "clip_actions": True},
     "rlpd": {"seed": 5, "normalize": True},
     "wsrl": {"seed": 5, "normalize": True},
+    "dare_wsrl": {"seed": 5, "normalize": True},
     "td3_bc_sa": {"seed": 4, "trust_by": "iql", "expl_noise": 0.1},
     "opt_td3": {"seed": 0, "normalize": True},
     "opt_spot": {"seed": 2, "normalize": True},
@@ -463,6 +465,9 @@ def target_names(trainer: Any) -> tuple[str, str]:
 
 def twin_minimum(trainer: Any, states, actions, target: bool) -> torch.Tensor:
     """min(Q1, Q2) of the target networks, or of the ones that are trained."""
+    if hasattr(trainer, "critics"):
+        critics = trainer.target_critics if target else trainer.critics
+        return critics(states, actions).amin(0)
     if hasattr(trainer, "critic_1"):
         names = target_names(trainer) if target else ("critic_1", "critic_2")
         critics = [getattr(trainer, name) for name in names]
@@ -496,7 +501,8 @@ def watch_trainer(trainer: Any, record: Record) -> None:
 
     def recorded_train(batch, *given):
         record.calls = []
-        release = given[0] if given and isinstance(given[0], tuple) else None
+        # Some updates are told the phase before it.
+        release = next((value for value in given if isinstance(value, tuple)), None)
         weight, kept = release or (None, None)
         before = SimpleNamespace(
             batch=[field.clone() for field in batch],
@@ -627,7 +633,7 @@ def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
     actor = record.trainer.actor
     record.muted += 1
     with torch.no_grad():
-        if hasattr(actor, "log_std_offset"):
+        if hasattr(actor, "log_std_offset") or hasattr(actor, "gaussian"):
             value = actor.log_prob(states, actions)
         else:
             # AWAC's actor answers with samples.

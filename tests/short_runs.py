@@ -12,6 +12,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -32,7 +34,7 @@ from algorithms import (
     wsrl,
 )
 from corl import finetune, runs
-from corl_dare.config import NoisyDareConfig
+from corl_dare.config import DareConfig, NoisyDareConfig
 from transition_diffusion.config import CfdgConfig, EdisConfig
 
 FIELDS = {
@@ -170,6 +172,7 @@ DEFAULTS = {
     wsrl: WSRL_FIELDS,
     famo2o_iql: FAMO2O_IQL_FIELDS,
     famo2o_cql: FAMO2O_CQL_FIELDS,
+    dare_famo2o_cql: FAMO2O_CQL_FIELDS,
     edis_iql: FIELDS,
     e2o: E2O_FIELDS,
     cfdg_iql: FIELDS,
@@ -177,6 +180,7 @@ DEFAULTS = {
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,
     cql_sa: CQL_SA_FIELDS,
+    dare_cql_sa: {**CQL_SA_FIELDS, "buffer_mode": "half"},
     opt_td3: OPT_TD3_FIELDS,
     opt_spot: OPT_SPOT_FIELDS,
     awac: AWAC_FIELDS,
@@ -233,6 +237,11 @@ def cal_ql_block(**fields):
 def cql_block(**fields):
     """The block `dare:` of a short run of DARE-CQL."""
     return dare_cql.DareCQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def ratio_block(**fields):
+    """The block `dare:` of a short run of DARE-FamCQL or DARE-CQL(SA)."""
+    return DareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 
 def awac_block(**fields):

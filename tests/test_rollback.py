@@ -22,6 +22,7 @@ from short_runs import (
     edis_block,
     folder_of,
     noisy_block,
+    ratio_block,
     run,
     stop_after,
 )
@@ -37,6 +38,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -259,6 +262,10 @@ RUNS = {
         {"trust_by": "iql", "filter_updates": 7, "buffer_mode": "half"},
     ),
     "cql_sa": (cql_sa, {"buffer_mode": "part", "n_period": 3, "part_trajectories": 9}),
+    "dare_cql_sa": (
+        dare_cql_sa,
+        {"n_period": 3, "dare": ratio_block(behavior_updates=5)},
+    ),
     "dare_awac": (dare_awac, {"dare": awac_block(behavior_updates=5)}),
     "dare_cql": (
         dare_cql,
@@ -269,6 +276,7 @@ RUNS = {
     "wsrl": (wsrl, {"online_warmup": 5, "utd": 3, "cql_lagrange": True}),
     "famo2o_iql": (famo2o_iql, {"balance_period": 3}),
     "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.5}),
+    "dare_famo2o_cql": (dare_famo2o_cql, {"dare": ratio_block(behavior_updates=5)}),
     "opt_td3": (opt_td3, {"online_warmup": 5, "pretrain_updates": 6, "utd": 2}),
     "opt_spot": (
         opt_spot,
@@ -337,6 +345,7 @@ def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch,
         "opt_spot",
         "td3_bc_sa",
         "cql_sa",
+        "dare_cql_sa",
         "e2o",
         "baq_cal_ql",
         "rlpd",

@@ -4,7 +4,14 @@ import signal
 
 import pytest
 import torch
-from short_runs import cal_ql_block, dare_block, noisy_block, run, stop_after
+from short_runs import (
+    cal_ql_block,
+    dare_block,
+    noisy_block,
+    ratio_block,
+    run,
+    stop_after,
+)
 from test_stacked import assert_alike
 
 from algorithms import (
@@ -12,6 +19,7 @@ from algorithms import (
     cal_ql,
     cql,
     dare_cal_ql,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
@@ -46,6 +54,7 @@ CASES = {
     "wsrl": (wsrl, {"online_warmup": 0}),
     "famo2o_iql": (famo2o_iql, {"balance_period": 2}),
     "famo2o_cql": (famo2o_cql, {}),
+    "dare_famo2o_cql": (dare_famo2o_cql, {"dare": ratio_block(behavior_updates=3)}),
     "cql": (cql, {}),
     "cal_ql": (cal_ql, {}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=3)}),

@@ -284,13 +284,13 @@ def test_a_weight_that_is_the_same_for_all_rows_keeps_or_drops_the_penalty(
     rng = np.random.default_rng(0)
     for seed in range(3):
         batch, trusted = random_batch(rng), flags(rng)[:, None]
-        for trainer, given in (
+        for trainer, arguments in (
             (ours, ([*batch, trusted], release)),
             (plain, ([*batch, weight * trusted],)),
         ):
             trainer.start_online()
             torch.manual_seed(seed)
-            trainer.train(*given)
+            trainer.train(*arguments)
     assert_equal(ours.state_dict(), plain.state_dict())
 
 

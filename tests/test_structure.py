@@ -93,7 +93,9 @@ REMOVED = {
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
     "rebrac.py": ['    name: str = "ReBRAC"  # first part of the run folder\'s name'],
     "spot.py": ['    name: str = "SPOT"  # first part of the run folder\'s name'],
-    "famo2o_cql.py": ['    name: str = "FamCQL"  # first part of the run folder\'s name'],
+    "famo2o_cql.py": [
+        '    name: str = "FamCQL"  # first part of the run folder\'s name'
+    ],
     "cql_sa.py": ['    name: str = "CQL_SA"  # first part of the run folder\'s name'],
 }
 # The most lines that another file of a baseline may insert; 175 where nothing stands here.

@@ -177,7 +177,7 @@ OWN = {
     "e2o": {"normalize": True},
     "famo2o_iql": {"seed": 1, "normalize": True, "balance_period": 2},
     "famo2o_cql": {"seed": 0, "normalize": True},
-    "dare_famo2o_cql": {"seed": 0, "normalize": True},
+    "dare_famo2o_cql": {"seed": 2, "normalize": True},
 }
 COMMON_BAQ = {"clone_updates": 3, "clone_batch_size": 8, "clone_lr": 1e-3, "floor": 0.1}
 COMMON_DARE = {

@@ -94,7 +94,10 @@ BLOCKS = {
     "module",
     [
         *(cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql),
-        *(dare_famo2o_cql, dare_cql_sa),
+        *(
+            pytest.param(m, marks=pytest.mark.whole)
+            for m in (dare_famo2o_cql, dare_cql_sa)
+        ),
     ],
 )
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):

@@ -69,6 +69,10 @@ CASES = {
 }
 
 
+# What stacked FamCQL and a stacked hook are made of stands in the other cases.
+SLOW = ("dare_famo2o_cql",)
+
+
 def folder_of(path, seed):
     (folder,) = path.glob(f"*-s{seed}-*")
     return folder
@@ -88,7 +92,10 @@ def together(module, path, monkeypatch, **fields):
     return run(module, path, monkeypatch, **{**options, **fields})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=pytest.mark.whole) if x in SLOW else x for x in CASES],
+)
 def test_a_stacked_run_leaves_what_runs_alone_leave(case, tmp_path, monkeypatch):
     module, fields = CASES[case]
     together(module, tmp_path / "many", monkeypatch, **fields)

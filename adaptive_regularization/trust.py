@@ -69,16 +69,23 @@ class FlaggedBuffer:
         # Of every place in the ring; rows that come online are trusted.
         self.flags = torch.ones((capacity, 1), device=device)
 
+    def __getattr__(self, name: str) -> Any:
+        # What is not about flags is the buffer's own.
+        return getattr(self.buffer, name)
+
     def trust(self, flags: np.ndarray) -> None:
         """Set the flags of the first places, (N,), and trust all others."""
         self.flags.fill_(1.0)
         self.flags[: len(flags), 0] = torch.from_numpy(flags).float().to(self._device)
 
-    def sample(self, batch_size: int) -> Batch:
-        """A batch of random rows."""
-        rows = self.buffer.draw(batch_size)
+    def gather(self, rows: np.ndarray) -> Batch:
+        """The rows of these numbers (B,), with their flags."""
         flags = self.flags[self._upload(rows, self._device)]
         return [*self.buffer.gather(rows), flags]
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of random rows."""
+        return self.gather(self.buffer.draw(batch_size))
 
 
 class TrustedRows:
@@ -97,6 +104,7 @@ class TrustedRows:
     Attributes:
         flags: bool (N,), on the CPU.
         offline: the source of batches offline.
+        online: the buffer of the online phase; the same one in the mode `all`.
 
     Raises:
         ValueError: there are no trajectories to choose from, or the buffer is too small.
@@ -116,9 +124,9 @@ class TrustedRows:
     ):
         self._config, self._buffers = config, (offline, online)
         self.offline = FlaggedBuffer(offline, capacity, device, upload)
-        self._online = self.offline
+        self.online = self.offline
         if online is not offline:
-            self._online = FlaggedBuffer(online, capacity, device, upload)
+            self.online = FlaggedBuffer(online, capacity, device, upload)
         self._self_collected, self._failure = self_collected, failure
         self._best: np.ndarray | None = None
         numbers, rewards = self._episodes(episodes)
@@ -247,12 +255,12 @@ class TrustedRows:
             flags = np.append(part, flags[len(part) :]) if inherited else part
         elif config.buffer_mode != "all":
             flags = flags[:0]
-        self._online.trust(flags)
+        self.online.trust(flags)
 
     def sample(self, batch_size: int) -> Batch:
         """A batch of the online phase; in the mode `half` offline rows stand first."""
         count = int(batch_size * (self._config.mixing_ratio or 0.0))
-        online = self._online.sample(batch_size - count)
+        online = self.online.sample(batch_size - count)
         if not count:
             return online
         pairs = zip(self.offline.sample(count), online, strict=True)

@@ -35,17 +35,18 @@ from torch.distributions import (
 )
 
 from adaptive_regularization.coefficient import (
+    ANNEALING,
     CoefficientNet,
     Threshold,
     coefficient_losses,
 )
-from adaptive_regularization.config import SelectiveFields
+from adaptive_regularization.config import MODES, SelectiveFields
 from adaptive_regularization.iql_filter import IQLFilter
 from adaptive_regularization.trust import TrustedRows, split
 from corl import finetune, seeds
 from corl.buffers import upload
 from corl.compiled import CompiledUpdate, descend, soft_update
-from corl.config import FinetuneConfig, arguments_of, main
+from corl.config import AUTO, FinetuneConfig, arguments_of, main
 
 # CORL's names, for those who import them from here.
 from corl.finetune import (  # noqa: F401
@@ -157,7 +158,10 @@ class TrainConfig(SelectiveFields, FinetuneConfig):
     actor_bc_weight: float = 0.0  # weight of the policy's squared distance to the data
     # An action n deviations from the mean stays so close to it, times n; inf: the paper
     threshold_cap: float = 0.1
-    beta_anneal: str = "cosine"  # how the coefficient falls online: linear, cosine, none
+    # How the coefficient falls online: linear, cosine, none; auto: cosine
+    beta_anneal: str = "auto"
+    # What the online buffer starts with; auto: all of the dataset on antmaze, else part
+    buffer_mode: str = "auto"
 
     RANGES: ClassVar[dict] = (
         FinetuneConfig.RANGES
@@ -181,9 +185,17 @@ class TrainConfig(SelectiveFields, FinetuneConfig):
         }
     )
     CHOICES: ClassVar[dict] = (
-        FinetuneConfig.CHOICES | SelectiveFields.CHOICES | {"sampling": ("uniform",)}
+        FinetuneConfig.CHOICES
+        | SelectiveFields.CHOICES
+        | {
+            "sampling": ("uniform",),
+            "beta_anneal": (*ANNEALING, AUTO),
+            "buffer_mode": (*MODES, AUTO),
+        }
     )
-    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | SelectiveFields.ONLINE
+    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
+        *SelectiveFields.ONLINE,
+    }
     ALIASES: ClassVar[Dict[str, str]] = SelectiveFields.ALIASES
     PRESETS: ClassVar[dict] = {
         "public_code": {},
@@ -199,6 +211,10 @@ class TrainConfig(SelectiveFields, FinetuneConfig):
                 f"cql_clip_diff_min {self.cql_clip_diff_min} lies above "
                 f"cql_clip_diff_max {self.cql_clip_diff_max}"
             )
+        if self.beta_anneal == AUTO:
+            self.beta_anneal = "cosine"
+        if self.buffer_mode == AUTO:
+            self.buffer_mode = "all" if self.env.startswith("antmaze") else "part"
         self.check_selective()
         if self.mixing_ratio:
             self.check_mixing_ratio()
@@ -642,12 +658,15 @@ class CQL_SA:
         return gaps
 
     def row_weights(
-        self, beta: torch.Tensor, trust: torch.Tensor, decay: torch.Tensor
+        self,
+        beta: torch.Tensor,
+        trust: torch.Tensor,
+        decay: torch.Tensor,
     ) -> torch.Tensor:
         """Weight of the conservative gap of each row, (B,).
 
         It is sg[beta(s)] times the trust of the row times the annealing. This is the one place
-        where a weight of another method, such as DARE's `release.weight`, would multiply.
+        where the weight of another method multiplies, as that of DARE in dare_cql_sa.py.
         """
         weights = beta.detach() * decay
         return weights * trust if self.trust_penalty else weights
@@ -677,19 +696,23 @@ class CQL_SA:
         log_dict["alpha_prime_loss"] = alpha_prime_loss.detach()
         return penalties, alpha_prime_loss
 
-    def _noise(self, actions: torch.Tensor) -> Noise:
+    def _noise(
+        self,
+        actions: torch.Tensor,
+    ) -> Noise:
         """The random numbers of one update on actions (B, A), from the global stream."""
         (b, a), n = actions.shape, self.cql_n_actions
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=actions.device)
 
+        gap_rows = b
         return Noise(
             policy=normal(b, a),
             backup=normal(b, n, a) if self.cql_max_target_backup else normal(b, a),
-            uniform=actions.new_empty(b, n, a).uniform_(-1, 1),
-            current=normal(b, n, a),
-            following=normal(b, n, a),
+            uniform=actions.new_empty(gap_rows, n, a).uniform_(-1, 1),
+            current=normal(gap_rows, n, a),
+            following=normal(gap_rows, n, a),
         )
 
     def train(
@@ -700,10 +723,13 @@ class CQL_SA:
         self.total_it += 1
         batch, trust = split(batch)
         due = self.total_it % self.n_period == 0
+        noise = self._noise(
+            batch[1],
+        )
         return self._update(
             batch,
             trust,
-            self._noise(batch[1]),
+            noise,
             # Tensors: a number would be compiled in.
             batch[1].new_full((), self.decay),
             batch[1].new_full((), float(due)),
@@ -745,9 +771,17 @@ class CQL_SA:
         }
         beta = self.beta(observations)
         log_dict.update(beta_metrics(beta))
+        weights = self.row_weights(
+            beta,
+            trust,
+            decay,
+        )
         qf_loss, alpha_prime_loss = self._critic_loss(
             [observations, actions, rewards, next_observations, dones],
-            *(self.row_weights(beta, trust, decay), alpha, noise, log_dict),
+            weights,
+            alpha,
+            noise,
+            log_dict,
         )
         if self.cql_lagrange:
             descend(alpha_prime_loss, self.alpha_prime_optimizer)
@@ -933,7 +967,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=trainer.checkpoint_parts())
         rows = session.keep("trusted_rows", trusted_rows(session, config))
-        chosen_by = trainer.chosen_by
+        source, chosen_by = rows, trainer.chosen_by
         pretraining = finetune.Pretraining(
             "IQL filter",
             # The filter of `load_model` is used as it is.
@@ -943,7 +977,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 
         session.start(
             offline=lambda: step(trainer, rows.offline, config),
-            online=lambda: step(trainer, rows, config),
+            online=lambda: step(trainer, source, config),
             pretraining=pretraining,
         )
         session.pretrain(pretraining)
@@ -963,7 +997,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             trainer.decay = config.decay(t + 1 - first)
             losses: Dict[str, Any] = {}
             for _ in session.updates():
-                losses = step(trainer, rows, config)
+                losses = step(trainer, source, config)
             session.log(losses)
         return session.finish()
 

@@ -124,7 +124,9 @@ class TrainConfig(FamilyFields, FinetuneConfig):
         "balance_range": ("full", "unshifted"),
         "next_beta": ("own", "before"),
     }
-    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | FamilyFields.ONLINE
+    ONLINE: ClassVar[frozenset] = FinetuneConfig.ONLINE | {
+        *FamilyFields.ONLINE,
+    }
     # The public code's names.
     ALIASES: ClassVar[Dict[str, str]] = {
         "cql_min_q_weight": "cql_alpha",
@@ -132,7 +134,7 @@ class TrainConfig(FamilyFields, FinetuneConfig):
         "sin_cos_n": "encoding_base",
     }
     PRESETS: ClassVar[dict] = {
-        "public_code": {"balance_range": "unshifted", "next_beta": "before"}
+        "public_code": {"balance_range": "unshifted", "next_beta": "before"},
     }
     QUICK_START: ClassVar[str] = "configs/famo2o_cql/quick_start.yaml"
     REWARDS: ClassVar[finetune.RewardRule] = LINEAR_REWARDS
@@ -426,18 +428,24 @@ class FamCQL:
         uniform = self.max_action * noise.uniform
         proposals = uniform, current, following, log_pi, next_log_pi
         critics = (self.critic_1, self.critic_2)
-        return [
+        gaps = [
             self._conservative_gap(number, critic, q, observations, proposals, log_dict)
             for number, critic, q in zip((1, 2), critics, predicted, strict=True)
         ]
+        return gaps
 
-    def _noise(self, actions: torch.Tensor, online: bool) -> Noise:
+    def _noise(
+        self,
+        actions: torch.Tensor,
+        online: bool,
+    ) -> Noise:
         """The random numbers of one update on actions (B, A), from the global stream."""
         (b, a), n = actions.shape, self.cql_n_actions
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=actions.device)
 
+        gap_rows = b
         return Noise(
             balance=normal(b),
             next_balance=normal(b) if self.next_beta == "own" else None,
@@ -445,17 +453,32 @@ class FamCQL:
             policy=normal(b, a),
             induced=None if online else normal(b, a),
             backup=normal(b, a),
-            uniform=actions.new_empty(b, n, a).uniform_(-1, 1),
-            current=normal(b, n, a),
-            following=normal(b, n, a),
+            uniform=actions.new_empty(gap_rows, n, a).uniform_(-1, 1),
+            current=normal(gap_rows, n, a),
+            following=normal(gap_rows, n, a),
         )
 
-    def train(self, batch: TensorBatch, online: bool = False) -> Dict[str, torch.Tensor]:
+    def train(
+        self,
+        batch: TensorBatch,
+        online: bool = False,
+    ) -> Dict[str, torch.Tensor]:
         """One update of a phase on a batch; returns 0-d tensors."""
         self.total_it += 1
-        return self._update(batch, self._noise(batch[1], online))
+        noise = self._noise(
+            batch[1],
+            online,
+        )
+        return self._update(
+            batch,
+            noise,
+        )
 
-    def _update(self, batch: TensorBatch, noise: Noise) -> Dict[str, torch.Tensor]:
+    def _update(
+        self,
+        batch: TensorBatch,
+        noise: Noise,
+    ) -> Dict[str, torch.Tensor]:
         """A function of tensors but for the steps; every loss is of the networks before them.
 
         pi_b steps first, since all that depends on it has been drawn then.
@@ -490,7 +513,13 @@ class FamCQL:
         )
         log_dict["average_target_q"] = next_q.mean()
         rows = observations, actions, next_observations
-        qf_loss = self._critic_loss(rows, td_target, betas, noise, log_dict)
+        qf_loss = self._critic_loss(
+            rows,
+            td_target,
+            betas,
+            noise,
+            log_dict,
+        )
         descend(alpha_loss, self.alpha_optimizer)
         descend(policy_loss, self.actor_optimizer)
         descend(qf_loss, self.critic_1_optimizer, self.critic_2_optimizer)
@@ -513,7 +542,12 @@ class FamCQL:
         critics = (self.critic_1, self.critic_2)
         predicted = [critic(observations, actions) for critic in critics]
         gaps = self.conservative_gaps(
-            predicted, observations, next_observations, betas, noise, log_dict
+            predicted,
+            observations,
+            next_observations,
+            betas,
+            noise,
+            log_dict,
         )
         loss = td_target.new_zeros(())
         for i, (q, gap) in enumerate(zip(predicted, gaps, strict=True), start=1):

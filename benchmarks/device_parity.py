@@ -52,11 +52,15 @@ CASES: dict[str, dict[str, Any]] = {
     "dare_rebrac": {},
     "cql": {},
     "dare_cql": {},
+    "dare_famo2o_cql": {},
+    "dare_cql_sa": {},
     "cal_ql": {"bc_steps": 0},
     "baq_cal_ql": {"bc_steps": 0},
     "e2o": {},
     "dare_cal_ql": {"bc_steps": 0},
 }
+# Whose update is told the phase.
+WITH_PHASE = ("pex", "e2o", "famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot")
 MODES = {"launch by launch": False, "CUDA graph": True}
 
 
@@ -88,16 +92,14 @@ class Updates:
         self.trainer = module.make_trainer(config, S, A, 1.0, device)
         self.trainer.load_weights(source)
         self.device, self.given = device, []
+        if name.removeprefix("dare_") in WITH_PHASE or name == "dare_wsrl":
+            # Their online updates, which differ from those of the offline phase.
+            self.given.append(True)
         if name.startswith("dare_"):
             weight = (torch.arange(B) < B // 2).float().to(device)
-            self.given = [Release(weight, B // 2)]
-            if name == "dare_wsrl":
-                self.given = [True, *self.given]
+            self.given.append(Release(weight, B // 2))
         if name == "baq_cal_ql":
             self.given = [torch.linspace(0.1, 1.0, B).to(device)]
-        if name in ("pex", "e2o", "famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot"):
-            # Their online updates, which differ from those of the offline phase.
-            self.given = [True]
         # IQL's update draws nothing.
         if hasattr(self.trainer, "_noise"):
             draw = self.trainer._noise

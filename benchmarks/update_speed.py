@@ -193,6 +193,13 @@ SUBJECTS = {
     "wsrl": Subject("WSRL", None, None),
     "famo2o_iql": Subject("FamO2O-IQL", None, None),
     "famo2o_cql": Subject("FamCQL", None, None),
+    "cql_sa": Subject(
+        "CQL(SA)",
+        None,
+        None,
+        {"buffer_mode": "half"},
+        online=lambda trainer, config: trainer.start_online(),
+    ),
     "opt_td3": Subject("TD3+OPT", None, None, update=opt_update),
     "opt_spot": Subject("SPOT+OPT", None, None, update=opt_update),
     "e2o": Subject("E2O", None, None),
@@ -367,7 +374,7 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
             for pair in ([buffer_rows, empty], [empty, buffer_rows]):
                 buffer = offline if len(pair[0]) else online
                 source.support(draw_rows(buffer, buffer_rows)[0], pair)
-    return subject.update(module, trainer, source, config)
+    return plain_update(module, trainer, source, config)
 
 
 def measure(

@@ -216,6 +216,8 @@ class DareHook:
         online_steps: tells how many steps the online phase has made since its first update;
             for `weights: anneal`. Default: one for each batch that was drawn.
         online_length: steps of the whole online phase; the default of `anneal_steps`.
+        online_first: draw the online half before the offline one. Needed where the host's own mixed
+            batches draw in that order, so that a run with the hook sees the rows of one without.
 
     Raises:
         ValueError: a part that the configured score needs is missing.
@@ -243,6 +245,7 @@ class DareHook:
         data: BehaviorData | None = None,
         online_steps: Callable[[], int] | None = None,
         online_length: int | None = None,
+        online_first: bool = False,
     ):
         if config.weights == "anneal" and not (config.anneal_steps or online_length):
             raise ValueError("dare.weights anneal needs dare.anneal_steps")
@@ -258,7 +261,7 @@ class DareHook:
         self.q_scale = q_scale if config.q_scale == "returns" else 1.0
         self.mixing_ratio, self.max_action = mixing_ratio, max_action
         self.unnormalize = unnormalize or (lambda states: states)
-        self.clipped_policy = clipped_policy
+        self.clipped_policy, self.online_first = clipped_policy, online_first
         self.device, self.seed, self.bar, self.data = device, seed, bar, data
         self.online_steps, self.online_length = online_steps, online_length or 0
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -338,13 +341,20 @@ class DareHook:
         """A batch with its offline-like rows first; see `Drawn`."""
         self.samples += 1
         n_offline = int(batch_size * self.mixing_ratio)
-        offline_rows, offline = draw(self.offline, n_offline, self.device)
-        online_rows, online = draw(self.online, batch_size - n_offline, self.device)
-        rows = [offline_rows, online_rows]
+        rows, (offline, online) = self._draw_halves(n_offline, batch_size - n_offline)
         weight = self._weight_tensor(offline[0])
         batch, weight, log, states = self.arrange(offline, online, rows, weight)
         log = self._count_refused(log)
         return Drawn(batch, self._release(weight, n_offline), log, states, rows)
+
+    def _draw_halves(
+        self, n_offline: int, n_online: int
+    ) -> tuple[Rows, list[list[torch.Tensor]]]:
+        """Row numbers and rows of the offline and of the online half."""
+        step = -1 if self.online_first else 1
+        halves = [(self.offline, n_offline), (self.online, n_online)][::step]
+        drawn = [draw(buffer, n, self.device) for buffer, n in halves][::step]
+        return [rows for rows, _ in drawn], [batch for _, batch in drawn]
 
     @property
     def weight(self) -> float:

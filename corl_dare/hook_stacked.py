@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from corl_dare.hook import DareHook, Drawn
-from corl_dare.rows import draw
 
 
 class _Holder(torch.nn.Module):
@@ -83,14 +82,13 @@ class StackedHook(DareHook):
             self._arranged = self._bind()
         self.samples += 1
         n_offline = int(batch_size * self.mixing_ratio)
-        offline_rows, offline = draw(self.offline, n_offline)
-        online_rows, online = draw(self.online, batch_size - n_offline)
+        rows, (offline, online) = self._draw_halves(n_offline, batch_size - n_offline)
         # Of all seeds alike: it has no dimension.
         weight = self._weight_tensor(offline[0])
         batch, weight, log, states = self._arranged(offline, online, weight)
         log = self._count_refused(log)
         release = self._release(weight, n_offline)
-        return Drawn(batch, release, log, states, [offline_rows, online_rows])
+        return Drawn(batch, release, log, states, rows)
 
     def spread(self) -> None:
         """Give every member its counts."""

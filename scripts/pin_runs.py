@@ -237,6 +237,17 @@ CASES = {
         "--online_warmup 10 --mixing_ratio 0.3",
     ),
     "dare_td3_bc guided": ("dare_td3_bc", f"{GUIDED} --dare.reference_max_age 3"),
+    "dare_famo2o_cql": ("dare_famo2o_cql", f"{RATIO} --cql_n_actions 3"),
+    "dare_cql_sa annealed": (
+        "dare_cql_sa",
+        f"{RATIO} --cql_n_actions 3 --online_warmup 10 --beta_lr 1e-4 --n_period 8 "
+        "--beta_anneal cosine --beta_anneal_steps 40",
+    ),
+    "dare_cql_sa guided": (
+        "dare_cql_sa",
+        f"{GUIDED} --cql_n_actions 3 --online_warmup 0 --beta_lr 1e-4 --n_period 8 "
+        "--cql_lagrange true --trust_penalty false --dare.reference_max_age 3",
+    ),
 }
 
 

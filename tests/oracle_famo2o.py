@@ -203,8 +203,8 @@ class OracleFamCQL(Family):
         share = (x[:, 0] + 1) / 2 if c.balance_range == "full" else x[:, 0]
         return c.beta_low + share * (c.beta_high - c.beta_low)
 
-    def train(self, batch, noise, online):
-        """One update; returns what the trainer logs, but for means of Q."""
+    def train(self, batch, noise, online, weight=None):
+        """One update, with weights (B,) of the gaps; what the trainer logs, but for means of Q."""
         c, s, a, r, s2, d = self.config, *(x.double() for x in batch)
         a = a.clamp(-0.999 * self.max_action, 0.999 * self.max_action)
         r, d = r[:, 0], d[:, 0]
@@ -239,21 +239,30 @@ class OracleFamCQL(Family):
 
         ahead, _ = self.act(self.policy, s2, next_beta, noise.backup)
         y = r + c.discount * (1 - d) * self.least(self.target, s2, ahead)
-        now, log_now = self.act(self.policy, s, beta, noise.current)
-        then, log_then = self.act(self.policy, s2, next_beta, noise.following)
+        # Gaps are known of the leading rows that there is noise for.
+        rows = len(noise.uniform)
+        share = (torch.ones(len(s)) if weight is None else weight)[:rows].double()
+        now, log_now = self.act(self.policy, s[:rows], beta[:rows], noise.current)
+        ahead = s2[:rows], next_beta[:rows], noise.following
+        then, log_then = self.act(self.policy, *ahead)
         random = self.max_action * noise.uniform.double()
+        conservative = 0.0
         for i in range(2):
             leaves = leaves_of(self.q[i])
             p = self.value(leaves, s, a)
             every = [
-                self.value(leaves, s, random) - self.action_dim * math.log(0.5),
-                self.value(leaves, s, then) - log_then,
-                self.value(leaves, s, now) - log_now,
+                self.value(leaves, s[:rows], random) - self.action_dim * math.log(0.5),
+                self.value(leaves, s[:rows], then) - log_then,
+                self.value(leaves, s[:rows], now) - log_now,
             ]
-            gap = (torch.cat(every, 1).exp().sum(1).log() - p).mean()
+            gap = share * (torch.cat(every, 1).exp().sum(1).log() - p[:rows])
+            gap = gap.sum() / len(p)
+            conservative += len(p) * gap.item() / 2
             td = ((p - y) ** 2).mean()
             self.opt_q[i].step(self.q[i], gradients(td + c.cql_alpha * gap, leaves))
             logs[f"qf{i + 1}_loss"], logs[f"cql_qf{i + 1}_diff"] = td.item(), gap.item()
+        if weight is not None and rows:
+            logs["conservative_loss"] = conservative / share.sum().item()
         self.opt["balance"].step(self.balance, of_balance)
         self.opt["policy"].step(self.policy, of_policy)
         self.opt["alpha"].step(self.log_alpha, {"constant": -excess})

@@ -145,8 +145,8 @@ class OracleCQLSA:
             s = s[:, None].expand(-1, a.shape[1], -1)
         return normed(params, "network", torch.cat([s, a], -1))
 
-    def train(self, batch, noise, trust, decay=1.0, learn=True):
-        """noise: the trainer's `Noise`; trust (B,)."""
+    def train(self, batch, noise, trust, decay=1.0, learn=True, release=None):
+        """noise: the trainer's `Noise`; trust (B,); release (B,), weights of another method."""
         c = self.config
         s, a, r, s2, d = (x.double() for x in batch)
         a = a.clamp(-0.9999 * self.max_action, 0.9999 * self.max_action)
@@ -164,15 +164,23 @@ class OracleCQLSA:
         y = self.td_target(s2, r, d, noise)
         weight = self.beta.of(self.beta.now, s) * decay
         weight = weight * trust if c.trust_penalty else weight
+        weight = weight if release is None else weight * release.double()
+        # Gaps are known of the leading rows that there is noise for; the others weigh 0.
+        rows = len(noise.uniform)
+        weight, known = weight[:rows], (s[:rows], a[:rows], s2[:rows], noise)
         multiplier = self.scalars["log_alpha_prime"].exp() if c.cql_lagrange else 1.0
         aim = c.cql_target_action_gap if c.cql_lagrange else 0.0
-        critic_gradients, excesses = [], []
+        critic_gradients, excesses, conservative = [], [], 0.0
         for params in self.q:
             leaves = leaves_of(params)
-            excess = (weight * (self.gap(leaves, s, a, s2, noise) - aim)).mean()
+            gap = self.gap(leaves, *known)
+            conservative += (weight * gap).sum().item() / 2
+            excess = (weight * (gap - aim)).sum() / len(s)
             td = ((self.value(leaves, s, a) - y) ** 2).mean()
             critic_gradients.append(gradients(td + multiplier * excess, leaves))
             excesses.append(excess.detach())
+        if release is not None:
+            self.conservative = conservative / release.sum().item() if rows else None
         if c.cql_lagrange:
             slope = -0.5 * multiplier * sum(excesses)
             self.opt["log_alpha_prime"].step(self.scalars, {"log_alpha_prime": slope})

@@ -12,6 +12,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -33,7 +35,7 @@ from algorithms import (
     wsrl,
 )
 from corl import finetune, runs
-from corl_dare.config import LagrangeDareConfig, NoisyDareConfig
+from corl_dare.config import DareConfig, LagrangeDareConfig, NoisyDareConfig
 from transition_diffusion.config import CfdgConfig, EdisConfig
 
 FIELDS = {
@@ -172,6 +174,7 @@ DEFAULTS = {
     dare_wsrl: WSRL_FIELDS,
     famo2o_iql: FAMO2O_IQL_FIELDS,
     famo2o_cql: FAMO2O_CQL_FIELDS,
+    dare_famo2o_cql: FAMO2O_CQL_FIELDS,
     edis_iql: FIELDS,
     e2o: E2O_FIELDS,
     cfdg_iql: FIELDS,
@@ -179,6 +182,7 @@ DEFAULTS = {
     dare_td3_bc: TD3_FIELDS,
     td3_bc_sa: TD3_BC_SA_FIELDS,
     cql_sa: CQL_SA_FIELDS,
+    dare_cql_sa: {**CQL_SA_FIELDS, "buffer_mode": "half"},
     opt_td3: OPT_TD3_FIELDS,
     opt_spot: OPT_SPOT_FIELDS,
     awac: AWAC_FIELDS,
@@ -235,6 +239,11 @@ def cal_ql_block(**fields):
 def cql_block(**fields):
     """The block `dare:` of a short run of DARE-CQL."""
     return dare_cql.DareCQLConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
+
+
+def ratio_block(**fields):
+    """The block `dare:` of a short run of DARE-FamCQL or DARE-CQL(SA)."""
+    return DareConfig(**{**SMALL, **DARE["policy_ratio"], **fields})
 
 
 def awac_block(**fields):

@@ -16,6 +16,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -117,10 +119,20 @@ CASES = {
     ),
     "famo2o_iql": (famo2o_iql, {}, ()),
     "famo2o_cql, online": (famo2o_cql, {"cql_n_actions": 3}, (True,)),
+    "dare_famo2o_cql": (
+        dare_famo2o_cql,
+        {"cql_n_actions": 3},
+        (True, hard_release(B, B // 2)),
+    ),
     "td3_bc": (td3_bc, {}, ()),
     "dare_td3_bc": (dare_td3_bc, {}, (hard_release(B, B // 2),)),
     "td3_bc_sa": (td3_bc_sa, SA, ()),
     "cql_sa": (cql_sa, {**SA, "cql_n_actions": 3, "cql_lagrange": True}, ()),
+    "dare_cql_sa": (
+        dare_cql_sa,
+        {**SA, "cql_n_actions": 3},
+        (hard_release(B, B // 2),),
+    ),
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
     "opt_td3": (opt_td3, {}, (True,)),
     "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
@@ -151,6 +163,7 @@ CASES = {
 # Half a minute to two minutes of compiling each; the same operations stand in the other cases.
 SLOW = ("baq_cal_ql", "e2o, gap kept", "wsrl", "wsrl, online", "dare_wsrl")
 SLOW += ("famo2o_iql", "famo2o_cql, online", "opt_td3")
+SLOW += ("dare_famo2o_cql", "dare_cql_sa")
 
 
 @needs_compiler

@@ -24,6 +24,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -66,12 +68,12 @@ FAMILIES = {
     "rebrac": [rebrac, dare_rebrac],
     "spot": [spot, dare_spot],
     "td3_bc_sa": [td3_bc_sa],
-    "cql_sa": [cql_sa],
+    "cql_sa": [cql_sa, dare_cql_sa],
     "e2o": [e2o],
     "rlpd": [rlpd],
     "wsrl": [wsrl, dare_wsrl],
     "famo2o_iql": [famo2o_iql],
-    "famo2o_cql": [famo2o_cql],
+    "famo2o_cql": [famo2o_cql, dare_famo2o_cql],
     "opt": [opt_td3, opt_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
@@ -467,7 +469,7 @@ ARGUMENTS = {
     rlpd: RLPD_ARGUMENTS,
     **dict.fromkeys(FAMILIES["wsrl"], WSRL_ARGUMENTS),
     famo2o_iql: FAMO2O_IQL_ARGUMENTS,
-    famo2o_cql: FAMO2O_CQL_ARGUMENTS,
+    **dict.fromkeys(FAMILIES["famo2o_cql"], FAMO2O_CQL_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
     opt_td3: {**TD3_ARGUMENTS, **OPT_ARGUMENTS},
@@ -512,7 +514,10 @@ RATES = {
         {**IQL_RATES[0], "balance_lr": 0.4, "eta_lr": 0.5},
         [*IQL_RATES[1], 0.4, 0.5],
     ),
-    famo2o_cql: ({**CQL_RATES[0], "balance_lr": 0.4}, [*CQL_RATES[1][:4], 0.4]),
+    **dict.fromkeys(
+        FAMILIES["famo2o_cql"],
+        ({**CQL_RATES[0], "balance_lr": 0.4}, [*CQL_RATES[1][:4], 0.4]),
+    ),
     **dict.fromkeys(FAMILIES["opt"], (TD3_RATES[0], [*TD3_RATES[1], 0.1])),
     **dict.fromkeys([m for name in NOISY for m in FAMILIES[name]], TD3_RATES),
     **dict.fromkeys(FAMILIES["awac"], ({"learning_rate": 0.2}, [0.2, 0.2, 0.2])),
@@ -531,7 +536,13 @@ def test_every_optimizer_has_its_own_learning_rate(module):
 
 # ---------------------------------------------------------------- other spellings of fields
 
-SPELLINGS = [(m, alias) for m in ALL for alias in m.TrainConfig.ALIASES]
+# A twin has those of its baseline.
+SPELLINGS = [
+    (m, alias)
+    for m in ALL
+    if not hasattr(m, "BASELINE")
+    for alias in m.TrainConfig.ALIASES
+]
 
 
 @pytest.mark.parametrize("module, alias", SPELLINGS)

@@ -14,6 +14,7 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -32,6 +33,7 @@ from corl import compiled, finetune
 
 IQL = [iql, dare_iql, edis_iql, cfdg_iql]
 FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa, baq_cal_ql]
+FAMILY += [dare_cql_sa]
 CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql, baq_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
 OTHERS += [td3_bc_sa, opt_td3, opt_spot]

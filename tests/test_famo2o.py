@@ -5,15 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers import assert_equal
 from oracle_famo2o import OracleFamCQL, OracleFamO2OIQL
 from short_runs import folder_of, run
-from test_iql import TASK, A, S, random_batch
-from test_ssar import assert_near, next_noise
+from test_iql import TASK, A, B, S, random_batch
+from test_ssar import assert_near, next_noise, release_of
 
-from algorithms import cql, famo2o_cql, famo2o_iql, iql
+from algorithms import cql, dare_famo2o_cql, famo2o_cql, famo2o_iql, iql
 from corl import curves
 from corl.compiled import descend
 from corl.config import parse_config
+from corl_dare.hook import Release
 from policy_family.balance import BalanceModel
 from policy_family.coefficient import encode
 
@@ -66,20 +68,26 @@ CQL_CASES = {
 }
 
 
+@pytest.mark.parametrize("kept", [None, "soft", B // 3, 0])
 @pytest.mark.parametrize("case", CQL_CASES)
-def test_updates_on_cql_equal_the_float64_oracle(case):
+def test_updates_on_cql_equal_the_float64_oracle(case, kept):
+    """Online those of the DARE file with a release: none, soft weights, so many leading rows."""
     max_action = 2.0 if case == "mended" else 1.0
     fields = {"cql_n_actions": 3, "soft_target_update_rate": 0.05, **CQL_CASES[case]}
-    trainer, config = make(famo2o_cql, max_action=max_action, **fields)
+    module = famo2o_cql if kept is None else dare_famo2o_cql
+    trainer, config = make(module, max_action=max_action, **fields)
     oracle = OracleFamCQL(trainer, config, A, max_action)
     rng = np.random.default_rng(1)
     for number in range(10):
         online = number >= 5
         batch = random_batch(rng)
         batch[1][0] = max_action
-        noise = next_noise(trainer, batch, online)
-        logs = {k: v.item() for k, v in trainer.train(batch, online).items()}
-        expected = oracle.train(batch, noise, online)
+        given = online, *(release_of(kept, rng) if online else ())
+        noise = next_noise(trainer, batch, *given)
+        logs = {k: v.item() for k, v in trainer.train(batch, *given).items()}
+        weight = given[1].weight if given[1:] else None
+        expected = oracle.train(batch, noise, online, weight)
+        assert ("conservative_loss" in logs) is ("conservative_loss" in expected)
         found = {k: logs[k] for k in expected}
         assert found == pytest.approx(expected, rel=2e-4, abs=1e-4)
     for i, name in enumerate(("critic_1", "critic_2")):
@@ -158,6 +166,23 @@ def test_with_the_coefficient_1_its_losses_are_those_of_cql():
     # One step of the critics later.
     for name in ("critic_1", "critic_2", "target_critic_1"):
         assert_near(getattr(ours, name), getattr(base, name).state_dict(), 1e-5, name)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_weight_that_is_the_same_for_all_rows_keeps_or_drops_the_gap(weight, hard):
+    """FamCQL as it is, or with `cql_alpha` 0, bit for bit."""
+    fields = {"cql_n_actions": 3, "cql_alpha": 2.0}
+    ours, _ = make(dare_famo2o_cql, **fields)
+    plain, _ = make(famo2o_cql, **{**fields, "cql_alpha": 2.0 * weight})
+    release = Release(torch.full((B,), weight), int(weight * B) if hard else None)
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        batch = random_batch(rng)
+        for trainer, given in ((ours, (True, release)), (plain, (True,))):
+            torch.manual_seed(seed)
+            trainer.train(batch, *given)
+    assert_equal(ours.state_dict(), plain.state_dict())
 
 
 # ---------------------------------------------------------------- coefficients

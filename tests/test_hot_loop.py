@@ -22,6 +22,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -104,7 +106,8 @@ def updates():
 
     def in_phase(module, online, **fields):
         trainer = make_trainer(module, **fields)
-        return lambda: trainer.train(batch(), online)
+        release = [Release(torch.rand(B))] * (module is dare_famo2o_cql)
+        return lambda: trainer.train(batch(), online, *release)
 
     def weighed():
         trainer = make_trainer(baq_cal_ql, cql_n_actions=2)
@@ -127,7 +130,8 @@ def updates():
     def conservative(module, **fields):
         trainer = make_trainer(module, cql_n_actions=2, **fields)
         extra = [torch.randn(B, 1)] * (module in (cal_ql, dare_cal_ql))
-        release = [Release(torch.rand(B))] * (module in (dare_cql, dare_cal_ql))
+        twins = (dare_cql, dare_cal_ql, dare_cql_sa)
+        release = [Release(torch.rand(B))] * (module in twins)
         return lambda: trainer.train(batch() + extra, *release)
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
@@ -169,6 +173,7 @@ def updates():
         "td3_bc": actor_critic(td3_bc),
         "td3_bc_sa": actor_critic(td3_bc_sa),
         "cql_sa": conservative(cql_sa, **maze),
+        "dare_cql_sa": conservative(dare_cql_sa, **maze),
         "ssar filter": ssar_filter(),
         "awac": actor_critic(awac),
         "rebrac": actor_critic(rebrac),
@@ -193,6 +198,7 @@ def updates():
         "famo2o_iql online": in_phase(famo2o_iql, True),
         "famo2o_cql": in_phase(famo2o_cql, False, cql_n_actions=2),
         "famo2o_cql online": in_phase(famo2o_cql, True, cql_n_actions=2),
+        "dare_famo2o_cql": in_phase(dare_famo2o_cql, True, cql_n_actions=2),
         **{
             f"{module.__name__[11:]} {name}": pretrained(module, name == "online")
             for module in (opt_td3, opt_spot)
@@ -207,7 +213,7 @@ PHASES = ("", " online")
 NAMES = ["iql", "iql deterministic", "dare_iql all", "dare_iql offline", "dare_iql iv"]
 NAMES += ["cql", "cal_ql", "cal_ql cloning", "dare_cal_ql"]
 NAMES += ["td3_bc", "dare_td3_bc", "awac", "dare_awac", "dare_cql"]
-NAMES += ["td3_bc_sa", "cql_sa", "ssar filter"]
+NAMES += ["td3_bc_sa", "cql_sa", "ssar filter", "dare_cql_sa", "dare_famo2o_cql"]
 NAMES += ["rebrac", "dare_rebrac", "spot", "spot iwae", "spot vae", "dare_spot"]
 NAMES += ["e2o", "e2o online", "baq_cal_ql"]
 NAMES += ["rlpd online", "wsrl", "wsrl online", "dare_wsrl online"]

@@ -15,6 +15,7 @@ from short_runs import (
     final_weights,
     folder_of,
     noisy_block,
+    ratio_block,
     run,
     stop_after,
     wsrl_block,
@@ -29,6 +30,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -82,6 +85,8 @@ def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
 BLOCKS = {
     dare_cal_ql: cal_ql_block,
     dare_cql: cql_block,
+    dare_famo2o_cql: ratio_block,
+    dare_cql_sa: ratio_block,
     dare_td3_bc: noisy_block,
     dare_awac: awac_block,
     dare_wsrl: wsrl_block,
@@ -90,7 +95,13 @@ BLOCKS = {
 
 @pytest.mark.parametrize(
     "module",
-    [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql],
+    [
+        *(cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql),
+        *(
+            pytest.param(m, marks=pytest.mark.whole)
+            for m in (dare_famo2o_cql, dare_cql_sa)
+        ),
+    ],
 )
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.

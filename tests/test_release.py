@@ -64,6 +64,18 @@ def test_uniform_weights_need_no_model_and_move_no_row(weight, kept):
     hook.load_state_dict(hook.state_dict())
 
 
+def test_a_host_that_draws_its_online_half_first_sees_its_own_rows():
+    buffers = make_buffer(40), make_buffer(30, shift=0.8, seed=1)
+    options = {"dataset_hash": "x", "cache_dir": "none", "online_first": True}
+    hook = prepare(DareConfig(weights="uniform"), *buffers, **options)
+    np.random.seed(0)
+    drawn = hook.sample(16)
+    np.random.seed(0)
+    online, offline = buffers[1].sample(8), buffers[0].sample(8)
+    plain = [torch.cat(x) for x in zip(offline, online, strict=True)]
+    assert_equal(drawn.batch, plain)
+
+
 def test_annealed_weights_follow_the_steps_of_the_online_phase():
     now = [0]
     hook = hook_of("anneal", 0.25, lambda: now[0], 100)
@@ -255,6 +267,8 @@ def test_weight_1_is_the_baseline_bit_for_bit(algorithm, recorder):
         "rebrac": {"bc_online": "keep"},
         "spot": {"lambd_cool": False},
         "awac": {"seed": 8},
+        # Its own annealing is on where it is asked for, and both multiply.
+        "cql_sa": {"beta_anneal": "linear"},
     }.get(name, {})
     plain = recorder(name, **own)
     dare = plain_block(algorithm, weights="uniform", weight=1.0)

@@ -13,6 +13,7 @@ from short_runs import (
     edis_block,
     folder_of,
     noisy_block,
+    ratio_block,
     run,
     stop_after,
     wsrl_block,
@@ -28,6 +29,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -172,6 +175,10 @@ ONLINE = {
     ),
     "famo2o_iql": (famo2o_iql, {"mixing_ratio": 0.25}),
     "famo2o_cql": (famo2o_cql, {"mixing_ratio": 0.25}),
+    "dare_famo2o_cql": (
+        dare_famo2o_cql,
+        {"mixing_ratio": 0.25, "dare": ratio_block(behavior_updates=3)},
+    ),
     "opt_td3": (opt_td3, OPT_ONLINE),
     "opt_spot": (
         opt_spot,
@@ -186,6 +193,10 @@ ONLINE = {
         {**SA_ONLINE, "expl_noise": 0.9, "policy_freq_online": 3},
     ),
     "cql_sa": (cql_sa, SA_ONLINE),
+    "dare_cql_sa": (
+        dare_cql_sa,
+        {**SA_ONLINE, "dare": ratio_block(behavior_updates=3)},
+    ),
     "dare_spot": (
         dare_spot,
         {**SPOT_ONLINE, "lambd_cool": False, "dare": noisy_block(behavior_updates=3)},

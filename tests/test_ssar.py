@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal
+from helpers import assert_equal, hard_release
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_ssar import OracleCQLSA, OracleFilter, OracleTD3BCSA
@@ -15,9 +15,11 @@ from test_iql import TASK, A, B, S, random_batch
 
 from adaptive_regularization import coefficient, trust
 from adaptive_regularization.iql_filter import IQLFilter
-from algorithms import cql, cql_sa, td3_bc, td3_bc_sa
+from algorithms import cql, cql_sa, dare_cql_sa, td3_bc, td3_bc_sa
 from corl.buffers import ReplayBuffer, upload
 from corl.compiled import descend, soft_update
+from corl_dare.config import DareConfig
+from corl_dare.hook import Release
 
 # The coefficient and the threshold move within a few updates.
 QUICK = {"beta_lr": 1e-3, "n_period": 4, "n_raises": 5}
@@ -32,7 +34,7 @@ NETWORKS = {
 def narrow_coefficient(monkeypatch):
     """A coefficient network of 32 units: its formula does not depend on the width."""
     small = partial(coefficient.CoefficientNet, hidden_dim=32)
-    for module in (td3_bc_sa, cql_sa):
+    for module in (td3_bc_sa, cql_sa, dare_cql_sa):
         monkeypatch.setattr(module, "CoefficientNet", small)
 
 
@@ -103,11 +105,26 @@ CQL_CASES = {
 }
 
 
-@pytest.mark.parametrize("max_action", [1.0, 2.0])
+# A release of the online phase: none, soft weights, or so many leading rows.
+WAYS = [(None, 1.0), (None, 2.0), ("soft", 2.0), (B // 3, 1.0), (0, 1.0)]
+
+
+def release_of(kept, rng):
+    """The arguments of an update with a release."""
+    if kept is None:
+        return ()
+    if kept == "soft":
+        return (Release(torch.tensor(rng.random(B), dtype=torch.float32)),)
+    return (hard_release(B, kept),)
+
+
+@pytest.mark.parametrize("kept, max_action", WAYS)
 @pytest.mark.parametrize("case", CQL_CASES)
-def test_cql_sa_updates_equal_the_float64_oracle(case, max_action):
+def test_cql_sa_updates_equal_the_float64_oracle(case, kept, max_action):
+    """Those of the DARE file with a release, which multiplies the weights of SSAR."""
+    module = cql_sa if kept is None else dare_cql_sa
     fields = {**QUICK, **CQL_NETS, **CQL_CASES[case]}
-    trainer, config = make(cql_sa, max_action=max_action, **fields)
+    trainer, config = make(module, max_action=max_action, **fields)
     oracle = OracleCQLSA(trainer, config, A, max_action)
     rng = np.random.default_rng(1)
     for number in range(12):
@@ -115,12 +132,19 @@ def test_cql_sa_updates_equal_the_float64_oracle(case, max_action):
             trainer.start_online()
             trainer.decay = 0.3
         batch, trusted = random_batch(rng), flags(rng)
+        release = release_of(kept, rng) if number >= 9 else ()
         # At a bound the density has no value; the clip makes one.
         batch[1][0] = 1.0
-        noise = next_noise(trainer, batch)
-        logs = trainer.train([*batch, trusted[:, None]])
-        loss = oracle.train(batch, noise, trusted, trainer.decay, number < 9)
+        noise = next_noise(trainer, batch, *release)
+        logs = trainer.train([*batch, trusted[:, None]], *release)
+        weight = release[0].weight if release else None
+        loss = oracle.train(batch, noise, trusted, trainer.decay, number < 9, weight)
         assert logs["policy_loss"].item() == pytest.approx(loss, rel=2e-4, abs=1e-4)
+        if kept:
+            assert ("conservative_loss" in logs) is bool(release)
+    if kept:
+        found = logs["conservative_loss"].item()
+        assert found == pytest.approx(oracle.conservative, rel=2e-4, abs=1e-4)
     for i, name in enumerate(("critic_1", "critic_2")):
         assert_near(getattr(trainer, name), oracle.q[i], where=name)
         assert_near(getattr(trainer, f"target_{name}"), oracle.target[i], where=name)
@@ -247,6 +271,42 @@ def test_online_the_coefficient_and_the_threshold_stay(module):
     assert_equal((trainer.beta.state_dict(), trainer.threshold.state_dict()), before)
 
 
+@pytest.mark.parametrize("lagrange", [False, True])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_weight_that_is_the_same_for_all_rows_keeps_or_drops_the_penalty(
+    weight, hard, lagrange
+):
+    """CQL(SA) as it is, or with no row trusted, bit for bit."""
+    fields = {**CQL_NETS, "cql_lagrange": lagrange, "cql_target_action_gap": 0.8}
+    ours, plain = (make(module, **fields)[0] for module in (dare_cql_sa, cql_sa))
+    release = Release(torch.full((B,), weight), int(weight * B) if hard else None)
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        batch, trusted = random_batch(rng), flags(rng)[:, None]
+        for trainer, arguments in (
+            (ours, ([*batch, trusted], release)),
+            (plain, ([*batch, weight * trusted],)),
+        ):
+            trainer.start_online()
+            torch.manual_seed(seed)
+            trainer.train(*arguments)
+    assert_equal(ours.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("trust_penalty", [True, False])
+def test_trust_and_the_weight_of_dare_multiply_by_a_field(trust_penalty):
+    trainer, _ = make(dare_cql_sa, trust_penalty=trust_penalty)
+    beta, weight = 1.0 + torch.rand(B), torch.rand(B)
+    trusted = flags(np.random.default_rng(0))
+    expected = [
+        0.5 * b * w * (m if trust_penalty else 1.0)
+        for b, w, m in zip(beta, weight, trusted, strict=True)
+    ]
+    found = trainer.row_weights(beta, trusted, torch.tensor(0.5), Release(weight))
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
 # ---------------------------------------------------------------- parts
 
 
@@ -355,7 +415,7 @@ def started(**fields):
     made.settle(None, lambda line: None, pytest.fail)
     made.start_online()
     made.flag_online()
-    return made, rows(made._online.flags[:, 0].numpy() == 0)
+    return made, rows(made.online.flags[:, 0].numpy() == 0)
 
 
 def test_published_returns_are_for_d4rls_data_and_stand_ins_use_a_share():
@@ -449,6 +509,25 @@ def test_a_buffer_that_would_wrap_is_refused(fields, message):
 def test_bad_settings_name_the_field(module, fields, message):
     with pytest.raises(ValueError, match=message):
         module.TrainConfig(**{"env": TASK, **fields})
+
+
+def settled(module, **fields):
+    config = module.TrainConfig(**{"env": TASK, **fields})
+    return config.buffer_mode, config.mixing_ratio, config.beta_anneal
+
+
+def test_dare_needs_two_buffers_and_cql_sa_is_annealed_beside_it_on_request():
+    off = DareConfig(enabled=False)
+    for module, fields in ((cql_sa, {}), (dare_cql_sa, {"dare": off})):
+        assert settled(module, **fields) == ("part", 0.0, "cosine")
+        maze = {"env": "antmaze-umaze-v2", **fields}
+        assert settled(module, **maze) == ("all", None, "cosine")
+    assert settled(dare_cql_sa) == ("half", 0.5, "none")
+    asked = {"beta_anneal": "cosine", "mixing_ratio": 0.25}
+    assert settled(dare_cql_sa, **asked) == ("half", 0.25, "cosine")
+    for mode in ("all", "part", "none"):
+        with pytest.raises(ValueError, match=f"^buffer_mode {mode} .* set buffer_mode"):
+            settled(dare_cql_sa, buffer_mode=mode)
 
 
 # ---------------------------------------------------------------- runs

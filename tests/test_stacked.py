@@ -12,6 +12,7 @@ from algorithms import (
     cal_ql,
     cql,
     dare_cal_ql,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
@@ -57,6 +58,7 @@ CASES = {
     "dare_wsrl, online": (dare_wsrl, {**WSRL, "utd": 3, "cql_lagrange": True}, 2, 12),
     "famo2o_iql, offline": (famo2o_iql, {"balance_period": 2}, 2, 6),
     "famo2o_cql, online": (famo2o_cql, {"cql_n_actions": 2}, 2, 6),
+    "dare_famo2o_cql, online": (dare_famo2o_cql, {"cql_n_actions": 2}, 2, 6),
     "awac": (awac, {"hidden_dim": 64}, 2, 12),
     "rebrac": (rebrac, {"hidden_dim": 64}, 2, 12),
     "dare_rebrac, online": (dare_rebrac, {"hidden_dim": 64}, 2, 12),
@@ -69,6 +71,7 @@ CASES = {
 WITH_RETURNS = (cal_ql, dare_cal_ql, wsrl, dare_wsrl)
 # Their update takes the phase.
 WITH_PHASE = (pex, rlpd, wsrl, e2o, famo2o_iql, famo2o_cql)
+WITH_PHASE += (dare_wsrl, dare_famo2o_cql)
 # What a release may look like: half of the rows kept, all of them (k = B), soft weights.
 KEPT = (B // 2, B, None)
 
@@ -169,9 +172,10 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
                 trainer.start_online()
         together, each = releases(number, seeds, online)
         if module in WITH_PHASE:
-            together, each = (online,), [(online,)] * seeds
-        elif module is dare_wsrl:
-            together, each = (online, *together), [(online, *own) for own in each]
+            # A DARE file takes the release behind it.
+            released = int(hasattr(module, "BASELINE"))
+            together = (online, *together[:released])
+            each = [(online, *own[:released]) for own in each]
         logs = stack.trainer.train(batch, *together)
         for seed, trainer in enumerate(alone):
             with streams[seed]:

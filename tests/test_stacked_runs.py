@@ -4,7 +4,14 @@ import signal
 
 import pytest
 import torch
-from short_runs import cal_ql_block, dare_block, noisy_block, run, stop_after
+from short_runs import (
+    cal_ql_block,
+    dare_block,
+    noisy_block,
+    ratio_block,
+    run,
+    stop_after,
+)
 from test_stacked import assert_alike
 
 from algorithms import (
@@ -12,6 +19,7 @@ from algorithms import (
     cal_ql,
     cql,
     dare_cal_ql,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_td3_bc,
@@ -47,6 +55,7 @@ CASES = {
     "wsrl": (wsrl, {"online_warmup": 0}),
     "famo2o_iql": (famo2o_iql, {"balance_period": 2}),
     "famo2o_cql": (famo2o_cql, {}),
+    "dare_famo2o_cql": (dare_famo2o_cql, {"dare": ratio_block(behavior_updates=3)}),
     "cql": (cql, {}),
     "cal_ql": (cal_ql, {}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=3)}),
@@ -59,6 +68,10 @@ CASES = {
         {"expl_noise": 0.1, "dare": noisy_block(behavior_updates=3)},
     ),
 }
+
+
+# What stacked FamCQL and a stacked hook are made of stands in the other cases.
+SLOW = ("dare_famo2o_cql",)
 
 
 def folder_of(path, seed):
@@ -80,7 +93,10 @@ def together(module, path, monkeypatch, **fields):
     return run(module, path, monkeypatch, **{**options, **fields})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=pytest.mark.whole) if x in SLOW else x for x in CASES],
+)
 def test_a_stacked_run_leaves_what_runs_alone_leave(case, tmp_path, monkeypatch):
     module, fields = CASES[case]
     together(module, tmp_path / "many", monkeypatch, **fields)

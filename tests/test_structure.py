@@ -23,6 +23,8 @@ from algorithms import (
     dare_awac,
     dare_cal_ql,
     dare_cql,
+    dare_cql_sa,
+    dare_famo2o_cql,
     dare_iql,
     dare_rebrac,
     dare_spot,
@@ -93,12 +95,17 @@ REMOVED = {
     "rebrac.py": ['    name: str = "ReBRAC"  # first part of the run folder\'s name'],
     "spot.py": ['    name: str = "SPOT"  # first part of the run folder\'s name'],
     "wsrl.py": ['    name: str = "WSRL"  # first part of the run folder\'s name'],
+    "famo2o_cql.py": [
+        '    name: str = "FamCQL"  # first part of the run folder\'s name'
+    ],
+    "cql_sa.py": ['    name: str = "CQL_SA"  # first part of the run folder\'s name'],
 }
 # The most lines that another file of a baseline may insert; 175 where nothing stands here.
 INSERTED = {
     **{"dare_td3_bc.py": 60, "dare_rebrac.py": 60, "dare_spot.py": 60},
     **{"dare_awac.py": 100, "dare_wsrl.py": 85, "edis_iql.py": 95, "edis_cal_ql.py": 75},
     **{"baq_cal_ql.py": 265, "cfdg_iql.py": 70},
+    **{"dare_famo2o_cql.py": 80, "dare_cql_sa.py": 85},
 }
 # Files that are a baseline plus lines.
 TWINS = sorted(
@@ -121,11 +128,11 @@ READERS = {  # folder of configs -> the files that read them
     "edis_cal_ql": (edis_cal_ql,),
     "cfdg_iql": (cfdg_iql,),
     "td3_bc_sa": (td3_bc_sa,),
-    "cql_sa": (cql_sa,),
+    "cql_sa": (cql_sa, dare_cql_sa),
     "rlpd": (rlpd,),
     "wsrl": (wsrl, dare_wsrl),
     "famo2o_iql": (famo2o_iql,),
-    "famo2o_cql": (famo2o_cql,),
+    "famo2o_cql": (famo2o_cql, dare_famo2o_cql),
     "opt_td3": (opt_td3,),
     "opt_spot": (opt_spot,),
 }
@@ -365,7 +372,9 @@ def test_the_quick_start_that_a_long_run_names_is_there(module):
     assert (ROOT / module.TrainConfig.QUICK_START) in CONFIGS
 
 
-@pytest.mark.parametrize("algorithm", ["iql", "cal_ql", "cql", "td3_bc", "awac", "wsrl"])
+@pytest.mark.parametrize(
+    "algorithm", ["iql", "cal_ql", "cql", "cql_sa", "td3_bc", "awac", "wsrl"]
+)
 def test_the_papers_guidance_scales_stand_in_the_configs(algorithm):
     """Table 7."""
     scale = {

@@ -250,6 +250,21 @@ def test_soft_weights_lie_between_and_skip_no_row(name, patched, recorded):
     assert ((weights > 0) & (weights < 1)).float().mean() > 0.5
 
 
+def test_rows_keep_their_trust_wherever_the_exchange_puts_them(recorded):
+    """CQL(SA)'s flags of the dataset's rows; all rows that come online are trusted."""
+    record = recorded("dare_cql_sa")
+    flags = record.parts()["parts"]["trusted_rows"]["flags"].tolist()
+    states = raw(record, record.stored("offline")["observations"])
+    trusted = dict(zip(map(key_of, states), flags, strict=True))
+    moved = 0
+    for update in online_updates(record):
+        keys = map(key_of, raw(record, update.batch[0]))
+        expected = torch.tensor([float(trusted.get(key, True)) for key in keys])
+        assert torch.equal(update.batch[5][:, 0], expected)
+        moved += int((expected[N_OFFLINE:] == 0).sum())
+    assert moved > 0
+
+
 def gap_of(update, number, kept):
     """Soft maximum (kept,) and Q of the data (B,) from what the networks answered."""
     *_, (_, (_, current_log_pi)), (_, (_, next_log_pi)) = calls(update, "actor")

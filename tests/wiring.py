@@ -59,13 +59,15 @@ ALGORITHMS = {
     "dare_cql": "algorithms.dare_cql",
     "dare_awac": "algorithms.dare_awac",
     "dare_wsrl": "algorithms.dare_wsrl",
+    "dare_famo2o_cql": "algorithms.dare_famo2o_cql",
+    "dare_cql_sa": "algorithms.dare_cql_sa",
     "edis_iql": "algorithms.edis_iql",
     "edis_cal_ql": "algorithms.edis_cal_ql",
     "cfdg_iql": "algorithms.cfdg_iql",
 }
 DARE = (
     *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
-    *("dare_rebrac", "dare_spot", "dare_wsrl"),
+    *("dare_rebrac", "dare_spot", "dare_wsrl", "dare_famo2o_cql", "dare_cql_sa"),
 )
 EDIS = ("edis_iql", "edis_cal_ql")
 NO_ANTMAZE = ("e2o",)
@@ -74,7 +76,7 @@ GENERATES = (*EDIS, *CFDG)  # rows, in refreshes
 PATCHED = ("dare_iql", "dare_cal_ql")  # that have a patch for CORL's file
 CQL = (
     *("cql", "cal_ql", "dare_cal_ql", "dare_cql", "edis_cal_ql", "cql_sa"),
-    *("baq_cal_ql", "famo2o_cql"),
+    *("baq_cal_ql", "famo2o_cql", "dare_famo2o_cql", "dare_cql_sa"),
 )
 # Whose rewards are scaled and shifted.
 LINEAR = (*CQL, "wsrl", "dare_wsrl", "e2o")
@@ -177,6 +179,7 @@ OWN = {
     "e2o": {"normalize": True},
     "famo2o_iql": {"seed": 1, "normalize": True, "balance_period": 2},
     "famo2o_cql": {"seed": 0, "normalize": True},
+    "dare_famo2o_cql": {"seed": 2, "normalize": True},
 }
 COMMON_BAQ = {"clone_updates": 3, "clone_batch_size": 8, "clone_lr": 1e-3, "floor": 0.1}
 COMMON_DARE = {
@@ -501,8 +504,7 @@ def watch_trainer(trainer: Any, record: Record) -> None:
 
     def recorded_train(batch, *given):
         record.calls = []
-        # Some updates are told the phase before it.
-        release = next((value for value in given if isinstance(value, tuple)), None)
+        release = next((x for x in given if isinstance(x, tuple)), None)
         weight, kept = release or (None, None)
         before = SimpleNamespace(
             batch=[field.clone() for field in batch],
@@ -633,7 +635,16 @@ def policy_log_prob(record: Record, raw_states, actions) -> torch.Tensor:
     actor = record.trainer.actor
     record.muted += 1
     with torch.no_grad():
-        if hasattr(actor, "log_std_offset") or hasattr(actor, "gaussian"):
+        if hasattr(actor, "balance"):  # a family: the member that acts
+            beta = actor.balance.mode(states)
+            mean, log_std = actor.policy.moments(states, beta)
+            law = torch.distributions.TransformedDistribution(
+                torch.distributions.Normal(mean, log_std.exp()),
+                torch.distributions.TanhTransform(),
+            )
+            inside = (actions / MAX_ACTION).clamp(1e-6 - 1.0, 1.0 - 1e-6)
+            value = law.log_prob(inside).sum(-1)
+        elif hasattr(actor, "log_std_offset") or hasattr(actor, "gaussian"):
             value = actor.log_prob(states, actions)
         else:
             # AWAC's actor answers with samples.

@@ -193,13 +193,6 @@ SUBJECTS = {
     "wsrl": Subject("WSRL", None, None),
     "famo2o_iql": Subject("FamO2O-IQL", None, None),
     "famo2o_cql": Subject("FamCQL", None, None),
-    "cql_sa": Subject(
-        "CQL(SA)",
-        None,
-        None,
-        {"buffer_mode": "half"},
-        online=lambda trainer, config: trainer.start_online(),
-    ),
     "opt_td3": Subject("TD3+OPT", None, None, update=opt_update),
     "opt_spot": Subject("SPOT+OPT", None, None, update=opt_update),
     "e2o": Subject("E2O", None, None),

@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "famo2o_cql": {},
     "opt_td3": {},
     "opt_spot": {},
+    "dare_opt_spot": {},
     "td3_bc": {},
     "dare_td3_bc": {},
     "td3_bc_sa": {},
@@ -56,6 +57,16 @@ CASES: dict[str, dict[str, Any]] = {
     "e2o": {},
     "dare_cal_ql": {"bc_steps": 0},
 }
+# Whose online updates, which are made, differ from those of the offline phase.
+ONLINE = (
+    "pex",
+    "e2o",
+    "famo2o_iql",
+    "famo2o_cql",
+    "opt_td3",
+    "opt_spot",
+    "dare_opt_spot",
+)
 MODES = {"launch by launch": False, "CUDA graph": True}
 
 
@@ -92,9 +103,8 @@ class Updates:
             self.given = [Release(weight, B // 2)]
         if name == "baq_cal_ql":
             self.given = [torch.linspace(0.1, 1.0, B).to(device)]
-        if name in ("pex", "e2o", "famo2o_iql", "famo2o_cql", "opt_td3", "opt_spot"):
-            # Their online updates, which differ from those of the offline phase.
-            self.given = [True]
+        if name in ONLINE:
+            self.given = [True, *self.given]
         # IQL's update draws nothing.
         if hasattr(self.trainer, "_noise"):
             draw = self.trainer._noise

@@ -25,6 +25,7 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -72,7 +73,7 @@ FAMILIES = {
     "wsrl": [wsrl],
     "famo2o_iql": [famo2o_iql],
     "famo2o_cql": [famo2o_cql],
-    "opt": [opt_td3, opt_spot],
+    "opt": [opt_td3, opt_spot, dare_opt_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -471,7 +472,7 @@ ARGUMENTS = {
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
     opt_td3: {**TD3_ARGUMENTS, **OPT_ARGUMENTS},
-    opt_spot: OPT_SPOT_ARGUMENTS,
+    **dict.fromkeys([opt_spot, dare_opt_spot], OPT_SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
     **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),

@@ -29,6 +29,7 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -160,7 +161,11 @@ def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module, cap", [(dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)]
+    "module, cap",
+    [
+        *((dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)),
+        (dare_opt_spot, 8),
+    ],
 )
 def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):
     block = BLOCKS.get(module, noisy_block)

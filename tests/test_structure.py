@@ -24,6 +24,7 @@ from algorithms import (
     dare_cal_ql,
     dare_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -91,12 +92,16 @@ REMOVED = {
     "td3_bc.py": ['    name: str = "TD3_BC"  # first part of the run folder\'s name'],
     "rebrac.py": ['    name: str = "ReBRAC"  # first part of the run folder\'s name'],
     "spot.py": ['    name: str = "SPOT"  # first part of the run folder\'s name'],
+    "opt_spot.py": [
+        'BASELINE = "spot"',
+        '    name: str = "OPT_SPOT"  # first part of the run folder\'s name',
+    ],
 }
 # The most lines that another file of a baseline may insert; 175 where nothing stands here.
 INSERTED = {
     **{"dare_td3_bc.py": 60, "dare_rebrac.py": 60, "dare_spot.py": 60},
     **{"dare_awac.py": 100, "edis_iql.py": 95, "edis_cal_ql.py": 75},
-    **{"baq_cal_ql.py": 265, "cfdg_iql.py": 70},
+    **{"baq_cal_ql.py": 265, "cfdg_iql.py": 70, "dare_opt_spot.py": 100},
 }
 # Files that are a baseline plus lines.
 TWINS = sorted(
@@ -125,7 +130,7 @@ READERS = {  # folder of configs -> the files that read them
     "famo2o_iql": (famo2o_iql,),
     "famo2o_cql": (famo2o_cql,),
     "opt_td3": (opt_td3,),
-    "opt_spot": (opt_spot,),
+    "opt_spot": (opt_spot, dare_opt_spot),
 }
 TABLE_1 = [
     *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),

@@ -173,7 +173,7 @@ OWN = {
     "opt_td3": {"seed": 0, "normalize": True},
     "opt_spot": {"seed": 2, "normalize": True},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
-    "dare_opt_spot": {"seed": 2, "normalize": True, "lambd_cool": False},
+    "dare_opt_spot": {"seed": 3, "normalize": True, "lambd_cool": False},
     "e2o": {"normalize": True},
     "famo2o_iql": {"seed": 1, "normalize": True, "balance_period": 2},
     "famo2o_cql": {"seed": 0, "normalize": True},

@@ -292,7 +292,7 @@ class Session:
             task,
             device,
             self._reward,
-            getattr(config, "random_steps", 0),
+            config.uniform_steps(),
         )
         self._evaluator = Evaluator(eval_env, config, device, self._collector, more)
         self.keep("online_buffer", self.online_buffer)

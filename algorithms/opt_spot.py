@@ -82,8 +82,8 @@ CHECKPOINT_PARTS = (
 )
 # Networks that have a target network, `NAME_target`.
 WITH_TARGET = ("critic_1", "critic_2", "actor")
-# Normal noise (B, A) of the target of Q_on, kappa (), and weights (B,) of the rows or None.
-Online = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
+# Normal noise (B, A) of the target of Q_on, and kappa ().
+Online = Tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -119,7 +119,7 @@ class TrainConfig(OptFields, FinetuneConfig):
     actor_init_w: Optional[float] = None  # bound of the actor's first last layer
     critic_init_w: Optional[float] = None  # the same of all critics
     lambd: float = 1.0  # weight of the support constraint
-    lambd_cool: bool = True  # lower lambd online
+    lambd_cool: Optional[bool] = None  # lower lambd online; none: yes
     lambd_end: float = 0.2  # the least share of lambd
     lambd_cool_steps: Optional[int] = None  # online steps until 0; none: all
     online_discount: float = 0.995  # discount factor online
@@ -159,6 +159,8 @@ class TrainConfig(OptFields, FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lambd_cool is None:
+            self.lambd_cool = True
         self.check_opt()
 
     def vae_updates(self) -> int:
@@ -436,14 +438,8 @@ class OPT_SPOT(OnlineCritics):
         self,
         batch: TensorBatch,
         online: bool = False,
-        weight: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
-        """One update on a batch, of SPOT or online of OPT; returns 0-d tensors.
-
-        Args:
-            weight: (B,), of each row's negative ELBO online, such as DARE's `release.weight`;
-                None: all 1.
-        """
+        """One update on a batch, of SPOT or online of OPT; returns 0-d tensors."""
         self.total_it += 1
         actions = batch[1]
         # Tensors: numbers would be compiled in.
@@ -451,9 +447,13 @@ class OPT_SPOT(OnlineCritics):
         given: Optional[Online] = None
         if online:
             kappa = actions.new_full((), self.kappa)
-            given = self.draws.normal(actions.shape), kappa, weight
-        noise = self._noise(actions, self.total_it % self.policy_freq == 0)
-        return self._update(batch, *noise, *numbers, given)
+            given = self.draws.normal(actions.shape), kappa
+        return self._update(
+            batch,
+            *self._noise(actions, self.total_it % self.policy_freq == 0),
+            *numbers,
+            given,
+        )
 
     def _update(
         self,
@@ -475,9 +475,9 @@ class OPT_SPOT(OnlineCritics):
         critic_loss = q1_losses.mean(-1) + q2_losses.mean(-1)
         descend(critic_loss, self.critic_1_optimizer, self.critic_2_optimizer)
         log_dict = {"critic_loss": critic_loss.detach(), "lambd": lambd}
-        followers, kappa, weight = [*WITH_TARGET], None, None
+        followers, kappa = [*WITH_TARGET], None
         if online is not None:
-            online_noise, kappa, weight = online
+            online_noise, kappa = online
             y = self.td_target(self.online_target_q, *rest, online_noise, discount)
             online_loss = self.online_q_losses(observations, actions, y).mean(-1)
             descend(online_loss, self.online_critics_optimizer)
@@ -485,8 +485,12 @@ class OPT_SPOT(OnlineCritics):
             log_dict["kappa"] = kappa
             followers.append("online_critics")
         if latent_noise is not None:
-            losses = self.policy_losses(observations, latent_noise, kappa)
-            log_dict.update(self._update_policy(*losses, lambd, weight))
+            q_losses, support_losses = self.policy_losses(
+                observations,
+                latent_noise,
+                kappa,
+            )
+            log_dict.update(self._update_policy(q_losses, support_losses, lambd))
             for name in followers:
                 target, source = getattr(self, f"{name}_target"), getattr(self, name)
                 soft_update(target, source, self.tau)
@@ -497,11 +501,8 @@ class OPT_SPOT(OnlineCritics):
         q_losses: torch.Tensor,
         support_losses: torch.Tensor,
         lambd: torch.Tensor,
-        weight: Optional[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
         """One step of the policy; its metrics."""
-        if weight is not None:
-            support_losses = weight * support_losses
         support = support_losses.mean(-1)
         scale = 1.0 / q_losses.detach().abs().mean(-1)
         actor_loss = scale * q_losses.mean(-1) + lambd * support
@@ -604,8 +605,7 @@ def step(
     trainer: OPT_SPOT, source: Any, config: TrainConfig, online: bool
 ) -> Dict[str, Any]:
     """One update of a phase on a fresh batch of the source; returns its metrics."""
-    losses = trainer.train(source.sample(config.batch_size), online)
-    return {**losses, **source.log} if online else losses
+    return trainer.train(source.sample(config.batch_size), online)
 
 
 @seeds.each
@@ -615,7 +615,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         trainer = session.build(make_trainer)
         session.keep("trainer", trainer, loads=CHECKPOINT_PARTS)
         buffers = session.offline_buffer, session.online_buffer
-        source = Replay(
+        replay = Replay(
             config,
             *buffers,
             finetune.JoinedBuffer(*buffers),
@@ -624,7 +624,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             descend,
             CompiledUpdate if config.compile is True else None,
         )
-        session.keep("replay", source)
+        source = session.keep("replay", replay)
         pretraining = OnlinePretraining(config, trainer, *buffers)
         session.between(session.keep("pretraining", pretraining))
 
@@ -654,11 +654,11 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             steps = t - config.offline_iterations
             trainer.lambd = config.lambd_after(steps + 1)
             # The first update has kappa_start.
-            trainer.kappa, source.written = config.kappa_after(steps), steps + 1
+            trainer.kappa, replay.written = config.kappa_after(steps), steps + 1
             losses: Dict[str, Any] = {}
             for _ in session.updates():
                 losses = step(trainer, source, config, True)
-            session.log(losses)
+            session.log({**losses, **replay.log})
         return session.finish()
 
 

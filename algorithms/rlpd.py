@@ -108,6 +108,10 @@ class TrainConfig(FinetuneConfig):
                 f"{self.n_critics}; set it to at most that"
             )
 
+    def uniform_steps(self) -> int:
+        """First online steps with uniform actions."""
+        return self.random_steps
+
 
 class Noise(NamedTuple):
     """All random numbers of one update."""

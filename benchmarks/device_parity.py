@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "famo2o_cql": {},
     "opt_td3": {},
     "opt_spot": {},
+    "dare_opt_spot": {},
     "td3_bc": {},
     "dare_td3_bc": {},
     "td3_bc_sa": {},

@@ -73,6 +73,12 @@ VARIANTS: Variants = {
     "DARE-{}, guided references, energy every update (paper)": (PAPER, False),
     "DARE-{}, guided references, energy every update, compiled": (PAPER, True),
 }
+# With a balanced replay a GPU does not tell row numbers, which guidance needs.
+UNGUIDED: Variants = {
+    name: (fields, compile)
+    for name, (fields, compile) in VARIANTS.items()
+    if fields is None or not fields["guidance_scale"]
+}
 IQL_VARIANTS: Variants = {
     "{}": (None, False),
     "{}, compiled": (None, True),
@@ -103,22 +109,20 @@ def plain_update(
     return lambda: module.step(trainer, source, config, *phase)
 
 
-def opt_update(
-    module: ModuleType, trainer: Any, source: Any, config: Any
-) -> Callable[[], Any]:
-    """The same of OPT, with its balanced replay of all rows."""
-    pair = source.offline, source.online
-    rows = replay.Replay(
+def opt_replay(trainer: Any, config: Any, offline: Any, online: Any) -> replay.Replay:
+    """OPT's balanced replay of all rows."""
+    made = replay.Replay(
         config,
-        *pair,
-        finetune.JoinedBuffer(*pair),
+        offline,
+        online,
+        finetune.JoinedBuffer(offline, online),
         (S, A),
         trainer.draws,
         compiled.descend,
         compiled.CompiledUpdate if config.compile else None,
     )
-    rows.written = ROWS
-    return lambda: module.step(trainer, rows, config, True)
+    made.written = ROWS
+    return made
 
 
 def flagged_update(
@@ -158,7 +162,8 @@ class Subject(NamedTuple):
         settings: fields of the config that are not the defaults.
         variants: what is measured of it.
         online: (trainer, config) -> None: the change to the online phase, where it has a cost.
-        update: (module, trainer, source, config) -> a callable that makes one online update.
+        replay: (trainer, config, offline buffer, online buffer) -> a replay of its own, which makes
+            its batches, and whose halves the twin draws from.
     """
 
     title: str
@@ -167,7 +172,7 @@ class Subject(NamedTuple):
     settings: dict[str, Any] = {}
     variants: Variants = VARIANTS
     online: Callable[[Any, Any], Any] = lambda trainer, config: None
-    update: Callable[..., Callable[[], Any]] = plain_update
+    replay: Callable[..., Any] | None = None
 
 
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
@@ -193,8 +198,8 @@ SUBJECTS = {
     "wsrl": Subject("WSRL", None, None),
     "famo2o_iql": Subject("FamO2O-IQL", None, None),
     "famo2o_cql": Subject("FamCQL", None, None),
-    "opt_td3": Subject("TD3+OPT", None, None, update=opt_update),
-    "opt_spot": Subject("SPOT+OPT", None, None, update=opt_update),
+    "opt_td3": Subject("TD3+OPT", None, None, replay=opt_replay),
+    "opt_spot": Subject("SPOT+OPT", None, None, variants=UNGUIDED, replay=opt_replay),
     "e2o": Subject("E2O", None, None),
     "pex": Subject(
         "PEX", None, None, online=lambda trainer, config: trainer.start_online()
@@ -331,8 +336,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     subject = SUBJECTS[algorithm]
     settings = subject.settings
     module = files_of(algorithm)[0 if fields is None else 1]
-    offline, online = (random_buffer(module, device, seed) for seed in (0, 1))
-    source = finetune.MixedBuffer(offline, online, 0.5)
+    offline, online = buffers = [random_buffer(module, device, x) for x in (0, 1)]
+    source: Any = finetune.MixedBuffer(offline, online, 0.5)
     if compile and compiled.on_gpu(device):
         for buffer in (offline, online, source):
             buffer.capture()
@@ -346,13 +351,15 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     config = module.TrainConfig(env=TASK, compile=compile, device=device, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
+    if subject.replay is not None:
+        source = subject.replay(trainer, config, *buffers)
+        buffers = source.halves()
     if fields is None:
-        return subject.update(module, trainer, source, config)
+        return plain_update(module, trainer, source, config)
     options = config.dare.behavior_options
     behavior = make_behavior_model(config.dare.behavior, S, A, seed=0, **options)
     source = hook.DareHook(
-        offline,
-        online,
+        *buffers,
         config.dare,
         behavior.to(device).requires_grad_(False),
         **module.hook_arguments(trainer),

@@ -259,6 +259,10 @@ class FinetuneConfig:
             found += [int(part)] if part else []
         return tuple(found)
 
+    def uniform_steps(self) -> int:
+        """First online steps with uniform actions in place of the policy's; a field may say it."""
+        return 0
+
     def density_std(self) -> float:
         """Std that gives a policy without noise a density, of the largest action.
 

@@ -292,7 +292,7 @@ class Session:
             task,
             device,
             self._reward,
-            getattr(config, "random_steps", 0),
+            config.uniform_steps(),
         )
         self._evaluator = Evaluator(eval_env, config, device, self._collector, more)
         self.keep("online_buffer", self.online_buffer)
@@ -553,7 +553,11 @@ class Session:
         if make is None or update is None or self.run.step:
             return
         for name, config in presets_of(self.config).items():
-            part = make(config)
+            try:
+                part = make(config)
+            except ValueError:
+                # It needs what this device cannot do.
+                continue
             seconds = [offline, *self._seconds_of_parts([part]).values()]
             if updates:
                 each = self._seconds_per_call(partial(update, part, config))

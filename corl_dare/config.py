@@ -278,6 +278,12 @@ class DareConfig:
         return not self.alike and self.score == "reference" and self.guidance_scale > 0
 
     @property
+    def needs_rows(self) -> bool:
+        """Must buffers tell which rows they drew, as array, since actions are kept per row?"""
+        cached = self.score == "reference" and self.reference_max_age > 0
+        return self.guided or (cached and not self.alike)
+
+    @property
     def scales_q(self) -> bool:
         """Does anything need to know the span of the dataset's returns?"""
         return self.guided and self.q_scale == "returns"

@@ -3,7 +3,8 @@
 A buffer tells which rows it drew in one of two ways: it has `draw(n)` and `gather(rows)`, or it
 has CORL's private storage (`_states`, `_actions`, ..., `_size`, `_pointer`, `_buffer_size`). Any
 other buffer with `sample(n)`, or a function `n -> batch`, works too, where nothing has to be
-cached per row. Its batches may have names, as those of other libraries: see `as_batch`.
+cached per row. Then `draw` may also return what only `gather` reads, such as a tensor on a GPU.
+Batches may have names, as those of other libraries: see `as_batch`.
 """
 
 import dataclasses

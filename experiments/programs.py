@@ -56,13 +56,13 @@ def load_algorithm(file: str) -> ModuleType:
 
 
 def baseline_of(file: str) -> str:
-    """The file whose offline phase an algorithm shares: its `BASELINE`, else itself.
+    """The file whose offline phase an algorithm shares: its `BASELINE` or that of it, else itself.
 
     Raises:
         ConfigError: the file cannot be loaded, or its baseline is not beside it.
     """
     name = getattr(load_algorithm(file), "BASELINE", None)
-    if name is None:
+    if name in (None, Path(file).stem):
         return file
     baseline = Path(file).with_name(f"{name}.py")
     if not baseline.is_file():
@@ -70,4 +70,4 @@ def baseline_of(file: str) -> str:
             f"{file} shares the offline phase of {name}, but {baseline} does not exist; name "
             "that algorithm's file with `offline`"
         )
-    return str(baseline)
+    return baseline_of(str(baseline))

@@ -62,11 +62,36 @@ class Priorities:
         self.blocks.copy_(self.leaves.view(-1, self.width).sum(-1))
         self.top.copy_(self.blocks.view(-1, self.width).sum(-1))
 
-    def draw(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Rows (B,), one from each of B equal parts of the sum; uniform numbers (B,), float64."""
+    def offline_mass(self) -> torch.Tensor:
+        """Sum of the priorities of the dataset's rows, ()."""
+        node, block = self.offline // self.width**2, self.offline // self.width
+        return (
+            self.top[:node].sum()
+            + self.blocks[node * self.width : block].sum()
+            + self.leaves[block * self.width : self.offline].sum()
+        )
+
+    def draw(self, uniform: torch.Tensor, half: str = "both") -> torch.Tensor:
+        """Rows (B,), one from each of B equal parts of the sum.
+
+        Args:
+            uniform: numbers (B,) in [0, 1), float64.
+            half: whose rows: offline, online or both. It has rows with a priority.
+        """
         count = len(uniform)
         parts = torch.arange(count, device=uniform.device, dtype=uniform.dtype)
-        place = (parts + uniform) / count * self.top.sum()
+        place = (parts + uniform) / count
+        if half == "both":
+            return self._rows_at(place * self.top.sum())
+        border = self.offline_mass()
+        if half == "offline":
+            # Sums that were rounded otherwise may lead across the border.
+            return self._rows_at(place * border).clamp(max=self.offline - 1)
+        place = border + place * (self.top.sum() - border)
+        return self._rows_at(place).clamp(min=self.offline)
+
+    def _rows_at(self, place: torch.Tensor) -> torch.Tensor:
+        """The rows (B,) at these places (B,) of the sum."""
         node = torch.zeros_like(place, dtype=torch.long)
         for level in self._levels():
             ends = level.view(-1, self.width)[node].cumsum(-1)

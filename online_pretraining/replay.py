@@ -4,7 +4,8 @@ Lee et al. 2021 (https://arxiv.org/abs/2107.00644), Section 4.1, as OPT has it. 
 learns the ratio of the densities of online and offline rows (Eq. 4). The priority of a row is
 w^(1/T), divided by its mean over offline rows. Nothing corrects for the priorities.
 
-A buffer must offer `size`, its rows, and `gather(rows)`, the fields of rows (n,).
+A buffer must offer `size`, its rows, and `gather(rows)` and `read(rows)`, the fields of rows (n,)
+whose numbers are on the host and on the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,6 +35,9 @@ class Buffer(Protocol):
 
     def gather(self, indices: np.ndarray) -> Batch:
         """The rows of these numbers (B,)."""
+
+    def read(self, rows: torch.Tensor) -> Batch:
+        """The rows of these numbers (B,), which are on the device."""
 
 
 class Joined(Protocol):
@@ -89,6 +93,7 @@ class Replay:
     Attributes:
         written: online rows that have been written; the online loop sets it.
         log: metrics of the last batch, 0-d tensors.
+        balanced: whether rows are drawn by their priorities.
 
     Raises:
         ValueError: `priority_capacity` is smaller than the dataset.
@@ -108,9 +113,12 @@ class Replay:
         self.offline, self.online, self.joined = offline, online, joined
         self.draws, self.balanced = draws, config.replay == "balanced"
         self.written, self.log = 0, dict[str, torch.Tensor]()
+        self.batch_size = config.batch_size
         if not self.balanced:
             return
         self.power, self._descend = 1.0 / config.density_temperature, descend
+        # Mean of w^(1/T) over offline rows, as the last step of the network saw it.
+        self.scale = torch.ones((), device=draws.device)
         with own_stream(config.seed):
             self.density = DensityNet(*sizes).to(draws.device)
         self.optimizer = torch.optim.Adam(self.density.parameters(), config.density_lr)
@@ -125,20 +133,33 @@ class Replay:
         """A batch; with balanced replay the density network learns first, and priorities change."""
         if not self.balanced:
             return self.joined.sample(batch_size)
+        self.update(batch_size)
+        rows = self.priorities.draw(self.draws.uniform(batch_size))
+        batch = self.joined.read(rows)
+        self.refresh(rows, batch)
+        share = (rows >= self.offline.size).float().mean()
+        self.log = {**self.log, "online_share": share}
+        return batch
+
+    def update(self, batch_size: int) -> None:
+        """Before a batch: rows that were written get a priority, and the density network learns."""
         self.priorities.add(self.written)
         pairs = [
             buffer.gather(self.draws.rows(buffer.size, batch_size))[:2]
             for buffer in (self.offline, self.online)
         ]
-        found = dict(self._learn(*pairs))
-        rows = self.priorities.draw(self.draws.uniform(batch_size))
-        batch = self.joined.read(rows)
-        # Of these rows alone, by the network as it is now.
-        scale = found.pop("scale")
-        self.priorities.write(rows, self.priority(batch[0], batch[1], scale))
-        share = (rows >= self.offline.size).float().mean()
-        self.log = {**found, "online_share": share}
-        return batch
+        self.log = dict(self._learn(*pairs))
+        self.scale = self.log.pop("scale")
+
+    def refresh(self, rows: torch.Tensor, batch: Batch) -> None:
+        """Of the rows (B,) of a batch alone: new priorities, by the network as it is now."""
+        self.priorities.write(rows, self.priority(batch[0], batch[1], self.scale))
+
+    def halves(self) -> tuple[Any, Any]:
+        """Offline and online rows apart, for batches of two halves, each drawn as `replay` says."""
+        if not self.balanced:
+            return self.offline, self.online
+        return Half(self, "offline"), Half(self, "online")
 
     def learn(
         self, offline: Sequence[torch.Tensor], online: Sequence[torch.Tensor]
@@ -177,3 +198,46 @@ class Replay:
         """Go on from a `state_dict`, with the rows of then in the buffers."""
         for part in state:
             getattr(self, part).load_state_dict(state[part])
+
+
+class Half:
+    """The rows of one kind, drawn by their priorities, for batches of two halves.
+
+    The offline half is drawn first: a batch begins with it, see `Replay.update`. Everything else is
+    the buffer's own.
+
+    Args:
+        replay: balanced.
+        kind: offline or online.
+    """
+
+    def __init__(self, replay: Replay, kind: str):
+        self.replay, self.kind = replay, kind
+        offline = kind == "offline"
+        self.buffer = replay.offline if offline else replay.online
+        # Of its rows, among those of both kinds.
+        self.first = 0 if offline else replay.offline.size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.buffer, name)
+
+    def sample(self, batch_size: int) -> Batch:
+        """So many rows."""
+        return self.gather(self.draw(batch_size))
+
+    def draw(self, batch_size: int) -> Any:
+        """Numbers (batch_size,) of rows in the buffer: an array, or on a GPU a tensor there."""
+        replay = self.replay
+        if self.kind == "offline":
+            replay.update(replay.batch_size)
+        uniform = replay.draws.uniform(batch_size)
+        rows = replay.priorities.draw(uniform, self.kind) - self.first
+        # The host must not wait for a GPU.
+        return rows.numpy() if rows.is_cpu else rows
+
+    def gather(self, rows: Any) -> Batch:
+        """The rows of these numbers (B,), which get new priorities."""
+        rows = torch.as_tensor(rows)
+        batch = self.buffer.read(rows)
+        self.replay.refresh(rows + self.first, batch)
+        return batch

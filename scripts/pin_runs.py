@@ -181,6 +181,17 @@ CASES = {
         "dare_spot",
         f"{GUIDED} --vae_iterations 30 --vae_hidden_dim 64 --dare.reference_max_age 3",
     ),
+    "dare_opt_spot": (
+        "dare_opt_spot",
+        f"{RATIO} --vae_iterations 30 --vae_hidden_dim 64 --online_warmup 12 "
+        "--pretrain_updates 9 --kappa_steps 30",
+    ),
+    "dare_opt_spot guided": (
+        "dare_opt_spot",
+        f"{GUIDED} --vae_iterations 30 --vae_hidden_dim 64 --online_warmup 10 "
+        "--pretrain_updates 4 --kappa_steps 30 --mixing_ratio 0.25 --utd 2 "
+        "--dare.reference_max_age 3 --dare.weights soft",
+    ),
     "td3_bc_sa filter": (
         "td3_bc_sa",
         "--trust_by iql --filter_updates 20 --part_trajectories 3 --online_warmup 10 "

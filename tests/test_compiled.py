@@ -19,6 +19,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -85,7 +86,7 @@ def train(trainer, module, skip, count, arguments=()):
 
 
 DELAYED = ("td3_bc", "dare_td3_bc", "rebrac", "dare_rebrac", "spot", "dare_spot")
-DELAYED += ("td3_bc_sa", "opt_td3")
+DELAYED += ("td3_bc_sa", "opt_td3", "dare_opt_spot")
 # The threshold is checked in one of the updates; so it is no number in the graph.
 SA = {"beta_lr": 1e-4, "n_period": 4}
 WSRL = {"cql_n_actions": 2, "hidden_dim": 16}
@@ -136,6 +137,11 @@ CASES = {
     "spot": (spot, {"vae_hidden_dim": 32, "actor_dropout": 0.1}, ()),
     "opt_td3": (opt_td3, {}, (True,)),
     "dare_spot": (dare_spot, {"vae_hidden_dim": 32}, (hard_release(B, B // 2),)),
+    "dare_opt_spot": (
+        dare_opt_spot,
+        {"vae_hidden_dim": 32},
+        (True, hard_release(B, B // 2)),
+    ),
     "awac": (awac, {"hidden_dim": 64}, ()),
     "rebrac": (rebrac, {"hidden_dim": 64}, ()),
     "dare_rebrac": (dare_rebrac, {"hidden_dim": 64}, (hard_release(B, B // 2),)),
@@ -163,7 +169,7 @@ CASES = {
 # Half a minute to two minutes of compiling each; the same operations stand in the other cases.
 SLOW = ("baq_cal_ql", "e2o, gap kept", "wsrl", "wsrl, online", "dare_wsrl")
 SLOW += ("famo2o_iql", "famo2o_cql, online", "opt_td3")
-SLOW += ("dare_famo2o_cql", "dare_cql_sa")
+SLOW += ("dare_famo2o_cql", "dare_cql_sa", "dare_opt_spot")
 
 
 @needs_compiler

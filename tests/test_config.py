@@ -27,6 +27,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -74,7 +75,7 @@ FAMILIES = {
     "wsrl": [wsrl, dare_wsrl],
     "famo2o_iql": [famo2o_iql],
     "famo2o_cql": [famo2o_cql, dare_famo2o_cql],
-    "opt": [opt_td3, opt_spot],
+    "opt": [opt_td3, opt_spot, dare_opt_spot],
 }
 ALL = [module for family in FAMILIES.values() for module in family]
 
@@ -473,7 +474,7 @@ ARGUMENTS = {
     **dict.fromkeys(FAMILIES["td3_bc_sa"], TD3_BC_SA_ARGUMENTS),
     **dict.fromkeys(FAMILIES["cql_sa"], CQL_SA_ARGUMENTS),
     opt_td3: {**TD3_ARGUMENTS, **OPT_ARGUMENTS},
-    opt_spot: OPT_SPOT_ARGUMENTS,
+    **dict.fromkeys([opt_spot, dare_opt_spot], OPT_SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["rebrac"], REBRAC_ARGUMENTS),
     **dict.fromkeys(FAMILIES["spot"], SPOT_ARGUMENTS),
     **dict.fromkeys(FAMILIES["td3_bc"], TD3_ARGUMENTS),

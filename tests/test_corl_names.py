@@ -16,6 +16,7 @@ from algorithms import (
     dare_cql,
     dare_cql_sa,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -36,7 +37,7 @@ FAMILY = [cql, dare_cql, cal_ql, dare_cal_ql, edis_cal_ql, cql_sa, baq_cal_ql]
 FAMILY += [dare_cql_sa]
 CAL_QL = [cal_ql, dare_cal_ql, edis_cal_ql, baq_cal_ql]
 OTHERS = [td3_bc, dare_td3_bc, awac, dare_awac, rebrac, dare_rebrac, spot, dare_spot]
-OTHERS += [td3_bc_sa, opt_td3, opt_spot]
+OTHERS += [td3_bc_sa, opt_td3, opt_spot, dare_opt_spot]
 ALL = [*IQL, *FAMILY, *OTHERS]
 ARGUMENTS = {
     "ReplayBuffer": "state_dim action_dim buffer_size device",
@@ -67,7 +68,7 @@ NAMES = {
     **dict.fromkeys([spot, dare_spot], "VAE Actor Critic SPOT"),
     td3_bc_sa: "Actor Critic TD3_BC_SA",
     opt_td3: "Actor Critic OPT_TD3",
-    opt_spot: "VAE Actor Critic OPT_SPOT",
+    **dict.fromkeys([opt_spot, dare_opt_spot], "VAE Actor Critic OPT_SPOT"),
 }
 
 

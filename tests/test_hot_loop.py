@@ -25,6 +25,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -159,8 +160,9 @@ def updates():
         # FakeTensorMode takes no generator: the global stream will do for shapes.
         trainer.draws.generator = None
         trainer.total_it, count = 1, iter(range(10))
+        release = [Release(torch.rand(B))] * (module is dare_opt_spot)
         if online:
-            return lambda: trainer.train(batch(), True)
+            return lambda: trainer.train(batch(), True, *release)
         return lambda: trainer.pretrain(batch(), batch(), next(count))
 
     dropout = {"actor_dropout": 0.1}
@@ -201,7 +203,7 @@ def updates():
         "dare_famo2o_cql": in_phase(dare_famo2o_cql, True, cql_n_actions=2),
         **{
             f"{module.__name__[11:]} {name}": pretrained(module, name == "online")
-            for module in (opt_td3, opt_spot)
+            for module in (opt_td3, opt_spot, dare_opt_spot)
             for name in ("online", "pre-training")
         },
         "iql deterministic": plain(True),
@@ -219,7 +221,7 @@ NAMES += ["e2o", "e2o online", "baq_cal_ql"]
 NAMES += ["rlpd online", "wsrl", "wsrl online", "dare_wsrl online"]
 NAMES += [f"{x}{phase}" for x in ("pex", "famo2o_iql", "famo2o_cql") for phase in PHASES]
 NAMES += ["opt_td3 online", "opt_td3 pre-training"]
-NAMES += ["opt_spot online", "opt_spot pre-training"]
+NAMES += ["opt_spot online", "opt_spot pre-training", "dare_opt_spot online"]
 
 
 @pytest.mark.parametrize("name", NAMES)

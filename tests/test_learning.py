@@ -33,6 +33,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -178,6 +179,7 @@ def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):
     [
         *((dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)),
         pytest.param(dare_wsrl, 8, marks=pytest.mark.whole),
+        (dare_opt_spot, 8),
     ],
 )
 def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):

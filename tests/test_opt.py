@@ -2,11 +2,12 @@
 
 import math
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_buffer
+from helpers import assert_equal, hard_release, make_buffer
 from oracle_iql import Adam, descend, double, mlp
 from oracle_opt import OracleOPT
 from oracle_spot import OracleSPOT
@@ -16,15 +17,18 @@ from short_runs import (
     checkpoint_of,
     final_weights,
     folder_of,
+    noisy_block,
     run,
 )
 from test_iql import TASK, A, B, S, random_batch
 from test_rollback import assert_same_run
 
-from algorithms import opt_spot, opt_td3, spot, td3_bc
+from algorithms import dare_opt_spot, opt_spot, opt_td3, spot, td3_bc
 from corl import curves
 from corl.buffers import JoinedBuffer
 from corl.compiled import descend as step_along
+from corl_dare.config import NoisyDareConfig
+from corl_dare.hook import Release
 from online_pretraining import critics
 from online_pretraining.draws import Draws
 from online_pretraining.priorities import Priorities
@@ -96,6 +100,19 @@ def assert_like(trainer, oracle, tolerance=1e-9):
 
 # ---------------------------------------------------------------- updates
 
+
+def release_of(module, step, rng):
+    """None for a file without DARE; else hard weights, later soft ones."""
+    if module is not dare_opt_spot:
+        return None
+    return Release(torch.from_numpy(rng.random(B))) if step > 9 else double_hard(B // 2)
+
+
+def double_hard(kept):
+    release = hard_release(B, kept)
+    return release._replace(weight=release.weight.double())
+
+
 CASES = {
     "published": {},
     "seldom": {"policy_freq": 3, "tau": 0.05, "online_discount": 0.7, "discount": 0.8},
@@ -104,12 +121,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@BOTH
+@pytest.mark.parametrize("module", [*BASES, dare_opt_spot], ids=["td3", "spot", "dare"])
 def test_updates_of_both_phases_equal_the_float64_oracle(module, case):
     max_action = 2.0 if case == "seldom" else 1.0
     trainer, config = make(module, max_action, **CASES[case])
-    oracle = OracleOPT(trainer, config, BASES[module][1], max_action)
-    with_vae, rng = module is opt_spot, np.random.default_rng(1)
+    with_vae, rng = module is not opt_td3, np.random.default_rng(1)
+    base = OracleSPOT if with_vae else OracleTD3BC
+    oracle = OracleOPT(trainer, config, base, max_action)
     for step in range(16):
         if step == 4:
             trainer.start_online(*((config.online_discount,) if with_vae else ()))
@@ -117,19 +135,19 @@ def test_updates_of_both_phases_equal_the_float64_oracle(module, case):
         online, batch = step >= 4, double_batch(rng)
         noise, latent = global_noise(trainer, batch)
         own, trainer.kappa = own_normals(trainer, 1)[0], 0.05 * step
-        weight = torch.from_numpy(rng.random(B)) if step > 9 and with_vae else None
-        logs = trainer.train(batch, online, *([weight] * with_vae))
+        release = release_of(module, step, rng) if online else None
+        logs = trainer.train(batch, online, *([release] if release else []))
         if not online:
             more = (latent, config.lambd) if with_vae else ()
             oracle.base.train(batch, noise, *more)
             continue
 
-        def support(s, policy, weight=weight, latent=latent):
+        def support(s, policy, release=release, latent=latent):
             errors, divergence = oracle.base.elbo_terms(
                 oracle.base.vae, s, policy, latent
             )
             rows = errors + config.beta * divergence
-            return config.lambd * (rows if weight is None else weight * rows).mean()
+            return config.lambd * (release.weight * rows if release else rows).mean()
 
         expected = oracle.train(
             batch, noise, own, trainer.kappa, support if with_vae else None
@@ -230,6 +248,13 @@ def test_priorities_draw_and_change_as_a_plain_list(limit):
         uniform = rng.random(8)
         rows = made.draw(torch.from_numpy(uniform))
         assert rows.tolist() == drawn_plainly(plain, uniform)
+        for half, first, part in (
+            ("offline", 0, plain[:offline]),
+            ("online", offline, plain[offline:]),
+        ):
+            if part.any():
+                found = made.draw(torch.from_numpy(uniform), half).tolist()
+                assert found == [first + row for row in drawn_plainly(part, uniform)]
         values = rng.choice([1e-3, 0.5, 3.0, 1e3], size=offline + ring)
         plain[rows] = values[rows]
         highest = max(highest, plain[rows].max())
@@ -305,6 +330,35 @@ def test_a_batch_teaches_the_density_and_changes_the_priorities_of_its_rows_alon
     assert (replay.priorities.leaves[:90] == 1).any(), "some row was never drawn"
 
 
+def test_halves_draw_by_priority_from_their_own_rows_and_learn_once_a_batch():
+    replay = make_replay(batch_size=32)
+    halves = replay.halves()
+    for turn in range(1, 4):
+        before = replay.priorities.leaves.clone()
+        for half, first, number in ((halves[0], 0, 0), (halves[1], 40, 1000)):
+            stream = torch.Generator()
+            stream.set_state(replay.draws.generator.get_state())
+            if not first:
+                # What the density network learns from.
+                [torch.randint(n, (32,), generator=stream) for n in (40, 50)]
+                replay.priorities.add(50)
+            uniform = torch.rand(16, generator=stream, dtype=torch.float64)
+            part = replay.priorities.leaves[first : first + (50 if first else 40)]
+            rows = half.draw(16)
+            assert rows.tolist() == drawn_plainly(part.numpy(), uniform.numpy())
+            batch = half.gather(rows)
+            assert batch[2][:, 0].tolist() == (rows + number).tolist()
+            expected = replay.priority(batch[0], batch[1], replay.scale)
+            assert torch.equal(replay.priorities.leaves[rows + first], expected)
+            before[rows + first] = expected
+        before[40:90] = torch.where(before[40:90] == 0, 1.0, before[40:90])
+        assert torch.equal(replay.priorities.leaves, before), "of the drawn rows alone"
+        steps = {int(s["step"]) for s in replay.optimizer.state.values()}
+        assert steps == {turn} and halves[1]._size == 50
+    plain = make_replay(replay="uniform")
+    assert plain.halves() == (plain.offline, plain.online)
+
+
 def test_a_density_that_says_nothing_leaves_the_rows_alike():
     replay = make_replay()
     with torch.no_grad():
@@ -334,6 +388,96 @@ def test_the_ports_capacity_drops_the_oldest_offline_rows():
     assert has[0].tolist() == [False] * 30 + [True] * 40 and has[1].all()
     with pytest.raises(ValueError, match="priority_capacity 39 .*at least 40"):
         make_replay(priority_capacity=39)
+
+
+# ---------------------------------------------------------------- DARE-SPOT+OPT
+
+
+@pytest.mark.parametrize("kept", [None, 0, B])
+def test_the_same_weight_everywhere_is_opt_with_all_or_nothing_of_lambda(kept):
+    """On the same batches, bit for bit; None: no row is left out, and the weights are 1."""
+    weight = 0.0 if kept == 0 else 1.0
+    plain, released = (make(x, lambd=0.4)[0] for x in (opt_spot, dare_opt_spot))
+    plain.lambd *= weight
+    release = Release(torch.full((B,), weight).double(), kept)
+    rng = np.random.default_rng(2)
+    for seed in range(6):
+        batch = double_batch(rng)
+        for trainer, more in ((plain, ()), (released, (release,))):
+            trainer.kappa = 0.1 * seed
+            torch.manual_seed(seed)
+            logs = trainer.train(batch, True, *more)
+    found = [
+        {k: v for k, v in trainer.state_dict().items() if "draws" not in k}
+        for trainer in (plain, released)
+    ]
+    assert_equal(*found)
+    assert logs["conservative_loss"].isfinite() == (kept != 0)
+
+
+def test_the_hook_is_given_the_mix_of_both_pairs_of_critics_and_the_policys_density():
+    trainer, _ = make(dare_opt_spot, 2.0, dare=NoisyDareConfig(policy_std=0.05))
+    parts = dare_opt_spot.hook_arguments(trainer)
+    states, actions, *_ = batch = double_batch(np.random.default_rng(3))
+    pairs = trainer.target_q, trainer.online_target_q
+    for share in (0.0, 0.25):
+        if share:
+            trainer.kappa = share
+            trainer.train(batch, True)
+        offline, online = (q(states, actions) for q in pairs)
+        expected = (1 - share) * offline + share * online
+        torch.testing.assert_close(parts["q_function"](states, actions), expected)
+        assert not torch.allclose(offline, online)
+    mean = trainer.actor(states)
+    inside = torch.distributions.Normal(mean, 0.1).log_prob(mean + 0.03).sum(1)
+    found = parts["policy_log_prob"](states, mean + 0.03)
+    torch.testing.assert_close(found, inside)
+
+
+@pytest.mark.parametrize(
+    "fields, dare, message",
+    [
+        ({"lambd_cool": True}, {}, "lambd_cool true and dare would both release"),
+        ({"priority_capacity": 300_000}, {}, "drops all rows of the dataset within"),
+        ({"expl_noise": 0.0}, {}, "acts without noise; set dare.policy_std"),
+        ({"mixing_ratio": 0.0}, {}, "mixing_ratio 0 leaves no offline row"),
+        ({"batch_size": 255}, {}, "batch_size 255 cannot be split"),
+        ({"sampling": "on_policy"}, {}, "sampling 'on_policy' is not one of uniform"),
+    ],
+)
+def test_what_dare_cannot_have_is_refused(fields, dare, message):
+    with pytest.raises(ValueError, match=message):
+        dare_opt_spot.TrainConfig(env=TASK, dare=noisy_block(**dare), **fields)
+    if "sampling" not in fields:
+        off = noisy_block(**dare, enabled=False)
+        assert dare_opt_spot.TrainConfig(env=TASK, dare=off, **fields).lambd_cool
+
+
+def test_dare_takes_the_place_of_the_cooling():
+    config = dare_opt_spot.TrainConfig(env=TASK, dare=noisy_block())
+    assert config.lambd_cool is False and config.lambd_after(10**6) == config.lambd
+    assert dare_opt_spot.TrainConfig(**vars(config)) == config
+    higher = {"priority_capacity": 300_001, "replay": "balanced"}
+    assert dare_opt_spot.TrainConfig(env=TASK, dare=noisy_block(), **higher)
+
+
+@pytest.mark.parametrize(
+    "dare, needs",
+    [
+        ({}, True),
+        ({"guidance_scale": 0.0}, False),
+        ({"guidance_scale": 0.0, "reference_max_age": 3}, True),
+        ({"guidance_scale": 0.0, "score": "policy_ratio", "behavior": "mixture"}, False),
+        ({"weights": "uniform"}, False),
+    ],
+)
+def test_what_needs_row_numbers_is_refused_where_a_gpu_draws_them(dare, needs):
+    config = dare_opt_spot.TrainConfig(env=TASK, dare=NoisyDareConfig(**dare))
+    assert config.dare.needs_rows is needs
+    gpu = SimpleNamespace(device="cuda:0")
+    if needs:
+        with pytest.raises(ValueError, match="replay balanced draws .*; set replay to"):
+            dare_opt_spot.make_hook(gpu, None, make_replay(), config)
 
 
 # ---------------------------------------------------------------- whole runs

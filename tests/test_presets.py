@@ -17,6 +17,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -40,7 +41,7 @@ from corl.layers import ConfigError, dump_config, make_config, presets_help, pre
 from corl_dare.config import PRESETS, DareConfig
 
 WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]
-WITH_PRESETS += [dare_spot, dare_wsrl, dare_famo2o_cql, dare_cql_sa]
+WITH_PRESETS += [dare_spot, dare_wsrl, dare_famo2o_cql, dare_cql_sa, dare_opt_spot]
 BASELINES = [
     *(iql, cql, cal_ql, td3_bc, awac, rebrac, spot),
     *(pex, edis_iql, edis_cal_ql, cfdg_iql, rlpd, wsrl, e2o, baq_cal_ql),
@@ -228,3 +229,17 @@ def test_a_preset_that_takes_longer_is_not_named(started, monkeypatch):
     monkeypatch.setitem(TINY, "cpu", {"dare": slow})
     (line,) = [x for x in started(dare_iql).splitlines() if "--preset" in x]
     assert "near" in line and "cpu" not in line
+
+
+def test_a_preset_whose_part_cannot_be_made_here_is_not_named(started, monkeypatch):
+    made = dare_opt_spot.make_hook
+
+    def make_hook(session, trainer, replay, config):
+        if config.dare.sampler_steps == TINY["near"]["dare"]["sampler_steps"]:
+            raise ValueError("not on this device")
+        return made(session, trainer, replay, config)
+
+    monkeypatch.setattr(dare_opt_spot, "make_hook", make_hook)
+    shown = started(dare_opt_spot, vae_iterations=3)
+    (line,) = [x for x in shown.splitlines() if "--preset" in x]
+    assert "cpu" in line and "near" not in line

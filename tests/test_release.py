@@ -259,7 +259,8 @@ def weights_of(record):
     return {k: v for k, v in parts.items() if k != "dare_generator"}
 
 
-@pytest.mark.parametrize("algorithm", DARE)
+# The batches of OPT's twin are other ones: test_opt.py.
+@pytest.mark.parametrize("algorithm", [n for n in DARE if n != "dare_opt_spot"])
 def test_weight_1_is_the_baseline_bit_for_bit(algorithm, recorder):
     name = algorithm.removeprefix("dare_")
     own = {

@@ -42,6 +42,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -292,6 +293,13 @@ RUNS = {
     "dare_spot": (
         dare_spot,
         {"vae_iterations": 7, "dare": noisy_block(behavior_updates=5)},
+    ),
+    "dare_opt_spot": (
+        dare_opt_spot,
+        {
+            **{"online_warmup": 5, "pretrain_updates": 3, "vae_iterations": 7},
+            "dare": noisy_block(behavior_updates=5),
+        },
     ),
     "rebrac": (rebrac, {"mixing_ratio": 0.5, "bc_anneal_steps": 30, "policy_freq": 3}),
     "dare_rebrac": (dare_rebrac, {"dare": noisy_block(behavior_updates=5)}),

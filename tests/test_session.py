@@ -32,6 +32,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -186,6 +187,14 @@ ONLINE = {
             **{k: v for k, v in SPOT_ONLINE.items() if k != "mixing_ratio"},
             **OPT_ONLINE,
             "lambd_cool": False,
+        },
+    ),
+    "dare_opt_spot": (
+        dare_opt_spot,
+        {
+            **{**SPOT_ONLINE, **OPT_ONLINE},
+            "lambd_cool": False,
+            "dare": noisy_block(behavior_updates=3),
         },
     ),
     "td3_bc_sa": (

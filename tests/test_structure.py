@@ -26,6 +26,7 @@ from algorithms import (
     dare_cql_sa,
     dare_famo2o_cql,
     dare_iql,
+    dare_opt_spot,
     dare_rebrac,
     dare_spot,
     dare_td3_bc,
@@ -99,12 +100,16 @@ REMOVED = {
         '    name: str = "FamCQL"  # first part of the run folder\'s name'
     ],
     "cql_sa.py": ['    name: str = "CQL_SA"  # first part of the run folder\'s name'],
+    "opt_spot.py": [
+        'BASELINE = "spot"',
+        '    name: str = "OPT_SPOT"  # first part of the run folder\'s name',
+    ],
 }
 # The most lines that another file of a baseline may insert; 175 where nothing stands here.
 INSERTED = {
     **{"dare_td3_bc.py": 60, "dare_rebrac.py": 60, "dare_spot.py": 60},
     **{"dare_awac.py": 100, "dare_wsrl.py": 85, "edis_iql.py": 95, "edis_cal_ql.py": 75},
-    **{"baq_cal_ql.py": 265, "cfdg_iql.py": 70},
+    **{"baq_cal_ql.py": 265, "cfdg_iql.py": 70, "dare_opt_spot.py": 100},
     **{"dare_famo2o_cql.py": 80, "dare_cql_sa.py": 85},
 }
 # Files that are a baseline plus lines.
@@ -134,7 +139,7 @@ READERS = {  # folder of configs -> the files that read them
     "famo2o_iql": (famo2o_iql,),
     "famo2o_cql": (famo2o_cql, dare_famo2o_cql),
     "opt_td3": (opt_td3,),
-    "opt_spot": (opt_spot,),
+    "opt_spot": (opt_spot, dare_opt_spot),
 }
 TABLE_1 = [
     *(f"{r}-{k}-v2" for r in ("halfcheetah", "hopper", "walker2d") for k in KINDS[1:4]),

@@ -387,9 +387,12 @@ def test_the_offline_model_is_that_of_the_baseline_a_file_names(store):
     named = CELL_PROGRAM.replace("@dataclass", 'BASELINE = "walk"\n\n\n@dataclass', 1)
     Path("dare_other.py").write_text(named)
     Path("dare_walk.py").write_text(CELL_PROGRAM)  # its name says nothing
-    methods = {m: {"algorithm": f"{m}.py"} for m in ("walk", "dare_other", "dare_walk")}
+    Path("third.py").write_text(named.replace('"walk"', '"dare_other"'))
+    names = "walk", "dare_other", "dare_walk", "third"
+    methods = {m: {"algorithm": f"{m}.py"} for m in names}
     cells = {c.method: c for c in plan(store(methods=methods, seeds=[0]))}
     assert cells["walk"].model is cells["dare_other"].model
+    assert cells["third"].model is cells["walk"].model, "the baseline of its baseline"
     assert cells["dare_other"].model.algorithm == "walk.py"
     assert cells["dare_walk"].model.algorithm == "dare_walk.py"
 

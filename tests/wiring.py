@@ -52,6 +52,7 @@ ALGORITHMS = {
     "opt_td3": "algorithms.opt_td3",
     "opt_spot": "algorithms.opt_spot",
     "dare_spot": "algorithms.dare_spot",
+    "dare_opt_spot": "algorithms.dare_opt_spot",
     "dare_td3_bc": "algorithms.dare_td3_bc",
     "dare_rebrac": "algorithms.dare_rebrac",
     "dare_iql": "algorithms.dare_iql",
@@ -68,6 +69,7 @@ ALGORITHMS = {
 DARE = (
     *("dare_iql", "dare_cal_ql", "dare_td3_bc", "dare_cql", "dare_awac"),
     *("dare_rebrac", "dare_spot", "dare_wsrl", "dare_famo2o_cql", "dare_cql_sa"),
+    "dare_opt_spot",
 )
 EDIS = ("edis_iql", "edis_cal_ql")
 NO_ANTMAZE = ("e2o",)
@@ -176,6 +178,7 @@ OWN = {
     "opt_td3": {"seed": 0, "normalize": True},
     "opt_spot": {"seed": 2, "normalize": True},
     "dare_spot": {"seed": 1, "normalize": True, "lambd_cool": False},
+    "dare_opt_spot": {"seed": 3, "normalize": True, "lambd_cool": False},
     "e2o": {"normalize": True},
     "famo2o_iql": {"seed": 1, "normalize": True, "balance_period": 2},
     "famo2o_cql": {"seed": 0, "normalize": True},
@@ -474,7 +477,12 @@ def twin_minimum(trainer: Any, states, actions, target: bool) -> torch.Tensor:
     if hasattr(trainer, "critic_1"):
         names = target_names(trainer) if target else ("critic_1", "critic_2")
         critics = [getattr(trainer, name) for name in names]
-        return torch.minimum(*(critic(states, actions) for critic in critics))
+        found = torch.minimum(*(critic(states, actions) for critic in critics))
+        if not hasattr(trainer, "share"):
+            return found
+        # OPT mixes in its online critics.
+        pair = trainer.online_critics_target if target else trainer.online_critics
+        return torch.lerp(found, torch.minimum(*pair(states, actions)), trainer.share)
     network = trainer.q_target if target else trainer.qf
     return torch.minimum(*network.both(states, actions))
 

@@ -83,6 +83,25 @@ def no_timed_choice(monkeypatch):
     monkeypatch.setattr(pace, "available_cores", lambda **options: 2)
 
 
+@pytest.fixture(autouse=True)
+def numbers_alone(request, monkeypatch):
+    """A run leaves out what takes most of a short run and changes none of its numbers.
+
+    Where a test is about one of them, it has the mark `makes("estimate")` or the like.
+    """
+    from corl import curves, finetune, machine
+
+    left_out = {
+        "estimate": (finetune.Session, "_estimate", lambda *updates: {}),
+        "picture": (curves, "plot_curves", lambda *drawing: None),
+        "commit": (machine, "git_commit", lambda: "0" * 40),
+    }
+    wanted = {x for mark in request.node.iter_markers("makes") for x in mark.args}
+    assert wanted <= left_out.keys()
+    for what in left_out.keys() - wanted:
+        monkeypatch.setattr(*left_out[what])
+
+
 @pytest.fixture(scope="session")
 def chromium():
     """The path of a Chromium of the system."""

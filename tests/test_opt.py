@@ -353,12 +353,6 @@ OPT = {"pretrain_updates": 8, "kappa_start": 0.1, "kappa_steps": 25}
 BASE = {"actor_dropout": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It would take longer than these runs."""
-    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
-
-
 class One:
     """In the place of alpha: the normalizer of TD3+BC is 1, whatever Q is."""
 

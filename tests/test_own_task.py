@@ -323,6 +323,7 @@ def columns_of(folder, name):
     return lines[0].split(","), [line.split(",") for line in lines[1:]]
 
 
+@pytest.mark.makes("picture")
 def test_without_reference_scores_everything_is_told_in_raw_returns(tmp_path, capsys):
     summary, folder = run(tmp_path, "--normalize_reward", "true")
     assert columns_of(folder, "evaluations.csv")[0] == [

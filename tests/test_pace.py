@@ -467,6 +467,7 @@ def test_a_phase_that_was_not_measured_is_not_judged():
     assert looks(watch, "offline", 100.0, 100)[0] == []
 
 
+@pytest.mark.makes("estimate")
 def test_a_run_prints_that_it_became_slow_once(tmp_path, monkeypatch, capsys):
     """Its updates were measured to take no time."""
     monkeypatch.setattr(pace, "SLOW_SECONDS", 1e-9)

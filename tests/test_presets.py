@@ -208,22 +208,26 @@ def started(tmp_path, monkeypatch, capsys):
     return start
 
 
+@pytest.mark.makes("estimate")
 @pytest.mark.parametrize("module", WITH_PRESETS)
 def test_a_long_run_names_the_shorter_presets_with_their_times(module, started):
     (line,) = [x for x in started(module).splitlines() if "--preset" in x]
     assert "--preset near: about " in line and "--preset cpu: about " in line
 
 
+@pytest.mark.makes("estimate")
 def test_a_short_run_names_none(started, monkeypatch):
     monkeypatch.setattr(finetune, "LONG", 1e9)
     assert "--preset" not in started(dare_iql)
 
 
+@pytest.mark.makes("estimate")
 def test_a_run_without_the_method_names_none(started):
     off = dare_iql.DareIQLConfig(enabled=False)
     assert "--preset" not in started(dare_iql, dare=off)
 
 
+@pytest.mark.makes("estimate")
 def test_a_preset_that_takes_longer_is_not_named(started, monkeypatch):
     slow = {"behavior_updates": 10**9, "behavior": "mixture", "guidance_scale": 0.0}
     monkeypatch.setitem(TINY, "cpu", {"dare": slow})

@@ -420,6 +420,7 @@ def test_a_run_that_is_asked_to_stop_while_its_vae_learns_goes_on(
     assert "VAE: 11 updates, reconstruction_loss 0." in shown
 
 
+@pytest.mark.makes("estimate")
 def test_the_estimate_counts_what_is_left_of_the_vae(tmp_path, monkeypatch, capsys):
     asked = []
     seconds = finetune.Session._seconds_of_pretraining

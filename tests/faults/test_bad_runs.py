@@ -25,14 +25,6 @@ pytestmark = pytest.mark.fault("bad inputs")
 IQL = harness.algorithm(iql)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_estimate():
-    """The time estimate is no part of what is tested here, and takes most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune.Session, "_estimate", lambda *arguments: {})
-        yield
-
-
 @pytest.fixture(scope="module")
 def finished(good, tmp_path_factory):
     """The folder of a finished run of IQL."""

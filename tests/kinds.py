@@ -23,7 +23,8 @@ assert STANDS_FOR_ITS_KIND <= ALGORITHMS
 
 def algorithm_of(case):
     """The algorithm of a case: a module, a name, or a name with more words, as "iql, compat"."""
-    name = re.split("[, ]", getattr(case, "__name__", case).rpartition(".")[2])[0]
+    name = getattr(case, "__name__", case).removeprefix("algorithms.")
+    name = re.split("[, ]", name)[0]
     assert name in ALGORITHMS, f"{name!r} is no file of algorithms/"
     return name
 

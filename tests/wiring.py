@@ -412,18 +412,6 @@ class Record:
         )
         self.act = None
 
-    def muting(self, function):
-        """The function, with what happens inside left out of the record."""
-
-        def wrapped(*args, **kwargs):
-            self.muted += 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.muted -= 1
-
-        return wrapped
-
 
 class Recorder:
     """Runs each variant once and hands the record out as often as it is asked for."""
@@ -653,9 +641,7 @@ def make_known(patch: Any) -> None:
         patch.setitem(tasks.ROBOTS, name, robot)
 
 
-def install(
-    patch: Any, record: Record, module: Any, cache: Path, estimate: bool = False
-) -> None:
+def install(patch: Any, record: Record, module: Any, cache: Path) -> None:
     """Put the toy and the recorder in place."""
     roles = ["train", "eval"]
 
@@ -686,12 +672,12 @@ def install(
 
     patch.setattr(checkpoints, "save_checkpoint", recorded_save)
     if module is not None:
-        watch_module(patch, record, module, estimate)
+        watch_module(patch, record, module)
     watch_hook(patch, record)
 
 
-def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> None:
-    """Record trainer and buffers; the time estimate is left out, or runs unrecorded."""
+def watch_module(patch: Any, record: Record, module: Any) -> None:
+    """Record trainer and buffers; the time estimate is left out."""
     make_trainer, buffer = module.make_trainer, buffers.ReplayBuffer
     init = buffer.__init__
 
@@ -715,9 +701,7 @@ def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> Non
         return metrics
 
     patch.setattr(Refreshes, "advance", recorded_advance)
-    estimated = finetune.Session._estimate
-    quiet = record.muting(estimated) if estimate else (lambda *args: {})
-    patch.setattr(finetune.Session, "_estimate", quiet)
+    patch.setattr(finetune.Session, "_estimate", lambda *updates: {})
 
 
 def make_config(
@@ -758,7 +742,6 @@ def run(
     folder: Path,
     stop: Any = None,
     dare: dict | None = None,
-    estimate: bool = False,
     **fields: Any,
 ) -> Record:
     """Train on the toy. `stop(record, event)` says when to ask the run to stop."""
@@ -766,7 +749,7 @@ def run(
     make_known(patch)
     config = make_config(algorithm, folder, dare, **fields)
     record = Record(algorithm, config, stop)
-    install(patch, record, module, folder / "cache", estimate)
+    install(patch, record, module, folder / "cache")
     try:
         record.summary = module.train(config)
     except SystemExit as end:

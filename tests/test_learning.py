@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import narrow_networks
+from kinds import one_of_each_kind
 from short_runs import (
     assert_same_weights,
     awac_block,
@@ -50,7 +52,17 @@ from corl import curves
 from corl_dare import hook
 
 
-@pytest.mark.parametrize("kind", ["iql", "policy_ratio", "diffusion"])
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """The toy has two states and an action; the papers' widths learn it no better."""
+    narrow_networks(monkeypatch, 64)
+
+
+@pytest.mark.makes("picture")
+@pytest.mark.parametrize(
+    "kind",
+    ["iql", "policy_ratio", pytest.param("diffusion", marks=pytest.mark.whole)],
+)
 def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
     """0 is standing still, 100 the optimum; the data's policy scores about 50."""
     module, fields = iql, {}
@@ -87,7 +99,9 @@ BLOCKS = {
 
 @pytest.mark.parametrize(
     "module",
-    [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql],
+    one_of_each_kind(
+        [cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql]
+    ),
 )
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
@@ -109,8 +123,16 @@ def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch)
         assert 0 < max(exchanged) <= 8
 
 
-@pytest.mark.parametrize("mixing_ratio", [None, 0.5])
-@pytest.mark.parametrize("module", [td3_bc, awac, rebrac, spot])
+@pytest.mark.parametrize(
+    "module, mixing_ratio",
+    [
+        *((td3_bc, None), (awac, 0.5), (rebrac, None), (spot, 0.5)),
+        *(
+            pytest.param(*x, marks=pytest.mark.whole)
+            for x in ((td3_bc, 0.5), (awac, None), (rebrac, 0.5), (spot, None))
+        ),
+    ],
+)
 def test_the_actor_critics_learn_offline_and_online(
     module, mixing_ratio, tmp_path, monkeypatch
 ):
@@ -145,7 +167,7 @@ def test_famo2o_on_iql_learns_offline_and_online(tmp_path, monkeypatch):
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
 
 
-@pytest.mark.parametrize("module", [opt_td3, opt_spot])
+@pytest.mark.parametrize("module", one_of_each_kind([opt_td3, opt_spot]))
 def test_opt_learns_offline_and_online(module, tmp_path, monkeypatch):
     summary = run(module, tmp_path, monkeypatch)
     assert summary["score_offline"] > 65, summary
@@ -160,7 +182,10 @@ def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module, cap", [(dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)]
+    "module, cap",
+    one_of_each_kind(
+        [(dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)]
+    ),
 )
 def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):
     block = BLOCKS.get(module, noisy_block)
@@ -174,7 +199,7 @@ def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch)
     assert 0 < summary["exchanges_mean"] <= cap
 
 
-@pytest.mark.parametrize("lambd", [0.0, 1e3])
+@pytest.mark.parametrize("lambd", [pytest.param(0.0, marks=pytest.mark.whole), 1e3])
 def test_the_support_constraint_decides_between_the_optimum_and_the_data(
     lambd, tmp_path, monkeypatch
 ):
@@ -191,8 +216,8 @@ def test_a_weight_that_is_the_same_for_all_rows_is_spot_without_cooling(
     weight, tmp_path, monkeypatch
 ):
     """DARE off, every weight 1, every weight 0: SPOT, and SPOT with lambda 0, bit for bit."""
-    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
-    short.update(mixing_ratio=0.5, n_episodes=1, vae_iterations=20)
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
+    short.update(mixing_ratio=0.5, n_episodes=1, vae_iterations=6)
     sample = hook.DareHook.sample
 
     def constant(self, batch_size):
@@ -213,6 +238,7 @@ def test_a_weight_that_is_the_same_for_all_rows_is_spot_without_cooling(
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bc_online", ["drop", "anneal"])
 @pytest.mark.parametrize("module", [td3_bc, rebrac])
 def test_td3_without_its_cloning_term_learns_on(
@@ -226,7 +252,7 @@ def test_td3_without_its_cloning_term_learns_on(
 @pytest.mark.parametrize("mixing_ratio", [None, 0.5])
 def test_off_means_equal(mixing_ratio, tmp_path, monkeypatch):
     """With DARE off the DARE file trains the baseline's numbers, bit for bit."""
-    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
     fields = {**short, "mixing_ratio": mixing_ratio, "n_episodes": 1}
     off = dare_iql.DareIQLConfig(enabled=False)
     run(iql, tmp_path / "a", monkeypatch, **fields)
@@ -243,7 +269,7 @@ def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
     base, twin, bc_online, tmp_path, monkeypatch
 ):
     """DARE off, every weight 1, every weight 0: the baseline's numbers, bit for bit."""
-    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
     short.update(mixing_ratio=0.5, n_episodes=1)
     sample = hook.DareHook.sample
     drawn_by_hook = []
@@ -271,7 +297,7 @@ def test_off_means_equal_where_every_row_counts(
     baseline, module, dare, tmp_path, monkeypatch
 ):
     """Off, or exchanging nothing with every weight 1: the baseline's numbers, bit for bit."""
-    short = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
     short["mixing_ratio"] = 0.5
     run(baseline, tmp_path / "a", monkeypatch, **short, n_episodes=1)
     if "cap" in dare:
@@ -289,8 +315,14 @@ def test_off_means_equal_where_every_row_counts(
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, dare_awac])
-@pytest.mark.parametrize("stop_at", [20, 60])
+@pytest.mark.parametrize(
+    "module, stop_at",
+    [
+        pytest.param(m, n, marks=() if (m, n) == (dare_cal_ql, 60) else pytest.mark.whole)
+        for m in (cql, dare_cql, cal_ql, dare_cal_ql, dare_awac)
+        for n in (20, 60)
+    ],
+)
 def test_stopped_and_resumed_equals_an_unbroken_run(
     module, stop_at, tmp_path, monkeypatch
 ):
@@ -338,7 +370,7 @@ def test_rows_collected_online_have_no_lower_bound(tmp_path, monkeypatch):
 
 def test_dare_on_changes_the_online_phase_only(tmp_path, monkeypatch):
     """The offline phase of a DARE run is the baseline's, whatever the hook will do."""
-    fields = {"offline_iterations": 60, "online_iterations": 0, "eval_freq": 60}
+    fields = {"offline_iterations": 15, "online_iterations": 0, "eval_freq": 15}
     run(iql, tmp_path / "a", monkeypatch, n_episodes=1, **fields)
     block = dare_block("policy_ratio", behavior_updates=5)
     run(dare_iql, tmp_path / "b", monkeypatch, n_episodes=1, dare=block, **fields)

@@ -1,7 +1,7 @@
 """What a session promises: phases that read their own fields, and a switch that is made once."""
 
 import pytest
-from helpers import assert_equal
+from helpers import assert_equal, narrow_networks
 from short_runs import (
     awac_block,
     baq_block,
@@ -227,6 +227,11 @@ ONLINE = {
         },
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    narrow_networks(monkeypatch, 16)
 
 
 SAMPLING = {

@@ -666,7 +666,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
     assert part.summary["updates"] == whole.summary["updates"]
 
 
-@every_algorithm
+@one_of_a_kind
 def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded):
     """So runs that differ in nothing else can share an offline model."""
     config = recorded(name).config

@@ -41,3 +41,16 @@ def one_of_each_kind(cases, by=0):
         short = algorithm_of(values[by]) in STANDS_FOR_ITS_KIND
         found.append(pytest.param(*values, marks=() if short else pytest.mark.whole))
     return found
+
+
+def with_slow(fast, every):
+    """Cases for `pytest.mark.parametrize`, where those that are not in `fast` are `whole`."""
+    every = list(every)
+    assert all(case in every for case in fast)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=() if case in fast else pytest.mark.whole,
+        )
+        for case in every
+    ]

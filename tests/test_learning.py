@@ -1,12 +1,13 @@
 """Every algorithm learns a toy with a known optimum, offline and online, in the real `train`."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from helpers import narrow_networks
-from kinds import one_of_each_kind
+from kinds import one_of_each_kind, with_slow
 from short_runs import (
     assert_same_weights,
     awac_block,
@@ -60,8 +61,7 @@ def narrow(monkeypatch):
 
 @pytest.mark.makes("picture")
 @pytest.mark.parametrize(
-    "kind",
-    ["iql", "policy_ratio", pytest.param("diffusion", marks=pytest.mark.whole)],
+    "kind", with_slow(["iql", "policy_ratio"], ["iql", "policy_ratio", "diffusion"])
 )
 def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
     """0 is standing still, 100 the optimum; the data's policy scores about 50."""
@@ -125,13 +125,10 @@ def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     "module, mixing_ratio",
-    [
-        *((td3_bc, None), (awac, 0.5), (rebrac, None), (spot, 0.5)),
-        *(
-            pytest.param(*x, marks=pytest.mark.whole)
-            for x in ((td3_bc, 0.5), (awac, None), (rebrac, 0.5), (spot, None))
-        ),
-    ],
+    with_slow(
+        [(td3_bc, None), (awac, 0.5), (rebrac, None), (spot, 0.5)],
+        itertools.product([td3_bc, awac, rebrac, spot], [None, 0.5]),
+    ),
 )
 def test_the_actor_critics_learn_offline_and_online(
     module, mixing_ratio, tmp_path, monkeypatch
@@ -199,7 +196,7 @@ def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch)
     assert 0 < summary["exchanges_mean"] <= cap
 
 
-@pytest.mark.parametrize("lambd", [pytest.param(0.0, marks=pytest.mark.whole), 1e3])
+@pytest.mark.parametrize("lambd", with_slow([1e3], [0.0, 1e3]))
 def test_the_support_constraint_decides_between_the_optimum_and_the_data(
     lambd, tmp_path, monkeypatch
 ):
@@ -317,11 +314,10 @@ def test_off_means_equal_where_every_row_counts(
 
 @pytest.mark.parametrize(
     "module, stop_at",
-    [
-        pytest.param(m, n, marks=() if (m, n) == (dare_cal_ql, 60) else pytest.mark.whole)
-        for m in (cql, dare_cql, cal_ql, dare_cal_ql, dare_awac)
-        for n in (20, 60)
-    ],
+    with_slow(
+        [(dare_cal_ql, 60)],
+        itertools.product([cql, dare_cql, cal_ql, dare_cal_ql, dare_awac], [20, 60]),
+    ),
 )
 def test_stopped_and_resumed_equals_an_unbroken_run(
     module, stop_at, tmp_path, monkeypatch

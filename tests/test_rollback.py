@@ -12,7 +12,7 @@ import torch
 from helpers import assert_equal, narrow_networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import one_of_each_kind
+from kinds import one_of_each_kind, with_slow
 from short_runs import (
     awac_block,
     baq_block,
@@ -338,11 +338,7 @@ RESUMED = {
 
 @estimates
 @pytest.mark.parametrize(
-    "name, stop_at",
-    [
-        pytest.param(*x, marks=() if x in RESUMED else pytest.mark.whole)
-        for x in itertools.product(RUNS, (10, 30))
-    ],
+    "name, stop_at", with_slow(RESUMED, itertools.product(RUNS, (10, 30)))
 )
 def test_a_resumed_run_with_the_estimate_equals_one_without(
     name, stop_at, tmp_path, monkeypatch
@@ -386,10 +382,7 @@ COMPILED = {
 
 @estimates
 @needs_compiler
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=() if x == "iql" else pytest.mark.whole) for x in COMPILED],
-)
+@pytest.mark.parametrize("name", with_slow(["iql"], COMPILED))
 def test_the_estimate_compiles_and_the_run_compiles_nothing_again(
     name, tmp_path, monkeypatch
 ):

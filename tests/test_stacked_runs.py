@@ -4,6 +4,8 @@ import signal
 
 import pytest
 import torch
+from helpers import narrow_networks
+from kinds import one_of_each_kind
 from short_runs import cal_ql_block, dare_block, noisy_block, run, stop_after
 from test_stacked import assert_alike
 
@@ -60,6 +62,11 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    narrow_networks(monkeypatch, 16)
+
+
 def folder_of(path, seed):
     (folder,) = path.glob(f"*-s{seed}-*")
     return folder
@@ -79,7 +86,7 @@ def together(module, path, monkeypatch, **fields):
     return run(module, path, monkeypatch, **{**options, **fields})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_of_each_kind(CASES))
 def test_a_stacked_run_leaves_what_runs_alone_leave(case, tmp_path, monkeypatch):
     module, fields = CASES[case]
     together(module, tmp_path / "many", monkeypatch, **fields)

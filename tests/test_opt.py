@@ -435,6 +435,7 @@ def stop_in_pretraining(monkeypatch, done):
     monkeypatch.setattr(critics.OnlinePretraining, "advance", stopping)
 
 
+@pytest.mark.makes("estimate")
 @BOTH
 def test_a_run_that_is_stopped_in_the_pre_training_goes_on_to_the_same_bits(
     module, tmp_path, monkeypatch, capsys

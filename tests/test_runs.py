@@ -644,7 +644,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
     command = [sys.executable, "toy_run.py"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(
-        [*command, "--offline_iterations", "3000"], **options
+        [*command, "--offline_iterations", "300"], **options
     ) as process:
         folder = process.stdout.readline().split()[-1]
         process.send_signal(number)
@@ -652,7 +652,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
     assert process.returncode == 128 + number, errors
     hint = re.search(r"saved at step (\d+); go on with: --resume (\S+)", output)
     step = int(hint.group(1))
-    assert hint.group(2) == folder and 3 <= step < 3000
+    assert hint.group(2) == folder and 3 <= step < 300
     assert len(table(here / folder, "metrics.csv")) == step
     assert "Traceback" not in errors
     # what the line says works
@@ -660,7 +660,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
     done = subprocess.run(more, **options, timeout=60)
     assert done.returncode == 0, done.stderr
     steps = [int(r["step"]) for r in table(here / folder, "metrics.csv")]
-    assert steps == list(range(1, 3002))
+    assert steps == list(range(1, 302))
 
 
 @pytest.mark.parametrize(

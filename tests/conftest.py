@@ -102,6 +102,18 @@ def numbers_alone(request, monkeypatch):
         monkeypatch.setattr(*left_out[what])
 
 
+@pytest.fixture(autouse=True)
+def narrow_networks(request, monkeypatch):
+    """With the mark `narrow(n)` a hidden layer of 256 units, as in the papers, gets n of them."""
+    mark = request.node.get_closest_marker("narrow")
+    for layer in (torch.nn.Linear, torch.nn.LayerNorm) if mark else ():
+
+        def narrow(self, *sizes, make=layer.__init__, **options):
+            make(self, *(mark.args[0] if n == 256 else n for n in sizes), **options)
+
+        monkeypatch.setattr(layer, "__init__", narrow)
+
+
 @pytest.fixture(scope="session")
 def chromium():
     """The path of a Chromium of the system."""

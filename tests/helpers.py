@@ -73,16 +73,6 @@ def make_hook(
     )
 
 
-def narrow_networks(patch, width):
-    """Hidden layers of 256 units get so many, for tests that say nothing about a size."""
-    for layer in (torch.nn.Linear, torch.nn.LayerNorm):
-
-        def narrow(self, *sizes, make=layer.__init__, **options):
-            make(self, *(width if n == 256 else n for n in sizes), **options)
-
-        patch.setattr(layer, "__init__", narrow)
-
-
 def hard_release(rows, kept):
     """The first `kept` of `rows` rows keep their conservative loss."""
     return Release((torch.arange(rows) < kept).float(), kept)

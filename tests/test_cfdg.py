@@ -8,7 +8,7 @@ import oracle_edis
 import pytest
 import torch
 import wiring
-from helpers import assert_equal, make_buffer, narrow_networks
+from helpers import assert_equal, make_buffer
 from short_runs import assert_same_weights, cfdg_block, checkpoint_of, folder_of, run
 from test_hot_loop import HostReads
 from test_wiring import is_row_of, online_rows
@@ -315,9 +315,9 @@ def test_without_generated_rows_it_is_iql_on_half_and_half(tmp_path, monkeypatch
     assert any(not torch.equal(actors[0][k], actors[1][k]) for k in actors[0])
 
 
+@pytest.mark.narrow(64)
 def test_it_learns_with_generated_rows(tmp_path, monkeypatch):
     """The toy: 0 is standing still, 100 the optimum."""
-    narrow_networks(monkeypatch, 64)
     block = cfdg_block(
         refresh_every=200,
         samples=300,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import wiring
-from helpers import assert_equal, make_buffer, narrow_networks
+from helpers import assert_equal, make_buffer
 from kinds import one_of_each_kind
 from short_runs import (
     assert_same_weights,
@@ -283,10 +283,10 @@ def test_between_refreshes_the_authors_schedule_is_iql_with_one_buffer(
 # ---------------------------------------------------------------- whole runs
 
 
+@pytest.mark.narrow(64)
 @pytest.mark.parametrize("module", one_of_each_kind([edis_iql, edis_cal_ql]))
 def test_it_learns_with_generated_rows(module, tmp_path, monkeypatch):
     """The toy: 0 is standing still, 100 the optimum."""
-    narrow_networks(monkeypatch, 64)
     block = edis_block(
         refresh_every=200,
         samples=400,

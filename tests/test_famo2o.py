@@ -17,6 +17,7 @@ from corl.config import parse_config
 from policy_family.balance import BalanceModel
 from policy_family.coefficient import encode
 
+pytestmark = pytest.mark.narrow(32)
 BOTH = (famo2o_iql, famo2o_cql)
 PUBLIC = {m: m.TrainConfig.PRESETS["public_code"] for m in BOTH}
 

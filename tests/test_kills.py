@@ -15,6 +15,7 @@ from test_wiring import without_losses
 
 from corl import finetune
 
+pytestmark = pytest.mark.narrow(16)
 OFFLINE, EVERY = wiring.COMMON["offline_iterations"], wiring.COMMON["eval_freq"]
 WARMUP, UTD = wiring.COMMON["online_warmup"], wiring.COMMON["utd"]
 # Moment -> kind of the event in which the run dies, its number, its fields. Checkpoints are written

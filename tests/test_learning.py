@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import narrow_networks
 from kinds import one_of_each_kind, with_slow
 from short_runs import (
     assert_same_weights,
@@ -53,10 +52,8 @@ from corl import curves
 from corl_dare import hook
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """The toy has two states and an action; the papers' widths learn it no better."""
-    narrow_networks(monkeypatch, 64)
+# The toy has two states and an action; the widths of the papers learn it no better.
+pytestmark = pytest.mark.narrow(64)
 
 
 @pytest.mark.makes("picture")

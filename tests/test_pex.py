@@ -12,6 +12,7 @@ from short_runs import run
 from algorithms import iql, pex
 from corl import checkpoints, finetune
 
+pytestmark = pytest.mark.narrow(32)
 S, A, B = 5, 2, 64
 TASK = "hopper-medium-v2"
 

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal, narrow_networks
+from helpers import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import one_of_each_kind, with_slow
@@ -61,6 +61,7 @@ from algorithms import (
 from corl import compiled, finetune
 from corl.rollback import Snapshot
 
+pytestmark = pytest.mark.narrow(16)
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, compiled.COMPILERS)), reason="no C++ compiler"
 )
@@ -294,11 +295,6 @@ RUNS = {
     "cal_ql": (cal_ql, {"bc_steps": 3, "target_update_period": 2}),
     "dare_cal_ql": (dare_cal_ql, {"dare": cal_ql_block(behavior_updates=5)}),
 }
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    narrow_networks(monkeypatch, 16)
 
 
 def without_estimate(monkeypatch):

@@ -30,6 +30,7 @@ from algorithms import (
 from corl.buffers import ReplayBuffer
 from corl.sampling import OnPolicyBuffer, standard_log_prob
 
+pytestmark = pytest.mark.narrow(16)
 S, A = 2, 3
 TASK = "hopper-medium-v2"
 

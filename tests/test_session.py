@@ -1,7 +1,7 @@
 """What a session promises: phases that read their own fields, and a switch that is made once."""
 
 import pytest
-from helpers import assert_equal, narrow_networks
+from helpers import assert_equal
 from short_runs import (
     awac_block,
     baq_block,
@@ -49,6 +49,7 @@ from algorithms import (
 )
 from corl import curves
 
+pytestmark = pytest.mark.narrow(16)
 SHORT = {
     "offline_iterations": 8,
     "online_iterations": 8,
@@ -227,11 +228,6 @@ ONLINE = {
         },
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    narrow_networks(monkeypatch, 16)
 
 
 SAMPLING = {

@@ -20,6 +20,7 @@ from corl import checkpoints, finetune, runs
 from corl_dare.config import NoisyDareConfig
 from corl_dare.hook import Release
 
+pytestmark = pytest.mark.narrow(32)
 CORL_KEYS = {"vae", "vae_optimizer", "total_it"}
 CORL_KEYS |= {name for part in NETWORKS for name in (part, f"{part}_optimizer")}
 NARROW = {"vae_hidden_dim": 24, "vae_latent_dim": 3}

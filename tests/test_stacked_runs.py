@@ -4,7 +4,6 @@ import signal
 
 import pytest
 import torch
-from helpers import narrow_networks
 from kinds import one_of_each_kind
 from short_runs import cal_ql_block, dare_block, noisy_block, run, stop_after
 from test_stacked import assert_alike
@@ -30,6 +29,7 @@ from algorithms import (
 from corl.config import ConfigError, parse_config
 from corl.stacked_session import StackedSession
 
+pytestmark = pytest.mark.narrow(16)
 SHORT = {
     "offline_iterations": 6,
     "online_iterations": 6,
@@ -60,11 +60,6 @@ CASES = {
         {"expl_noise": 0.1, "dare": noisy_block(behavior_updates=3)},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    narrow_networks(monkeypatch, 16)
 
 
 def folder_of(path, seed):

@@ -15,6 +15,7 @@ from corl import checkpoints
 from corl_dare.config import NoisyDareConfig
 from corl_dare.hook import Release
 
+pytestmark = pytest.mark.narrow(32)
 CORL_KEYS = {"critic_1", "critic_1_optimizer", "critic_2", "critic_2_optimizer"}
 CORL_KEYS |= {"actor", "actor_optimizer", "total_it"}
 

@@ -12,6 +12,7 @@ from wiring import networks_of
 
 from corl_dare.exchange import alignment_score, exchange, reorder
 
+pytestmark = pytest.mark.narrow(16)
 NAMES = wiring.DARE
 SOFT = {"dare": {"weights": "soft", "cap": None}}
 OTHER = {

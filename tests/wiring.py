@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from algorithms.baq_cal_ql import BaqConfig
-from corl import buffers, checkpoints, curves, envs, files, finetune, machine, tasks
+from corl import buffers, checkpoints, envs, machine, tasks
 from corl.data import sources
 from corl_dare import hook
 from corl_dare.upstream import ExchangedBuffer, dare_for_corl
@@ -659,11 +659,7 @@ def install(patch: Any, record: Record, module: Any, cache: Path) -> None:
     patch.setattr(envs, "make", make)
     patch.setattr(sources, "resolve", resolve)
     patch.setenv("CORL_DARE_CACHE", str(cache))
-    # A picture costs more than the run.
-    patch.setattr(curves, "plot_curves", lambda *args: None)
-    patch.setattr(machine, "git_commit", lambda: "unknown")
     patch.setattr(machine, "versions", dict)
-    patch.setattr(files.os, "fsync", lambda file: None)
     save = checkpoints.save_checkpoint
 
     def recorded_save(path, state):
@@ -677,7 +673,7 @@ def install(patch: Any, record: Record, module: Any, cache: Path) -> None:
 
 
 def watch_module(patch: Any, record: Record, module: Any) -> None:
-    """Record trainer and buffers; the time estimate is left out."""
+    """Record trainer and buffers."""
     make_trainer, buffer = module.make_trainer, buffers.ReplayBuffer
     init = buffer.__init__
 
@@ -701,7 +697,6 @@ def watch_module(patch: Any, record: Record, module: Any) -> None:
         return metrics
 
     patch.setattr(Refreshes, "advance", recorded_advance)
-    patch.setattr(finetune.Session, "_estimate", lambda *updates: {})
 
 
 def make_config(

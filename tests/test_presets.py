@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from kinds import one_of_each_kind
 from short_runs import CQL_FIELDS, DEFAULTS, SMALL, run
 
 from algorithms import (
@@ -42,6 +43,7 @@ from corl.config import (
 )
 from corl_dare.config import PRESETS, DareConfig
 
+pytestmark = pytest.mark.narrow(16)
 WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]
 WITH_PRESETS += [dare_spot]
 BASELINES = [
@@ -209,7 +211,7 @@ def started(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.makes("estimate")
-@pytest.mark.parametrize("module", WITH_PRESETS)
+@pytest.mark.parametrize("module", one_of_each_kind(WITH_PRESETS))
 def test_a_long_run_names_the_shorter_presets_with_their_times(module, started):
     (line,) = [x for x in started(module).splitlines() if "--preset" in x]
     assert "--preset near: about " in line and "--preset cpu: about " in line

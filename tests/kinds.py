@@ -15,7 +15,15 @@ STANDS_FOR_ITS_KIND = {
     # What others are built on.
     *("iql", "cql", "td3_bc", "awac", "rebrac", "spot"),
     # Methods with machinery of their own, once each.
-    *("dare_iql", "dare_cal_ql", "edis_iql", "cfdg_iql", "pex", "famo2o_iql", "td3_bc_sa"),
+    *(
+        "dare_iql",
+        "dare_cal_ql",
+        "edis_iql",
+        "cfdg_iql",
+        "pex",
+        "famo2o_iql",
+        "td3_bc_sa",
+    ),
     *("baq_cal_ql", "e2o", "rlpd", "wsrl", "opt_td3"),
 }
 assert STANDS_FOR_ITS_KIND <= ALGORITHMS

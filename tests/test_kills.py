@@ -85,7 +85,7 @@ def run_and_copy(name, folder):
         return wiring.run(patch, name, folder, copy, env=wiring.GOAL), copies
 
 
-@pytest.mark.parametrize("name, moment", cases())
+@pytest.mark.parametrize("name, moment", list(cases()))
 def test_a_killed_run_ends_as_the_unbroken_one(name, moment, killed):
     whole, copies = killed(name)
     folder = copies[moment]

@@ -142,7 +142,7 @@ def test_a_preset_changes_nothing_in_a_baseline(module, tmp_path, capsys):
     assert presets_help(module.TrainConfig) == ""
 
 
-@pytest.mark.parametrize("module", WITH_PRESETS)
+@pytest.mark.parametrize("module", one_of_each_kind(WITH_PRESETS))
 def test_the_help_lists_what_each_preset_changes(module, capsys):
     with pytest.raises(SystemExit):
         parse_config(module.TrainConfig, ["--help"])

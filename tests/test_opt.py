@@ -30,7 +30,6 @@ from online_pretraining.draws import Draws
 from online_pretraining.priorities import Priorities
 from online_pretraining.replay import Replay
 
-pytestmark = pytest.mark.narrow(32)
 BASES = {opt_td3: (td3_bc, OracleTD3BC), opt_spot: (spot, OracleSPOT)}
 BOTH = pytest.mark.parametrize("module", BASES, ids=["td3", "spot"])
 NARROW = {"vae_hidden_dim": 24, "vae_latent_dim": 3}

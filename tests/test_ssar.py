@@ -20,7 +20,6 @@ from corl.buffers import ReplayBuffer, upload
 from corl.compiled import descend, soft_update
 
 # The coefficient and the threshold move within a few updates.
-pytestmark = pytest.mark.narrow(32)
 QUICK = {"beta_lr": 1e-3, "n_period": 4, "n_raises": 5}
 CQL_NETS = {"q_n_hidden_layers": 2, "cql_n_actions": 3}
 NETWORKS = {

@@ -153,6 +153,7 @@ def test_the_weight_falls_on_a_line_to_its_end(steps, end, length):
     assert td3_bc.TrainConfig(env=TASK, bc_online="drop").bc_weight(steps) == 0.0
 
 
+@pytest.mark.narrow(256)
 def test_checkpoint_keys_are_corls_and_the_targets_are_kept():
     trainer, _ = make()
     rng = np.random.default_rng(0)

@@ -108,7 +108,8 @@ def numbers_alone(request, monkeypatch):
 def narrow_networks(request, monkeypatch):
     """With the mark `narrow(n)` a hidden layer of 256 units, as in the papers, gets n of them."""
     mark = request.node.get_closest_marker("narrow")
-    for layer in (torch.nn.Linear, torch.nn.LayerNorm) if mark else ():
+    layers = torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Embedding
+    for layer in layers if mark else ():
 
         def narrow(self, *sizes, make=layer.__init__, **options):
             make(self, *(mark.args[0] if n == 256 else n for n in sizes), **options)

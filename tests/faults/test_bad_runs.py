@@ -552,6 +552,7 @@ def test_a_lock_that_is_a_link_or_a_folder_is_refused(run, tmp_path):
     harness.assert_refused(harness.run(IQL, "--resume", run), "run.lock")
 
 
+@pytest.mark.makes("picture")
 def test_a_resume_of_a_folder_of_links_leaves_their_targets(run, finished, tmp_path):
     copy = tmp_path / "links"
     copy.mkdir()

@@ -376,6 +376,7 @@ def compile_in(folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(bool(compiled.obstacle()), reason="nothing to compile with")
 def test_the_next_process_finds_the_compiled_graph(tmp_path):
     hits, folder = compile_in(tmp_path / "compiled")

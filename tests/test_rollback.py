@@ -378,7 +378,8 @@ COMPILED = {
 
 @estimates
 @needs_compiler
-@pytest.mark.parametrize("name", with_slow(["iql"], COMPILED))
+@pytest.mark.whole
+@pytest.mark.parametrize("name", COMPILED)
 def test_the_estimate_compiles_and_the_run_compiles_nothing_again(
     name, tmp_path, monkeypatch
 ):

@@ -36,7 +36,7 @@ setup: $(READY)  ## make .venv with the pinned requirements
 run: $(READY)  ## the main job: DARE-IQL on hopper, minutes on a laptop
 	$(BIN)/python algorithms/dare_iql.py --config configs/iql/quick_start.yaml $(ARGS)
 
-test: $(DEV_READY)  ## the tests, about ten minutes on two cores
+test: $(DEV_READY)  ## all tests but the slow instances of test-slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 # pip sees the pins of all files at once, so that an optional package changes none of them; the

@@ -36,7 +36,7 @@ setup: $(READY)  ## make .venv with the pinned requirements
 run: $(READY)  ## the main job: DARE-IQL on hopper, minutes on a laptop
 	$(BIN)/python algorithms/dare_iql.py --config configs/iql/quick_start.yaml $(ARGS)
 
-test: $(DEV_READY)  ## all tests
+test: $(DEV_READY)  ## all tests but the slow instances of test-slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 # pip sees the pins of all files at once, so that an optional package changes none of them; the
@@ -62,7 +62,7 @@ test-optional: install-sweep install-minari install-robotics install-ogbench ins
 faults: $(DEV_READY)  ## every way a run can go wrong, and how many end as they should
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --all-faults $(ARGS)
 
-test-slow: $(DEV_READY)  ## the slow instances that `make test` leaves out, compiled updates among them
+test-slow: $(DEV_READY)  ## the slow instances that `make test` leaves out; before a release
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-faults -m whole $(ARGS)
 
 bounds:  ## do the lowest and the newest versions of pyproject.toml work? gigabytes, minutes

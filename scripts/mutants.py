@@ -31,7 +31,9 @@ import pytest
 from mutant_table import GROUPS, TESTS_OF, Group, Mutant
 
 ROOT = Path(__file__).parent.parent
-WIRING = ["tests/test_wiring.py", "tests/test_wiring_dare.py", "tests/test_kills.py"]
+# The slow instances, too: a mistake may stand in any algorithm.
+WIRING = ["--all-faults", "tests/test_wiring.py", "tests/test_wiring_dare.py"]
+WIRING += ["tests/test_kills.py"]
 # Imported before the tests are forked off: what is slow and not under test.
 PRELOADED = (
     *("numpy", "torch", "torch.distributions", "torch._dynamo", "gymnasium", "yaml"),

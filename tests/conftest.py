@@ -83,6 +83,40 @@ def no_timed_choice(monkeypatch):
     monkeypatch.setattr(pace, "available_cores", lambda **options: 2)
 
 
+@pytest.fixture(autouse=True)
+def numbers_alone(request, monkeypatch):
+    """A run leaves out what takes most of a short run and changes none of its numbers.
+
+    Where a test is about one of them, it has the mark `makes("estimate")` or the like.
+    """
+    from corl import curves, finetune, machine
+
+    left_out = {
+        "estimate": (finetune.Session, "_estimate", lambda *updates: {}),
+        "picture": (curves, "plot_curves", lambda *drawing: None),
+        "commit": (machine, "git_commit", lambda: "0" * 40),
+        # Many small files are written, and no power cut is waited for.
+        "sync": (os, "fsync", lambda file: None),
+    }
+    wanted = {x for mark in request.node.iter_markers("makes") for x in mark.args}
+    assert wanted <= left_out.keys()
+    for what in left_out.keys() - wanted:
+        monkeypatch.setattr(*left_out[what])
+
+
+@pytest.fixture(autouse=True)
+def narrow_networks(request, monkeypatch):
+    """With the mark `narrow(n)` a hidden layer of 256 units, as in the papers, gets n of them."""
+    mark = request.node.get_closest_marker("narrow")
+    layers = torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Embedding
+    for layer in layers if mark else ():
+
+        def narrow(self, *sizes, make=layer.__init__, **options):
+            make(self, *(mark.args[0] if n == 256 else n for n in sizes), **options)
+
+        monkeypatch.setattr(layer, "__init__", narrow)
+
+
 @pytest.fixture(scope="session")
 def chromium():
     """The path of a Chromium of the system."""

@@ -153,6 +153,7 @@ def test_the_variables_of_a_git_hook_do_not_mislead(users, tmp_path, monkeypatch
     assert commit.of_git(other / "work.py") == mine
 
 
+@pytest.mark.makes("commit")
 def test_the_record_is_asked_where_git_says_nothing(monkeypatch):
     monkeypatch.setattr(commit, "of_git", lambda file: "unknown")
     assert machine.git_commit() == "unknown"

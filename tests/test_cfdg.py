@@ -315,6 +315,7 @@ def test_without_generated_rows_it_is_iql_on_half_and_half(tmp_path, monkeypatch
     assert any(not torch.equal(actors[0][k], actors[1][k]) for k in actors[0])
 
 
+@pytest.mark.narrow(64)
 def test_it_learns_with_generated_rows(tmp_path, monkeypatch):
     """The toy: 0 is standing still, 100 the optimum."""
     block = cfdg_block(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import hard_release, make_hook
+from kinds import with_slow
 from torch._dynamo.utils import counters
 
 from algorithms import (
@@ -166,17 +167,13 @@ CASES = {
 }
 
 
-# Half a minute to two minutes of compiling each; the same operations stand in the other cases.
-SLOW = ("baq_cal_ql", "e2o, gap kept", "wsrl", "wsrl, online", "dare_wsrl")
-SLOW += ("famo2o_iql", "famo2o_cql, online", "opt_td3")
-SLOW += ("dare_famo2o_cql", "dare_cql_sa", "dare_opt_spot")
+# One graph; one with and one without the policy; the most operations, of released rows. The others
+# take up to two minutes of compiling each.
+FAST = ("iql", "td3_bc", "dare_cal_ql")
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=pytest.mark.whole) if x in SLOW else x for x in CASES],
-)
+@pytest.mark.parametrize("name", with_slow(FAST, CASES))
 def test_the_compiled_update_is_the_eager_one_and_goes_on_after_a_resume(name):
     """Six updates of one trainer against three, a checkpoint and three more.
 

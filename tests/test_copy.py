@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kinds import with_slow
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(
@@ -344,7 +345,9 @@ def test_an_installation_brings_the_packages_and_the_policies(site):
     assert {p.name for p in there.iterdir()} == weights
 
 
-@pytest.mark.parametrize("file", ["cql", "dare_iql", "dare_cal_ql"])
+@pytest.mark.parametrize(
+    "file", with_slow(["dare_iql"], ["cql", "dare_iql", "dare_cal_ql"])
+)
 def test_an_algorithm_file_outside_the_repository_runs(file, site, tmp_path):
     """After `pip install .`; no configs, no algorithms beside it."""
     shutil.copy(ROOT / "algorithms" / f"{file}.py", tmp_path)

@@ -12,6 +12,7 @@ from algorithms import iql, td3_bc
 from corl import curves
 from corl.drop import Drop, drop_at_the_switch, drop_of, score_before
 
+pytestmark = pytest.mark.narrow(16)
 STEPS = [1000, 2000, 5000, 10000, 15000, 20000]
 
 

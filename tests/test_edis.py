@@ -7,6 +7,7 @@ import pytest
 import torch
 import wiring
 from helpers import assert_equal, make_buffer
+from kinds import one_of_each_kind
 from short_runs import (
     assert_same_weights,
     checkpoint_of,
@@ -282,7 +283,8 @@ def test_between_refreshes_the_authors_schedule_is_iql_with_one_buffer(
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("module", [edis_iql, edis_cal_ql])
+@pytest.mark.narrow(64)
+@pytest.mark.parametrize("module", one_of_each_kind([edis_iql, edis_cal_ql]))
 def test_it_learns_with_generated_rows(module, tmp_path, monkeypatch):
     """The toy: 0 is standing still, 100 the optimum."""
     block = edis_block(

@@ -32,8 +32,8 @@ from corl_dare.exchange import (
     separation_point,
 )
 
-properties = settings(deadline=None, derandomize=True, max_examples=100)
-few = settings(properties, max_examples=40)
+properties = settings(deadline=None, derandomize=True, max_examples=50)
+few = settings(properties, max_examples=20)
 D = torch.float64
 
 ties = st.integers(-3, 3).map(float)  # a coarse grid: many equal scores
@@ -283,7 +283,7 @@ ratios = st.one_of(
 )
 
 
-@settings(properties, max_examples=300)
+@settings(properties, max_examples=100)
 @given(st.floats(-100, 100), widths, st.floats(-4, 3), st.booleans(), ratios)
 def test_separation_point_equals_bisection(mean_off, std_off, log_gap, inverted, ratio):
     gap = std_off * 10.0**log_gap * (-1 if inverted else 1)
@@ -415,7 +415,7 @@ def brute_force_exchange(off, on, cap, rule, tau):
 
 
 @pytest.mark.parametrize("rule", ["threshold", "direct"])
-@settings(properties, max_examples=150)
+@settings(properties, max_examples=60)
 @given(halves(), caps)
 def test_exchange_equals_brute_force(rule, both, cap):
     off, on = both
@@ -434,7 +434,7 @@ def test_exchange_equals_brute_force(rule, both, cap):
     assert weight.tolist() == [1.0] * len(off) + [0.0] * len(on)
 
 
-@settings(properties, max_examples=150)
+@settings(properties, max_examples=60)
 @given(halves(), caps)
 def test_posterior_rule_equals_brute_force(both, cap):
     off, on = both

@@ -565,6 +565,7 @@ def test_the_command_writes_every_cell(tiny):
     assert all(s["source"] == "self-collected" for s in record["sources"])
 
 
+@pytest.mark.whole
 def test_the_report_is_the_same_byte_for_byte(tiny):
     out, command = tiny
     names = ["README.md", "auc.png", "purity.png", "reliability.png", "cost.png"]

@@ -19,6 +19,7 @@ from corl_dare.hook import Release
 from policy_family.balance import BalanceModel
 from policy_family.coefficient import encode
 
+pytestmark = pytest.mark.narrow(32)
 BOTH = (famo2o_iql, famo2o_cql)
 PUBLIC = {m: m.TrainConfig.PRESETS["public_code"] for m in BOTH}
 

@@ -6,6 +6,7 @@ mask indexing. It lets `.cpu()` pass, so a second guard counts copies to the hos
 
 import copy
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -98,29 +99,39 @@ def make_trainer(module, **fields):
     return module.make_trainer(config, S, A, 1.0, "cpu")
 
 
-def updates():
-    """Name -> a callable that makes one update."""
+def later(make):
+    """Calls of `make` wait until they are called: a test needs one trainer and not all of them."""
+    return lambda *args, **fields: partial(make, *args, **fields)
 
+
+def updates():
+    """Name -> what makes a trainer, and returns a callable that makes one update of it."""
+
+    @later
     def plain(deterministic):
         trainer = make_trainer(iql, iql_deterministic=deterministic)
         return lambda: trainer.train(batch())
 
+    @later
     def in_phase(module, online, **fields):
         trainer = make_trainer(module, **fields)
         release = [Release(torch.rand(B))] * (module is dare_famo2o_cql)
         return lambda: trainer.train(batch(), online, *release)
 
+    @later
     def weighed():
         trainer = make_trainer(baq_cal_ql, cql_n_actions=2)
         more = [torch.randn(B, 1)]
         return lambda: trainer.train(batch() + more, torch.rand(B))
 
+    @later
     def ensemble(module, online, **fields):
         trainer = make_trainer(module, utd=1, hidden_dim=16, **fields)
         returns = [torch.randn(B, 1)] * (module in (wsrl, dare_wsrl))
         release = [Release(torch.rand(B))] * (module is dare_wsrl)
         return lambda: trainer.train(batch() + returns, online, *release)
 
+    @later
     def dare(value):
         block = dare_iql.DareIQLConfig(value=value)
         trainer = make_trainer(dare_iql, dare=block)
@@ -128,6 +139,7 @@ def updates():
         trainer.dare_generator = None
         return lambda: trainer.train(batch(), Release(torch.rand(B)))
 
+    @later
     def conservative(module, **fields):
         trainer = make_trainer(module, cql_n_actions=2, **fields)
         extra = [torch.randn(B, 1)] * (module in (cal_ql, dare_cal_ql))
@@ -137,6 +149,7 @@ def updates():
 
     maze = {"cql_lagrange": True, "cql_max_target_backup": True, "backup_entropy": True}
 
+    @later
     def actor_critic(module, **fields):
         trainer = make_trainer(module, **fields)
         # The policy of TD3+BC learns in the second update, that of ReBRAC in the first.
@@ -147,14 +160,17 @@ def updates():
         release = [Release(torch.rand(B))] * (module in twins)
         return lambda: trainer.train(batch() + more, *release)
 
+    @later
     def vae():
         trainer = make_trainer(spot)
         return lambda: trainer.vae_train(batch())
 
+    @later
     def ssar_filter():
         trainer = make_trainer(td3_bc_sa, trust_by="iql")
         return lambda: trainer.chosen_by.train(batch())
 
+    @later
     def pretrained(module, online):
         trainer = make_trainer(module)
         # FakeTensorMode takes no generator: the global stream will do for shapes.
@@ -232,10 +248,10 @@ def test_update_reads_nothing_on_the_host(name, monkeypatch):
         # without a copy of their mode.
         patch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
         patch.setattr(copy, "deepcopy", lambda x: deepcopy(x, {id(mode): mode}))
-        work = updates()[name]
+        work = updates()[name]()
         work()
         work()
-    work = updates()[name]
+    work = updates()[name]()
     with HostReads() as reads:
         logs = work()
     assert reads.calls == []

@@ -14,6 +14,7 @@ from algorithms import dare_iql, iql
 from corl import checkpoints
 from corl_dare.hook import Release
 
+pytestmark = pytest.mark.narrow(32)
 S, A, B = 11, 3, 64
 TASK = "hopper-medium-v2"
 

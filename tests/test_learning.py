@@ -1,10 +1,12 @@
 """Every algorithm learns a toy with a known optimum, offline and online, in the real `train`."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+from kinds import one_of_each_kind, with_slow
 from short_runs import (
     assert_same_weights,
     awac_block,
@@ -55,8 +57,14 @@ from algorithms import (
 from corl import curves
 from corl_dare import hook
 
+# The toy has two states and an action; the widths of the papers learn it no better.
+pytestmark = pytest.mark.narrow(64)
 
-@pytest.mark.parametrize("kind", ["iql", "policy_ratio", "diffusion"])
+
+@pytest.mark.makes("picture")
+@pytest.mark.parametrize(
+    "kind", with_slow(["iql", "policy_ratio"], ["iql", "policy_ratio", "diffusion"])
+)
 def test_it_learns_offline_and_online(kind, tmp_path, monkeypatch):
     """0 is standing still, 100 the optimum; the data's policy scores about 50."""
     module, fields = iql, {}
@@ -94,15 +102,16 @@ BLOCKS = {
 }
 
 
+# BAQ learns less online where the offline score of narrower networks is high.
+@pytest.mark.narrow(256)
 @pytest.mark.parametrize(
     "module",
-    [
-        *(cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql),
-        *(
-            pytest.param(m, marks=pytest.mark.whole)
-            for m in (dare_famo2o_cql, dare_cql_sa)
-        ),
-    ],
+    one_of_each_kind(
+        [
+            *(cql, dare_cql, cal_ql, dare_cal_ql, cql_sa, baq_cal_ql, e2o, famo2o_cql),
+            *(dare_famo2o_cql, dare_cql_sa),
+        ]
+    ),
 )
 def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch):
     # The halves are nearly separated here, so few batches have a row to exchange.
@@ -124,8 +133,13 @@ def test_the_cql_family_learns_offline_and_online(module, tmp_path, monkeypatch)
         assert 0 < max(exchanged) <= 8
 
 
-@pytest.mark.parametrize("mixing_ratio", [None, 0.5])
-@pytest.mark.parametrize("module", [td3_bc, awac, rebrac, spot])
+@pytest.mark.parametrize(
+    "module, mixing_ratio",
+    with_slow(
+        [(td3_bc, None), (awac, 0.5), (rebrac, None), (spot, 0.5)],
+        itertools.product([td3_bc, awac, rebrac, spot], [None, 0.5]),
+    ),
+)
 def test_the_actor_critics_learn_offline_and_online(
     module, mixing_ratio, tmp_path, monkeypatch
 ):
@@ -160,7 +174,7 @@ def test_famo2o_on_iql_learns_offline_and_online(tmp_path, monkeypatch):
     assert summary["score_offline"] > 65 and summary["score_final"] > 85, summary
 
 
-@pytest.mark.parametrize("module", [opt_td3, opt_spot])
+@pytest.mark.parametrize("module", one_of_each_kind([opt_td3, opt_spot]))
 def test_opt_learns_offline_and_online(module, tmp_path, monkeypatch):
     summary = run(module, tmp_path, monkeypatch)
     assert summary["score_offline"] > 65, summary
@@ -176,11 +190,12 @@ def test_td3_bc_sa_learns_from_the_best_trajectories(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "module, cap",
-    [
-        *((dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)),
-        pytest.param(dare_wsrl, 8, marks=pytest.mark.whole),
-        (dare_opt_spot, 8),
-    ],
+    one_of_each_kind(
+        [
+            *((dare_td3_bc, 8), (dare_awac, 2), (dare_rebrac, 8), (dare_spot, 8)),
+            *((dare_wsrl, 8), (dare_opt_spot, 8)),
+        ]
+    ),
 )
 def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch):
     block = BLOCKS.get(module, noisy_block)
@@ -194,7 +209,7 @@ def test_their_dare_twins_learn_and_exchange(module, cap, tmp_path, monkeypatch)
     assert 0 < summary["exchanges_mean"] <= cap
 
 
-@pytest.mark.parametrize("lambd", [0.0, 1e3])
+@pytest.mark.parametrize("lambd", with_slow([1e3], [0.0, 1e3]))
 def test_the_support_constraint_decides_between_the_optimum_and_the_data(
     lambd, tmp_path, monkeypatch
 ):
@@ -211,8 +226,8 @@ def test_a_weight_that_is_the_same_for_all_rows_is_spot_without_cooling(
     weight, tmp_path, monkeypatch
 ):
     """DARE off, every weight 1, every weight 0: SPOT, and SPOT with lambda 0, bit for bit."""
-    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
-    short.update(mixing_ratio=0.5, n_episodes=1, vae_iterations=20)
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
+    short.update(mixing_ratio=0.5, n_episodes=1, vae_iterations=6)
     sample = hook.DareHook.sample
 
     def constant(self, batch_size):
@@ -233,6 +248,7 @@ def test_a_weight_that_is_the_same_for_all_rows_is_spot_without_cooling(
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bc_online", ["drop", "anneal"])
 @pytest.mark.parametrize("module", [td3_bc, rebrac])
 def test_td3_without_its_cloning_term_learns_on(
@@ -246,7 +262,7 @@ def test_td3_without_its_cloning_term_learns_on(
 @pytest.mark.parametrize("mixing_ratio", [None, 0.5])
 def test_off_means_equal(mixing_ratio, tmp_path, monkeypatch):
     """With DARE off the DARE file trains the baseline's numbers, bit for bit."""
-    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
     fields = {**short, "mixing_ratio": mixing_ratio, "n_episodes": 1}
     off = dare_iql.DareIQLConfig(enabled=False)
     run(iql, tmp_path / "a", monkeypatch, **fields)
@@ -263,7 +279,7 @@ def test_a_weight_that_is_the_same_for_all_rows_is_bc_online(
     base, twin, bc_online, tmp_path, monkeypatch
 ):
     """DARE off, every weight 1, every weight 0: the baseline's numbers, bit for bit."""
-    short = {"offline_iterations": 60, "online_iterations": 60, "eval_freq": 60}
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
     short.update(mixing_ratio=0.5, n_episodes=1)
     sample = hook.DareHook.sample
     drawn_by_hook = []
@@ -291,7 +307,7 @@ def test_off_means_equal_where_every_row_counts(
     baseline, module, dare, tmp_path, monkeypatch
 ):
     """Off, or exchanging nothing with every weight 1: the baseline's numbers, bit for bit."""
-    short = {"offline_iterations": 40, "online_iterations": 40, "eval_freq": 40}
+    short = {"offline_iterations": 15, "online_iterations": 15, "eval_freq": 15}
     short["mixing_ratio"] = 0.5
     run(baseline, tmp_path / "a", monkeypatch, **short, n_episodes=1)
     if "cap" in dare:
@@ -309,8 +325,13 @@ def test_off_means_equal_where_every_row_counts(
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("module", [cql, dare_cql, cal_ql, dare_cal_ql, dare_awac])
-@pytest.mark.parametrize("stop_at", [20, 60])
+@pytest.mark.parametrize(
+    "module, stop_at",
+    with_slow(
+        [(dare_cal_ql, 60)],
+        itertools.product([cql, dare_cql, cal_ql, dare_cal_ql, dare_awac], [20, 60]),
+    ),
+)
 def test_stopped_and_resumed_equals_an_unbroken_run(
     module, stop_at, tmp_path, monkeypatch
 ):
@@ -358,7 +379,7 @@ def test_rows_collected_online_have_no_lower_bound(tmp_path, monkeypatch):
 
 def test_dare_on_changes_the_online_phase_only(tmp_path, monkeypatch):
     """The offline phase of a DARE run is the baseline's, whatever the hook will do."""
-    fields = {"offline_iterations": 60, "online_iterations": 0, "eval_freq": 60}
+    fields = {"offline_iterations": 15, "online_iterations": 0, "eval_freq": 15}
     run(iql, tmp_path / "a", monkeypatch, n_episodes=1, **fields)
     block = dare_block("policy_ratio", behavior_updates=5)
     run(dare_iql, tmp_path / "b", monkeypatch, n_episodes=1, dare=block, **fields)

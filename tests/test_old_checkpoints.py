@@ -17,6 +17,7 @@ from short_runs import (
 from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
 from corl import checkpoints, curves
 
+pytestmark = pytest.mark.narrow(16)
 SHORT = {
     "offline_iterations": 20,
     "online_iterations": 20,

@@ -497,12 +497,6 @@ OPT = {"pretrain_updates": 8, "kappa_start": 0.1, "kappa_steps": 25}
 BASE = {"actor_dropout": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It would take longer than these runs."""
-    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
-
-
 class One:
     """In the place of alpha: the normalizer of TD3+BC is 1, whatever Q is."""
 
@@ -585,6 +579,7 @@ def stop_in_pretraining(monkeypatch, done):
     monkeypatch.setattr(critics.OnlinePretraining, "advance", stopping)
 
 
+@pytest.mark.makes("estimate")
 @BOTH
 def test_a_run_that_is_stopped_in_the_pre_training_goes_on_to_the_same_bits(
     module, tmp_path, monkeypatch, capsys

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from algorithms import iql
-from corl import curves, envs, machine, own_envs, rewards, run_tables, tasks, trained
+from corl import envs, machine, own_envs, rewards, run_tables, tasks, trained
 from corl.config import parse_config
 from corl.data import sources
 from corl.standin import own_policy
@@ -323,6 +323,7 @@ def columns_of(folder, name):
     return lines[0].split(","), [line.split(",") for line in lines[1:]]
 
 
+@pytest.mark.makes("picture")
 def test_without_reference_scores_everything_is_told_in_raw_returns(tmp_path, capsys):
     summary, folder = run(tmp_path, "--normalize_reward", "true")
     assert columns_of(folder, "evaluations.csv")[0] == [
@@ -413,7 +414,6 @@ def test_a_sweep_over_own_environments_ends_in_a_page_of_returns(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
     monkeypatch.setattr(machine, "git_commit", lambda: "0123456789abcdef")
     Path("walks_of_a_sweep.py").write_text(WALKS)
     Path("sweep.yaml").write_text(

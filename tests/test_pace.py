@@ -377,6 +377,7 @@ def compile_in(folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(bool(compiled.obstacle()), reason="nothing to compile with")
 def test_the_next_process_finds_the_compiled_graph(tmp_path):
     hits, folder = compile_in(tmp_path / "compiled")
@@ -468,6 +469,7 @@ def test_a_phase_that_was_not_measured_is_not_judged():
     assert looks(watch, "offline", 100.0, 100)[0] == []
 
 
+@pytest.mark.makes("estimate")
 def test_a_run_prints_that_it_became_slow_once(tmp_path, monkeypatch, capsys):
     """Its updates were measured to take no time."""
     monkeypatch.setattr(pace, "SLOW_SECONDS", 1e-9)

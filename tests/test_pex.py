@@ -12,6 +12,7 @@ from short_runs import run
 from algorithms import iql, pex
 from corl import checkpoints, finetune
 
+pytestmark = pytest.mark.narrow(32)
 S, A, B = 5, 2, 64
 TASK = "hopper-medium-v2"
 
@@ -258,7 +259,6 @@ def test_the_first_update_comes_after_the_warm_up_from_halves(tmp_path, monkeypa
         return update(self, batch, online)
 
     monkeypatch.setattr(pex.PolicyExpansion, "train", watched)
-    monkeypatch.setattr(finetune.Session, "_estimate", lambda *args: {})
     fields = {"offline_iterations": 3, "online_iterations": 20, "online_warmup": 12}
     summary = run(pex, tmp_path, monkeypatch, eval_freq=23, n_episodes=1, **fields)
     assert seen == [(False, 64)] * 3 + [(True, 64)] * 8 and summary["updates"] == 11

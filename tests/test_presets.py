@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from kinds import one_of_each_kind
 from short_runs import CQL_FIELDS, DEFAULTS, SMALL, run
 
 from algorithms import (
@@ -40,6 +41,7 @@ from corl.config import parse_config
 from corl.layers import ConfigError, dump_config, make_config, presets_help, presets_of
 from corl_dare.config import PRESETS, DareConfig
 
+pytestmark = pytest.mark.narrow(16)
 WITH_PRESETS = [dare_iql, dare_cal_ql, dare_cql, dare_awac, dare_td3_bc, dare_rebrac]
 WITH_PRESETS += [dare_spot, dare_wsrl, dare_famo2o_cql, dare_cql_sa, dare_opt_spot]
 BASELINES = [
@@ -140,7 +142,7 @@ def test_a_preset_changes_nothing_in_a_baseline(module, tmp_path, capsys):
     assert presets_help(module.TrainConfig) == ""
 
 
-@pytest.mark.parametrize("module", WITH_PRESETS)
+@pytest.mark.parametrize("module", one_of_each_kind(WITH_PRESETS))
 def test_the_help_lists_what_each_preset_changes(module, capsys):
     with pytest.raises(SystemExit):
         parse_config(module.TrainConfig, ["--help"])
@@ -208,22 +210,26 @@ def started(tmp_path, monkeypatch, capsys):
     return start
 
 
-@pytest.mark.parametrize("module", WITH_PRESETS)
+@pytest.mark.makes("estimate")
+@pytest.mark.parametrize("module", one_of_each_kind(WITH_PRESETS))
 def test_a_long_run_names_the_shorter_presets_with_their_times(module, started):
     (line,) = [x for x in started(module).splitlines() if "--preset" in x]
     assert "--preset near: about " in line and "--preset cpu: about " in line
 
 
+@pytest.mark.makes("estimate")
 def test_a_short_run_names_none(started, monkeypatch):
     monkeypatch.setattr(finetune, "LONG", 1e9)
     assert "--preset" not in started(dare_iql)
 
 
+@pytest.mark.makes("estimate")
 def test_a_run_without_the_method_names_none(started):
     off = dare_iql.DareIQLConfig(enabled=False)
     assert "--preset" not in started(dare_iql, dare=off)
 
 
+@pytest.mark.makes("estimate")
 def test_a_preset_that_takes_longer_is_not_named(started, monkeypatch):
     slow = {"behavior_updates": 10**9, "behavior": "mixture", "guidance_scale": 0.0}
     monkeypatch.setitem(TINY, "cpu", {"dare": slow})

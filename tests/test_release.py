@@ -20,6 +20,8 @@ from corl_dare.config import ALIKE, SCORING, DareConfig
 from corl_dare.hook import DareHook, Release, prepare
 from corl_dare.hook_stacked import StackedHook
 
+pytestmark = pytest.mark.narrow(16)
+
 
 def plain_block(algorithm, **fields):
     """Values that put the block of the toy's config back to its defaults."""

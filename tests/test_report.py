@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from algorithms import dare_iql, iql
-from corl import curves, machine, runs
+from corl import machine, runs
 from corl.config import parse_config
 from corl.tasks import D4RL, NORMALIZED, RAW
 from experiments import figures, groups, report, snapshot
@@ -77,8 +77,6 @@ SNAPSHOT = {
 def make_run(tmp_path, monkeypatch):
     """A run folder as `runs.Run` leaves it, with scores made up from the seed."""
     monkeypatch.setattr(machine, "git_commit", lambda: "0123456789abcdef")
-    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # hundreds of small files
     monkeypatch.setattr(
         machine,
         "describe",

@@ -76,6 +76,8 @@ def unbroken(tmp_path_factory, environment):
     return next((folder / "runs").iterdir())
 
 
+# Processes that are killed at any moment, of other algorithms: tests/faults/test_run_kills.py.
+@pytest.mark.whole
 @pytest.mark.parametrize("lines", [8, 12])
 def test_killed_and_resumed_equals_an_unbroken_run(
     lines, tmp_path, environment, unbroken

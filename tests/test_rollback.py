@@ -1,6 +1,7 @@
 """The time estimate tries every part for real; afterwards nothing is as if it had."""
 
 import functools
+import itertools
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ import torch
 from helpers import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import one_of_each_kind, with_slow
 from short_runs import (
     awac_block,
     baq_block,
@@ -65,6 +67,7 @@ from algorithms import (
 from corl import compiled, finetune
 from corl.rollback import Snapshot
 
+pytestmark = pytest.mark.narrow(16)
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, compiled.COMPILERS)), reason="no C++ compiler"
 )
@@ -236,6 +239,7 @@ def test_the_global_streams_are_put_back(seed, draws):
 
 # ---------------------------------------------------------------- whole runs
 
+estimates = pytest.mark.makes("estimate")
 SHORT = {
     "offline_iterations": 20,
     "online_iterations": 20,
@@ -330,45 +334,30 @@ def assert_same_run(one, two):
         assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@estimates
+@pytest.mark.parametrize("name", one_of_each_kind(RUNS))
 def test_a_run_with_the_estimate_equals_one_without(name, tmp_path, monkeypatch, capsys):
     module, fields = RUNS[name]
     run(module, tmp_path / "a", monkeypatch, **{**SHORT, **fields})
-    assert "estimated time on this cpu" in capsys.readouterr().out
+    (line,) = re.findall("estimated time on this cpu.*", capsys.readouterr().out)
+    assert "online" in line
     without_estimate(monkeypatch)
     run(module, tmp_path / "b", monkeypatch, **{**SHORT, **fields})
     assert "estimated time" not in capsys.readouterr().out
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+# Stopped offline, online, and where a part of its own decides what is left.
+RESUMED = {
+    *(("iql, two buffers", 10), ("iql, two buffers", 30), ("dare_iql, guided", 30)),
+    *(("spot", 10), ("opt_td3", 30), ("td3_bc_sa", 30), ("baq_cal_ql", 30)),
+}
+
+
+@estimates
 @pytest.mark.parametrize(
-    "name",
-    [
-        "iql, two buffers",
-        "dare_iql, guided",
-        "dare_cal_ql",
-        "dare_cql",
-        "td3_bc",
-        "awac",
-        "dare_awac",
-        "rebrac",
-        "dare_rebrac",
-        "spot",
-        "pex",
-        "opt_td3",
-        "opt_spot",
-        "td3_bc_sa",
-        "cql_sa",
-        pytest.param("dare_cql_sa", marks=pytest.mark.whole),
-        "e2o",
-        "baq_cal_ql",
-        "rlpd",
-        "wsrl",
-        "famo2o_iql",
-        "famo2o_cql",
-    ],
+    "name, stop_at", with_slow(RESUMED, itertools.product(RUNS, (10, 30)))
 )
-@pytest.mark.parametrize("stop_at", [10, 30])
 def test_a_resumed_run_with_the_estimate_equals_one_without(
     name, stop_at, tmp_path, monkeypatch
 ):
@@ -385,6 +374,7 @@ def test_a_resumed_run_with_the_estimate_equals_one_without(
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+@estimates
 def test_the_estimate_names_every_part_that_takes_time(tmp_path, monkeypatch, capsys):
     module, fields = RUNS["dare_iql, guided"]
     estimates = []
@@ -408,7 +398,9 @@ COMPILED = {
 }
 
 
+@estimates
 @needs_compiler
+@pytest.mark.whole
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_estimate_compiles_and_the_run_compiles_nothing_again(
     name, tmp_path, monkeypatch

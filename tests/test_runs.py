@@ -78,6 +78,7 @@ def test_paths_are_shown_without_the_home_folder(monkeypatch, tmp_path):
     assert machine.tidy_path("/data/x") == "/data/x"
 
 
+@pytest.mark.makes("commit")
 def test_commit_of_this_code_or_unknown(monkeypatch):
     assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", machine.git_commit())
 
@@ -88,6 +89,7 @@ def test_commit_of_this_code_or_unknown(monkeypatch):
     assert machine.git_commit() == "unknown"
 
 
+@pytest.mark.makes("commit")
 def test_only_changed_code_makes_a_commit_dirty(tmp_path, monkeypatch):
     for name in ("corl/machine.py", "algorithms/a.py", "results/numbers.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -643,7 +645,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
     command = [sys.executable, "toy_run.py"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(
-        [*command, "--offline_iterations", "3000"], **options
+        [*command, "--offline_iterations", "300"], **options
     ) as process:
         folder = process.stdout.readline().split()[-1]
         process.send_signal(number)
@@ -651,7 +653,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
     assert process.returncode == 128 + number, errors
     hint = re.search(r"saved at step (\d+); go on with: --resume (\S+)", output)
     step = int(hint.group(1))
-    assert hint.group(2) == folder and 3 <= step < 3000
+    assert hint.group(2) == folder and 3 <= step < 300
     assert len(table(here / folder, "metrics.csv")) == step
     assert "Traceback" not in errors
     # what the line says works
@@ -659,7 +661,7 @@ def test_a_signal_saves_says_how_to_go_on_and_is_the_exit_status(here, number):
     done = subprocess.run(more, **options, timeout=60)
     assert done.returncode == 0, done.stderr
     steps = [int(r["step"]) for r in table(here / folder, "metrics.csv")]
-    assert steps == list(range(1, 3002))
+    assert steps == list(range(1, 302))
 
 
 @pytest.mark.parametrize(
@@ -855,21 +857,17 @@ def is_image(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-@pytest.mark.parametrize("exchange", [False, True])
-@pytest.mark.parametrize(
-    "offline, online, rows, kind",
-    [
-        *((4, 6, rows, "plain") for rows in (0, 1, 6)),
-        *((4, 6, 6, kind) for kind in ("nan", "inf", "huge")),
-        *(
-            (4, 0, 6, "plain"),
-            (0, 6, 6, "plain"),
-            (0, 0, 1, "plain"),
-            (0, 0, 0, "plain"),
-        ),
-        *((4, 6, 1, "nan"), (4, 6, 1, "huge")),
-    ],
-)
+# With the panels of the exchange and without: phases, rows, and what stands in them.
+DRAWN = [
+    *((True, 4, 6, rows, "plain") for rows in (0, 1, 6)),
+    *((True, 4, 6, 6, kind) for kind in ("nan", "inf", "huge")),
+    *((True, 4, 0, 6, "plain"), (True, 0, 6, 6, "plain"), (True, 0, 0, 1, "plain")),
+    *((True, 4, 6, 1, "nan"), (False, 4, 6, 6, "nan"), (False, 0, 0, 0, "plain")),
+]
+
+
+@pytest.mark.makes("picture")
+@pytest.mark.parametrize("exchange, offline, online, rows, kind", DRAWN)
 def test_curves_are_drawn_whatever_is_there(here, exchange, offline, online, rows, kind):
     run = make_run(
         columns=LOGS if exchange else ["loss"],
@@ -908,6 +906,7 @@ def drawn(run, label, monkeypatch, panels=()):
     return figures[0]
 
 
+@pytest.mark.makes("picture")
 def test_curves_show_the_numbers_their_source_and_the_switch(here, monkeypatch):
     run = make_run(columns=LOGS, name="DARE", seed=3)
     run.evaluation(2, "offline", np.zeros(2), np.array([10.0, 20.0]))
@@ -944,12 +943,14 @@ def test_curves_show_the_numbers_their_source_and_the_switch(here, monkeypatch):
     assert texts == ["offline", "online"]
 
 
+@pytest.mark.makes("picture")
 def test_a_run_without_exchange_has_one_panel(here, monkeypatch):
     run = scored([1], [2, 3])
     run.log(1, "offline", {"loss": 1.0})
     assert len(drawn(run, "made up", monkeypatch).axes) == 1
 
 
+@pytest.mark.makes("picture")
 def test_no_evaluations_are_said_so(here, monkeypatch):
     figure = drawn(make_run(), "made up", monkeypatch)
     assert "no evaluations" in [text.get_text() for text in figure.axes[0].texts]
@@ -963,6 +964,7 @@ PANEL = {
 BARE = {"label": "loss", "bottom": -3, "lines": [("", "loss", "#CC79A7", "-")]}
 
 
+@pytest.mark.makes("picture")
 def test_panels_are_drawn_as_they_are_handed_in(here, monkeypatch):
     """Each with its label, its lines, and one standard deviation around a mean."""
     run = make_run(columns=("goal", "mean", "spread", "loss"))
@@ -986,6 +988,7 @@ def test_panels_are_drawn_as_they_are_handed_in(here, monkeypatch):
     assert [[2, 7], [3, 8]] in drawn_loss and not second.collections
 
 
+@pytest.mark.makes("picture")
 @pytest.mark.parametrize("panels", [[], [PANEL], [PANEL, BARE]])
 def test_panels_without_a_logged_number_are_left_out(here, monkeypatch, panels):
     run = make_run()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import wiring
 from helpers import assert_equal
+from kinds import one_of_each_kind
 from short_runs import assert_same_weights, checkpoint_of, folder_of, run, stop_after
 from short_runs import noisy_block as block
 from test_hot_loop import HostReads
@@ -29,6 +30,7 @@ from algorithms import (
 from corl.buffers import ReplayBuffer
 from corl.sampling import OnPolicyBuffer, standard_log_prob
 
+pytestmark = pytest.mark.narrow(16)
 S, A = 2, 3
 TASK = "hopper-medium-v2"
 
@@ -313,7 +315,7 @@ def test_who_cannot_draw_so_refuses_it():
             config(env=TASK, sampling="on_policy")
 
 
-@pytest.mark.parametrize("name", ON_POLICY_TOO)
+@pytest.mark.parametrize("name", one_of_each_kind(ON_POLICY_TOO))
 def test_every_algorithm_draws_its_online_batches_so(name, recorded):
     """The parts are in the checkpoint, the offline phase is the one of uniform batches."""
     single = {"mixing_ratio": None} if name in ("td3_bc", "iql") else {}

@@ -14,6 +14,7 @@ OFFLINE, ONLINE, WARMUP, UTD = (
     for name in ("offline_iterations", "online_iterations", "online_warmup", "utd")
 )
 ACT, UPDATE = 1.0, 4.0  # seconds of the false clock
+pytestmark = pytest.mark.makes("estimate")
 
 
 class Clock:

@@ -20,6 +20,7 @@ from corl import checkpoints, finetune, runs
 from corl_dare.config import NoisyDareConfig
 from corl_dare.hook import Release
 
+pytestmark = pytest.mark.narrow(32)
 CORL_KEYS = {"vae", "vae_optimizer", "total_it"}
 CORL_KEYS |= {name for part in NETWORKS for name in (part, f"{part}_optimizer")}
 NARROW = {"vae_hidden_dim": 24, "vae_latent_dim": 3}
@@ -420,6 +421,7 @@ def test_a_run_that_is_asked_to_stop_while_its_vae_learns_goes_on(
     assert "VAE: 11 updates, reconstruction_loss 0." in shown
 
 
+@pytest.mark.makes("estimate")
 def test_the_estimate_counts_what_is_left_of_the_vae(tmp_path, monkeypatch, capsys):
     asked = []
     seconds = finetune.Session._seconds_of_pretraining

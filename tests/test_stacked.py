@@ -35,6 +35,7 @@ from corl_dare.config import DareConfig
 from corl_dare.hook import DareHook, Release
 from corl_dare.hook_stacked import StackedHook
 
+pytestmark = pytest.mark.narrow(32)
 S, A, B = 5, 2, 12
 TASK = "hopper-medium-v2"
 FAST = dare_iql.DareIQLConfig(backup_actions=1)
@@ -43,10 +44,10 @@ CQL = {"cql_n_actions": 2, "bc_steps": 3}
 MOST = {**CQL, "cql_lagrange": True, "cql_max_target_backup": True}
 WSRL = {"cql_n_actions": 2, "hidden_dim": 16, "base": "cal_ql"}
 CASES = {
-    "iql": (iql, {}, 8, 100),
+    "iql": (iql, {}, 3, 100),
     "iql, deterministic": (iql, {"iql_deterministic": True}, 2, 10),
     "dare_iql, offline": (dare_iql, {"mixing_ratio": 0.5}, 2, 10),
-    "dare_iql, online": (dare_iql, {"dare": FAST}, 8, 100),
+    "dare_iql, online": (dare_iql, {"dare": FAST}, 3, 100),
     "td3_bc": (td3_bc, {}, 2, 12),
     "dare_td3_bc, online": (dare_td3_bc, {}, 2, 12),
     "pex, offline": (pex, {}, 2, 12),
@@ -146,19 +147,8 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """IQL's networks have 32 units."""
-    for module in (iql, dare_iql):
-        for network in (module.TwinQ, module.ValueFunction, module.Policy):
-            values = tuple(
-                32 if value == 256 else value for value in network.__init__.__defaults__
-            )
-            monkeypatch.setattr(network.__init__, "__defaults__", values)
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_stacked_seeds_learn_what_separate_ones_learn(case, double, small):
+def test_stacked_seeds_learn_what_separate_ones_learn(case, double):
     module, fields, seeds, count = CASES[case]
     online = case.endswith("online")
     alone, streams = trainers(module, fields, seeds), [Streams(s) for s in range(seeds)]

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from kinds import one_of_each_kind
 from short_runs import (
     cal_ql_block,
     dare_block,
@@ -37,6 +38,7 @@ from corl.config import parse_config
 from corl.layers import ConfigError
 from corl.stacked_session import StackedSession
 
+pytestmark = pytest.mark.narrow(16)
 SHORT = {
     "offline_iterations": 6,
     "online_iterations": 6,
@@ -70,10 +72,6 @@ CASES = {
 }
 
 
-# What stacked FamCQL and a stacked hook are made of stands in the other cases.
-SLOW = ("dare_famo2o_cql",)
-
-
 def folder_of(path, seed):
     (folder,) = path.glob(f"*-s{seed}-*")
     return folder
@@ -93,10 +91,7 @@ def together(module, path, monkeypatch, **fields):
     return run(module, path, monkeypatch, **{**options, **fields})
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(x, marks=pytest.mark.whole) if x in SLOW else x for x in CASES],
-)
+@pytest.mark.parametrize("case", one_of_each_kind(CASES))
 def test_a_stacked_run_leaves_what_runs_alone_leave(case, tmp_path, monkeypatch):
     module, fields = CASES[case]
     together(module, tmp_path / "many", monkeypatch, **fields)

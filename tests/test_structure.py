@@ -275,7 +275,10 @@ def test_every_baseline_trains_with_the_plugin_blocked(tmp_path):
     program = f"""
 import importlib, os
 os.environ["CORL_DARE_CACHE"] = {str(tmp_path / "cache")!r}
+from corl import curves, finetune
 from corl.config import parse_config
+curves.plot_curves = lambda *drawing: None
+finetune.Session._estimate = lambda *updates: {{}}
 for name, arguments in {settings!r}.items():
     algorithm = importlib.import_module(f"algorithms.{{name}}")
     arguments += ["--runs_dir", {str(tmp_path / "runs")!r}]

@@ -23,7 +23,6 @@ import pytest
 import torch
 import yaml
 
-from corl import curves
 from corl.layers import ConfigError
 from experiments import sweep
 from experiments.cells import lock, read_state, write_cell, write_failed, write_state
@@ -164,7 +163,6 @@ def store(tmp_path, monkeypatch):
     (tmp_path / "walk.py").write_text(CELL_PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.setattr(curves, "plot_curves", lambda *args: None)
 
     def write(**fields):
         values = {"tasks": ["a-v2"], "seeds": [0, 1], "methods": METHODS, **fields}

@@ -15,6 +15,7 @@ from corl import checkpoints
 from corl_dare.config import NoisyDareConfig
 from corl_dare.hook import Release
 
+pytestmark = pytest.mark.narrow(32)
 CORL_KEYS = {"critic_1", "critic_1_optimizer", "critic_2", "critic_2_optimizer"}
 CORL_KEYS |= {"actor", "actor_optimizer", "total_it"}
 
@@ -152,6 +153,7 @@ def test_the_weight_falls_on_a_line_to_its_end(steps, end, length):
     assert td3_bc.TrainConfig(env=TASK, bc_online="drop").bc_weight(steps) == 0.0
 
 
+@pytest.mark.narrow(256)
 def test_checkpoint_keys_are_corls_and_the_targets_are_kept():
     trainer, _ = make()
     rng = np.random.default_rng(0)

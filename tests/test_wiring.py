@@ -8,6 +8,7 @@ import pytest
 import torch
 import wiring
 from helpers import assert_equal
+from kinds import one_of_each_kind
 from wiring import CQL, DARE, EDIS, GENERATES, GOAL, LINEAR, LOCOMOTION, NO_ANTMAZE
 
 ALL = list(wiring.ALGORITHMS)
@@ -18,6 +19,8 @@ SPOT = [name for name in ALL if name.endswith("spot")]
 OPT = [name for name in ALL if "opt_" in name]
 NOISY = [*TD3, *REBRAC, *SPOT, "opt_td3"]  # noise is added to the action
 COMPAT = {"compat": True, "env": GOAL}
+# Whose own files are CORL's, which `compat` is about.
+CORLS = ("iql", "cql", "cal_ql", "td3_bc", "awac", "rebrac", "spot")
 WARMUP = (8, 9)  # steps
 
 
@@ -37,12 +40,14 @@ def with_corl_files(recorded, tmp_path_factory):
     return get
 
 
+# Every algorithm has one run, which most tests read. What needs a run of its own is made of one
+# algorithm of each kind.
 every_algorithm = pytest.mark.parametrize("name", ALL)
+one_of_a_kind = pytest.mark.parametrize("name", one_of_each_kind(ALL))
 # A twin is its baseline plus lines (test_structure.py). What no such line touches is tested in the
 # baselines alone, and what a twin does besides its baseline's in the twins alone.
 TWINS = [name for name in ALL if name.startswith(("dare_", "edis_", "baq_", "cfdg_"))]
 BASELINES = [name for name in ALL if name not in TWINS]
-WIDEST = [name for name in ALL if f"dare_{name}" not in ALL]
 
 
 def single_buffer(record):
@@ -87,8 +92,10 @@ def rewards_as_trained_on(record, rewards):
     return rewards
 
 
-@pytest.mark.parametrize("env", [wiring.LOCOMOTION, GOAL])
-@every_algorithm
+@pytest.mark.parametrize(
+    "name, env",
+    [*((n, LOCOMOTION) for n in ALL), *one_of_each_kind([(n, GOAL) for n in ALL])],
+)
 def test_the_online_buffer_stores_what_the_environment_did(name, env, recorded):
     record = recorded(name, env=env)
     steps, rows = record.of("step", role="train"), online_rows(record)
@@ -114,8 +121,10 @@ def test_a_terminal_is_stored_as_one_and_a_time_out_as_zero(name, recorded):
     np.testing.assert_array_equal(online_rows(record)["terminals"], expected)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@every_algorithm
+@pytest.mark.parametrize(
+    "name, normalize",
+    [*((n, True) for n in ALL), *one_of_each_kind([(n, False) for n in ALL])],
+)
 def test_the_offline_buffer_holds_the_dataset_as_trained_on(
     name, normalize, recorded, with_corl_files
 ):
@@ -132,8 +141,9 @@ def test_the_offline_buffer_holds_the_dataset_as_trained_on(
     np.testing.assert_array_equal(stored["terminals"][:, 0], record.arrays["terminals"])
 
 
-@pytest.mark.parametrize("fields", [{}, COMPAT])
-@pytest.mark.parametrize("name", ["cal_ql", "dare_cal_ql"])
+@pytest.mark.parametrize(
+    "name, fields", [("cal_ql", {}), ("dare_cal_ql", {}), ("cal_ql", COMPAT)]
+)
 def test_rows_collected_online_have_no_known_return(name, fields, recorded):
     record = recorded(name, **fields)
     known = online_rows(record)["mc_returns"]
@@ -188,7 +198,10 @@ def test_the_networks_train_in_training_mode_before_and_after_evaluations(
     assert record.events.index(updates[-1]) > first
 
 
-@pytest.mark.parametrize("name", [n for n in (*IQL, *SPOT, "opt_td3") if n in BASELINES])
+@pytest.mark.parametrize(
+    "name",
+    one_of_each_kind([n for n in (*IQL, *SPOT, "opt_td3") if n in BASELINES]),
+)
 @pytest.mark.parametrize("noise, bound", [(0.03, 0.5), (5.0, 0.1)])
 def test_the_deterministic_policy_explores_with_bounded_noise(
     name, noise, bound, recorded
@@ -215,9 +228,9 @@ def test_the_deterministic_policy_explores_with_bounded_noise(
 def test_td3_explores_with_normal_noise_that_has_no_bound_but_the_actions(
     name, noise, recorded
 ):
-    steps = recorded(name, expl_noise=noise, online_iterations=60).of(
-        "step", role="train"
-    )
+    steps = recorded(
+        name, expl_noise=noise, online_iterations=60, online_warmup=60, eval_freq=60
+    ).of("step", role="train")
     actions = np.array([s.action for s in steps])
     gaps = (actions - np.array([s.act.mean for s in steps])) / wiring.MAX_ACTION
     inside = np.abs(actions) < wiring.MAX_ACTION  # the others are clipped
@@ -317,7 +330,7 @@ def test_the_training_environment_is_seeded_once_by_seed(name, recorded):
 
 @pytest.mark.parametrize(
     "name, fields",
-    [*((name, {}) for name in ALL), *((name, COMPAT) for name in BASELINES)],
+    [*((name, {}) for name in ALL), *((name, COMPAT) for name in CORLS)],
 )
 def test_every_evaluation_starts_from_the_evaluation_seed(name, fields, recorded):
     record = recorded(name, **fields)
@@ -424,8 +437,10 @@ def successes(steps):
     return found
 
 
-@pytest.mark.parametrize("fields", [{}, COMPAT])
-@every_algorithm
+@pytest.mark.parametrize(
+    "name, fields",
+    one_of_each_kind([*((n, {}) for n in ALL), *((n, COMPAT) for n in CORLS)]),
+)
 def test_regret_counts_online_evaluations_or_as_upstream_training(
     name, fields, recorded
 ):
@@ -454,7 +469,7 @@ def ends_without_success(steps):
     ]
 
 
-@every_algorithm
+@one_of_a_kind
 def test_the_toy_tells_success_of_training_and_evaluation_apart(name, recorded):
     """Else the test of the regret could not fail."""
     record = recorded(name, env=GOAL)
@@ -517,8 +532,13 @@ def test_no_two_batches_are_the_same_rows(recorded):
         assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("fields", [{}, COMPAT, {"actor_lr_online": None}])
-@pytest.mark.parametrize("name", IQL)
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        *((name, {}) for name in IQL),
+        *[("iql", COMPAT), ("iql", {"actor_lr_online": None})],
+    ],
+)
 def test_the_actors_rate_falls_as_a_cosine_and_is_constant_online(
     name, fields, recorded
 ):
@@ -534,9 +554,12 @@ def test_the_actors_rate_falls_as_a_cosine_and_is_constant_online(
         assert set(rates[n:]) == {config.actor_lr_online or config.actor_lr}
 
 
-@pytest.mark.parametrize("fields", [{}, COMPAT])
 @pytest.mark.parametrize(
-    "name", [name for name in CQL if not name.endswith(("cql_sa", "famo2o_cql"))]
+    "name, fields",
+    [
+        *((n, {}) for n in CQL if not n.endswith(("cql_sa", "famo2o_cql"))),
+        *(("cql", COMPAT), ("cal_ql", COMPAT)),
+    ],
 )
 def test_the_conservative_weight_and_the_calibration_change_at_the_switch(
     name, fields, recorded
@@ -574,7 +597,7 @@ def test_checkpoints_are_written_after_every_evaluation_and_at_the_end(name, rec
     }
 
 
-@every_algorithm
+@one_of_a_kind
 def test_corls_files_are_numbered_as_corl_counts(name, with_corl_files):
     record, folder = with_corl_files(name)
     found = {p.name for p in folder.iterdir()}
@@ -583,7 +606,7 @@ def test_corls_files_are_numbered_as_corl_counts(name, with_corl_files):
     assert saved == ["checkpoint_3.pt", "checkpoint_7.pt", "checkpoint_11.pt"]
 
 
-@every_algorithm
+@one_of_a_kind
 def test_load_model_starts_from_the_weights_of_the_file(name, with_corl_files, recorded):
     """The first evaluation, in the warm-up, acts as the last one before the file."""
     before, folder = with_corl_files(name)
@@ -614,7 +637,7 @@ def without_losses(row):
     return {key: row[key] for key in common}
 
 
-@every_algorithm
+@one_of_a_kind
 def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, recorded):
     """In the offline phase, in the energy's training, in the warm-up, between two updates."""
     env = LOCOMOTION if name in NO_ANTMAZE else GOAL
@@ -645,14 +668,7 @@ def test_stopped_again_and_again_it_ends_as_the_unbroken_run(name, tmp_path, rec
     assert part.summary["updates"] == whole.summary["updates"]
 
 
-@pytest.mark.parametrize("name", WIDEST)
-def test_the_time_estimate_changes_no_number(name, recorded):
-    """Measured or left out: the same networks, buffers and random streams at the end."""
-    with_estimate = recorded(name, estimate=True)
-    assert_equal(recorded(name).parts(), with_estimate.parts())
-
-
-@every_algorithm
+@one_of_a_kind
 def test_what_only_the_online_phase_reads_changes_nothing_offline(name, recorded):
     """So runs that differ in nothing else can share an offline model."""
     config = recorded(name).config

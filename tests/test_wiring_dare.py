@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wiring
+from kinds import one_of_each_kind
 from wiring import networks_of
 
 from corl_dare.exchange import alignment_score, exchange, reorder
 
+pytestmark = pytest.mark.narrow(16)
 NAMES = wiring.DARE
 SOFT = {"dare": {"weights": "soft", "cap": None}}
 OTHER = {
@@ -41,6 +43,8 @@ patched_too = pytest.mark.parametrize("patched", [False, True])
 with_patch = pytest.mark.parametrize("name", wiring.PATCHED)
 WAYS = [(False, name) for name in NAMES] + [(True, name) for name in wiring.PATCHED]
 every_way = pytest.mark.parametrize("patched, name", WAYS)
+# For settings that need a run of their own.
+one_of_a_kind = pytest.mark.parametrize("patched, name", one_of_each_kind(WAYS, by=1))
 
 
 def online_updates(record):
@@ -145,8 +149,13 @@ def test_references_are_guided_samples_at_the_raw_states_as_drawn(
     assert all(e.steps == dare.sampler_steps for e in supports)
 
 
-@pytest.mark.parametrize("options", [{}, SOFT, OTHER])
-@every_way
+@pytest.mark.parametrize(
+    "patched, name, options",
+    [
+        *((*way, {}) for way in WAYS),
+        *one_of_each_kind([(*way, x) for way in WAYS for x in (SOFT, OTHER)], by=1),
+    ],
+)
 def test_the_batch_is_the_exchange_of_the_rows_as_drawn(
     name, options, patched, recorded
 ):
@@ -240,7 +249,7 @@ def test_hard_weights_are_one_for_the_offline_half_and_zero_after(
     assert len(offline) == (0 if patched else 7)
 
 
-@every_way
+@one_of_a_kind
 def test_soft_weights_lie_between_and_skip_no_row(name, patched, recorded):
     weights = []
     for update in online_updates(recorded(name, patched=patched, **SOFT)):
@@ -504,7 +513,7 @@ def expected_scale(record, patched):
     return 1000.0 / (returns.max() - returns.min())
 
 
-@every_way
+@one_of_a_kind
 def test_q_of_a_goal_task_is_scaled_by_its_rewards_alone(name, patched, recorded):
     fields = {"reward_scale": 4.0} if patched else {}
     record = recorded(name, patched=patched, env=wiring.GOAL, **fields)
@@ -513,7 +522,7 @@ def test_q_of_a_goal_task_is_scaled_by_its_rewards_alone(name, patched, recorded
         torch.testing.assert_close(event.q, scale * event.target_q, rtol=1e-3, atol=1e-3)
 
 
-@both
+@pytest.mark.parametrize("name", one_of_each_kind(NAMES))
 def test_literal_q_is_not_scaled(name, recorded):
     for event in recorded(name, dare={"q_scale": "literal"}).of("energy"):
         torch.testing.assert_close(event.q, event.target_q, rtol=1e-3, atol=1e-3)
@@ -537,7 +546,7 @@ def test_support_actions_are_drawn_once_for_each_transition(name, patched, recor
     assert len(made) < seen, "no row came again"
 
 
-@both
+@pytest.mark.parametrize("name", one_of_each_kind(NAMES))
 def test_cached_references_serve_as_long_as_they_may(name, recorded):
     """With an age, a row's references are drawn again after so many batches, not before."""
     age = 3

@@ -6,6 +6,9 @@ returns -max(|x0| - 1/2, 0), on average -1/8. Standing still returns -2.5 on ave
 dataset's policy goes slowly the right way, a = -0.3 x + noise, and returns about -1.2.
 """
 
+import copy
+import functools
+
 import gymnasium
 import numpy as np
 
@@ -45,6 +48,12 @@ def make(name=TASK, backend="gymnasium"):
 
 
 def make_dataset(rows=4000, seed=0):
+    """A dataset of its own: a run changes the arrays."""
+    return copy.deepcopy(_dataset(rows, seed))
+
+
+@functools.cache
+def _dataset(rows, seed):
     rng = np.random.default_rng(seed)
     env, x = ToyEnv(), 0.0
     out = {k: [] for k in ("observations", "actions", "rewards", "next_observations")}

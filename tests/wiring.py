@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from algorithms.baq_cal_ql import BaqConfig
-from corl import buffers, checkpoints, curves, envs, files, finetune, machine, tasks
+from corl import buffers, checkpoints, envs, machine, tasks
 from corl.data import sources
 from corl_dare import hook
 from corl_dare.upstream import ExchangedBuffer, dare_for_corl
@@ -420,18 +420,6 @@ class Record:
         )
         self.act = None
 
-    def muting(self, function):
-        """The function, with what happens inside left out of the record."""
-
-        def wrapped(*args, **kwargs):
-            self.muted += 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.muted -= 1
-
-        return wrapped
-
 
 class Recorder:
     """Runs each variant once and hands the record out as often as it is asked for."""
@@ -678,9 +666,7 @@ def make_known(patch: Any) -> None:
         patch.setitem(tasks.ROBOTS, name, robot)
 
 
-def install(
-    patch: Any, record: Record, module: Any, cache: Path, estimate: bool = False
-) -> None:
+def install(patch: Any, record: Record, module: Any, cache: Path) -> None:
     """Put the toy and the recorder in place."""
     roles = ["train", "eval"]
 
@@ -698,11 +684,7 @@ def install(
     patch.setattr(envs, "make", make)
     patch.setattr(sources, "resolve", resolve)
     patch.setenv("CORL_DARE_CACHE", str(cache))
-    # A picture costs more than the run.
-    patch.setattr(curves, "plot_curves", lambda *args: None)
-    patch.setattr(machine, "git_commit", lambda: "unknown")
     patch.setattr(machine, "versions", dict)
-    patch.setattr(files.os, "fsync", lambda file: None)
     save = checkpoints.save_checkpoint
 
     def recorded_save(path, state):
@@ -711,12 +693,12 @@ def install(
 
     patch.setattr(checkpoints, "save_checkpoint", recorded_save)
     if module is not None:
-        watch_module(patch, record, module, estimate)
+        watch_module(patch, record, module)
     watch_hook(patch, record)
 
 
-def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> None:
-    """Record trainer and buffers; the time estimate is left out, or runs unrecorded."""
+def watch_module(patch: Any, record: Record, module: Any) -> None:
+    """Record trainer and buffers."""
     make_trainer, buffer = module.make_trainer, buffers.ReplayBuffer
     init = buffer.__init__
 
@@ -740,9 +722,6 @@ def watch_module(patch: Any, record: Record, module: Any, estimate: bool) -> Non
         return metrics
 
     patch.setattr(Refreshes, "advance", recorded_advance)
-    estimated = finetune.Session._estimate
-    quiet = record.muting(estimated) if estimate else (lambda *args: {})
-    patch.setattr(finetune.Session, "_estimate", quiet)
 
 
 def make_config(
@@ -783,7 +762,6 @@ def run(
     folder: Path,
     stop: Any = None,
     dare: dict | None = None,
-    estimate: bool = False,
     **fields: Any,
 ) -> Record:
     """Train on the toy. `stop(record, event)` says when to ask the run to stop."""
@@ -791,7 +769,7 @@ def run(
     make_known(patch)
     config = make_config(algorithm, folder, dare, **fields)
     record = Record(algorithm, config, stop)
-    install(patch, record, module, folder / "cache", estimate)
+    install(patch, record, module, folder / "cache")
     try:
         record.summary = module.train(config)
     except SystemExit as end:

@@ -25,14 +25,6 @@ pytestmark = pytest.mark.fault("bad inputs")
 IQL = harness.algorithm(iql)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_estimate():
-    """The time estimate is no part of what is tested here, and takes most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune.Session, "_estimate", lambda *arguments: {})
-        yield
-
-
 @pytest.fixture(scope="module")
 def finished(good, tmp_path_factory):
     """The folder of a finished run of IQL."""
@@ -560,6 +552,7 @@ def test_a_lock_that_is_a_link_or_a_folder_is_refused(run, tmp_path):
     harness.assert_refused(harness.run(IQL, "--resume", run), "run.lock")
 
 
+@pytest.mark.makes("picture")
 def test_a_resume_of_a_folder_of_links_leaves_their_targets(run, finished, tmp_path):
     copy = tmp_path / "links"
     copy.mkdir()

@@ -226,7 +226,9 @@ def instances():
                 # The file is synced at every second opening.
                 continue
             fast = (name, how, nth, room) in FAST
-            marks = () if fast else pytest.mark.whole
+            marks = [] if fast else [pytest.mark.whole]
+            if "curves" in name:
+                marks.append(pytest.mark.makes("picture"))
             yield pytest.param(name, how, nth, room, marks=marks)
 
 
@@ -283,6 +285,7 @@ def test_other_refusals_of_a_disk_are_named_too(
 
 
 @pytest.mark.whole
+@pytest.mark.makes("picture")
 @pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"dare_iql"}))
 @pytest.mark.parametrize("name", OFTEN)
 def test_no_algorithm_hides_a_full_disk(

@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -109,38 +109,43 @@ def plain_update(
     return lambda: module.step(trainer, source, config, *phase)
 
 
-def opt_replay(trainer: Any, config: Any, offline: Any, online: Any) -> replay.Replay:
+# What makes the batches of an algorithm, and the halves that its twin draws from.
+Rows = tuple[Any, Sequence[Any]]
+
+
+def opt_rows(trainer: Any, config: Any, source: finetune.MixedBuffer) -> Rows:
     """OPT's balanced replay of all rows."""
     made = replay.Replay(
         config,
-        offline,
-        online,
-        finetune.JoinedBuffer(offline, online),
+        source.offline,
+        source.online,
+        finetune.JoinedBuffer(source.offline, source.online),
         (S, A),
         trainer.draws,
         compiled.descend,
         compiled.CompiledUpdate if config.compile else None,
     )
     made.written = ROWS
-    return made
+    return made, made.halves()
 
 
-def flagged_update(
-    module: ModuleType, trainer: Any, source: Any, config: Any
-) -> Callable[[], Any]:
-    """The same of SSAR, whose rows tell whether they are trusted: here every third is."""
-    rows = FlaggedBuffer(source.online, ROWS, trainer.device, upload)
-    rows.trust(np.arange(ROWS) % 3 == 0)
-    return lambda: module.step(trainer, rows, config)
+def flagged_rows(trainer: Any, config: Any, source: finetune.MixedBuffer) -> Rows:
+    """SSAR's rows, which tell whether they are trusted: here every third is."""
+    halves = [
+        FlaggedBuffer(buffer, ROWS, trainer.device, upload)
+        for buffer in (source.offline, source.online)
+    ]
+    for half in halves:
+        half.trust(np.arange(ROWS) % 3 == 0)
+    return halves[1], halves
 
 
-def baq_update(
-    module: ModuleType, trainer: Any, source: Any, config: Any
-) -> Callable[[], Any]:
-    """The same of BAQ, with rows by their priorities and weights by the clone."""
+def baq_rows(trainer: Any, config: Any, source: finetune.MixedBuffer) -> Rows:
+    """BAQ's rows, drawn by their priorities and weighed by the clone."""
+    halves = source.offline, source.online
     parts = SimpleNamespace(
-        offline_buffer=source.offline,
-        online_buffer=source.online,
+        offline_buffer=halves[0],
+        online_buffer=halves[1],
         mixed=source,
         sizes=(S, A, 1.0),
         device=trainer.device,
@@ -149,7 +154,7 @@ def baq_update(
     )
     rows = baq_cal_ql.Behavior(parts, config)
     rows.calibrate(lambda line: None)
-    return lambda: module.step(trainer, rows, config)
+    return rows, halves
 
 
 class Subject(NamedTuple):
@@ -162,8 +167,7 @@ class Subject(NamedTuple):
         settings: fields of the config that are not the defaults.
         variants: what is measured of it.
         online: (trainer, config) -> None: the change to the online phase, where it has a cost.
-        replay: (trainer, config, offline buffer, online buffer) -> a replay of its own, which makes
-            its batches, and whose halves the twin draws from.
+        rows: (trainer, config, buffer of both halves) -> `Rows`; None: the halves as they are.
     """
 
     title: str
@@ -172,7 +176,7 @@ class Subject(NamedTuple):
     settings: dict[str, Any] = {}
     variants: Variants = VARIANTS
     online: Callable[[Any, Any], Any] = lambda trainer, config: None
-    replay: Callable[..., Any] | None = None
+    rows: Callable[[Any, Any, Any], Rows] | None = None
 
 
 CQL = {"q_n_hidden_layers": 3, "bc_steps": 0}
@@ -198,8 +202,8 @@ SUBJECTS = {
     "wsrl": Subject("WSRL", None, None),
     "famo2o_iql": Subject("FamO2O-IQL", None, None),
     "famo2o_cql": Subject("FamCQL", None, None),
-    "opt_td3": Subject("TD3+OPT", None, None, replay=opt_replay),
-    "opt_spot": Subject("SPOT+OPT", None, None, variants=UNGUIDED, replay=opt_replay),
+    "opt_td3": Subject("TD3+OPT", None, None, rows=opt_rows),
+    "opt_spot": Subject("SPOT+OPT", None, None, variants=UNGUIDED, rows=opt_rows),
     "e2o": Subject("E2O", None, None),
     "pex": Subject(
         "PEX", None, None, online=lambda trainer, config: trainer.start_online()
@@ -210,7 +214,7 @@ SUBJECTS = {
         None,
         HALVES,
         online=lambda trainer, config: trainer.start_online(),
-        update=flagged_update,
+        rows=flagged_rows,
     ),
     "td3_bc_sa": Subject(
         "TD3+BC(SA)",
@@ -218,7 +222,7 @@ SUBJECTS = {
         None,
         HALVES,
         online=lambda trainer, config: trainer.start_online(config.policy_freq_online),
-        update=flagged_update,
+        rows=flagged_rows,
     ),
     "baq_cal_ql": Subject(
         "BAQ-Cal-QL",
@@ -226,7 +230,7 @@ SUBJECTS = {
         None,
         CQL,
         online=lambda trainer, config: trainer.start_online(config.cql_alpha_online),
-        update=baq_update,
+        rows=baq_rows,
     ),
 }
 
@@ -336,7 +340,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     subject = SUBJECTS[algorithm]
     settings = subject.settings
     module = files_of(algorithm)[0 if fields is None else 1]
-    offline, online = buffers = [random_buffer(module, device, x) for x in (0, 1)]
+    offline, online = (random_buffer(module, device, seed) for seed in (0, 1))
+    buffers: Sequence[Any] = (offline, online)
     source: Any = finetune.MixedBuffer(offline, online, 0.5)
     if compile and compiled.on_gpu(device):
         for buffer in (offline, online, source):
@@ -351,9 +356,8 @@ def our_update(algorithm: str, fields: dict | None, compile: bool, device: str):
     config = module.TrainConfig(env=TASK, compile=compile, device=device, **settings)
     trainer = module.make_trainer(config, S, A, 1.0, device)
     subject.online(trainer, config)
-    if subject.replay is not None:
-        source = subject.replay(trainer, config, *buffers)
-        buffers = source.halves()
+    if subject.rows is not None:
+        source, buffers = subject.rows(trainer, config, source)
     if fields is None:
         return plain_update(module, trainer, source, config)
     options = config.dare.behavior_options

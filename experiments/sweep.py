@@ -78,14 +78,20 @@ class _Driver:
         self.failed: dict[Path, list[str]] = {}
 
     def start_waiting(self) -> None:
-        """Start the cells that can start; those whose offline model failed fail, too."""
+        """Start the cells that can start; those whose offline model failed fail, too.
+
+        While a cell waits for its model, later ones take free workers but do not wait in line:
+        they would run before it.
+        """
+        line = True
         for cell in list(self.waiting):
             if cell.model and cell.model.folder in self.failed:
                 folder = machine.tidy_path(cell.model.folder)
                 self.fail(cell, [f"its offline model failed: {folder}"])
             elif cell.model and not cell.model.is_done:
+                line = False
                 continue
-            elif self.pool.room(cell, len(self.running)):
+            elif self.pool.room(cell, len(self.running), line):
                 self.running[self.pool.start(cell)] = cell
             else:
                 continue

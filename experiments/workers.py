@@ -175,8 +175,8 @@ def process_arguments(cell: Cell) -> tuple[list[str], str, str, dict[str, str], 
 class Pool(Protocol):
     """What runs cells: handles of started ones, and which have ended, with what."""
 
-    def room(self, cell: Cell, running: int) -> bool:
-        """Whether another cell can be handed over while so many run."""
+    def room(self, cell: Cell, running: int, line: bool = True) -> bool:
+        """Whether another cell can be handed over while so many run; in `line`, to wait for one."""
         ...
 
     def start(self, cell: Cell) -> Any:
@@ -255,12 +255,12 @@ class RayPool:
     def _need(self, cell: Cell) -> dict[str, float]:
         return {"CPU": cell.config.threads, "GPU": self.gpus}
 
-    def room(self, cell: Cell, running: int) -> bool:
+    def room(self, cell: Cell, running: int, line: bool = True) -> bool:
         # Ray runs what it is handed in no particular order, so it gets no more than fits, and
         # one in line: no worker idles, and a cluster that grows on demand sees a demand.
         need = {k: v for k, v in self._need(cell).items() if v}
         fit = sum(min(n.get(k, 0) // v for k, v in need.items()) for n in self._nodes())
-        return running <= fit
+        return running < fit + line
 
     def start(self, cell: Cell) -> Any:
         resources = {"num_cpus": cell.config.threads, "num_gpus": self.gpus}

@@ -176,11 +176,12 @@ def store(tmp_path, monkeypatch):
 class HerePool:
     """Runs cells in this process, the latest start first: only the sweep keeps an order."""
 
-    def __init__(self, slots=99):
+    def __init__(self, slots=99, in_line=0):
         self.started, self.slots, self.most = [], slots, 0
+        self.in_line = in_line  # cells that wait for a slot
 
-    def room(self, cell, running):
-        return running < self.slots
+    def room(self, cell, running, line=True):
+        return running < self.slots + self.in_line * line
 
     def start(self, cell):
         self.started.append(cell)
@@ -213,7 +214,7 @@ class ProcessPool:
     def __init__(self):
         self.threads = ThreadPoolExecutor(2)
 
-    def room(self, cell, running):
+    def room(self, cell, running, line=True):
         return True
 
     def start(self, cell):
@@ -283,6 +284,14 @@ def test_seed_by_seed_all_methods_start_together_after_their_models(store):
         if before is not None and before.is_model:
             assert (before.task, before.seed) == (cell.task, cell.seed)
         begun.add(cell.folder)
+
+
+def test_seed_by_seed_no_model_of_a_later_seed_runs_before_the_cells_of_the_first(store):
+    """Although the workers take one cell more than they run."""
+    file = store(by_seed=True, seeds=[0, 1, 2])
+    done, cells, _, pool = drive(file, HerePool(slots=1, in_line=1))
+    assert done and [c.seed for c in pool.started] == [c.seed for c in cells]
+    assert pool.most == 2, "cells of a seed do stand in line"
 
 
 def test_methods_share_an_offline_model_unless_their_offline_settings_differ(store):
@@ -808,7 +817,7 @@ def test_a_pool_without_room_is_asked_again_later(store, monkeypatch):
     monkeypatch.setattr(sweep.time, "sleep", pauses.append)
 
     class Full(HerePool):  # as a cluster whose machines have yet to come
-        def room(self, cell, running):
+        def room(self, cell, running, line=True):
             return len(pauses) >= 2 and super().room(cell, running)
 
     done, *_ = drive(store(seeds=[0]), Full())

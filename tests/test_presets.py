@@ -237,6 +237,7 @@ def test_a_preset_that_takes_longer_is_not_named(started, monkeypatch):
     assert "near" in line and "cpu" not in line
 
 
+@pytest.mark.makes("estimate")
 def test_a_preset_whose_part_cannot_be_made_here_is_not_named(started, monkeypatch):
     made = dare_opt_spot.make_hook
 

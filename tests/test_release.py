@@ -270,6 +270,7 @@ def test_weight_1_is_the_baseline_bit_for_bit(algorithm, recorder):
         "rebrac": {"bc_online": "keep"},
         "spot": {"lambd_cool": False},
         "awac": {"seed": 8},
+        "famo2o_cql": {"seed": 2},
         # Its own annealing is on where it is asked for, and both multiply.
         "cql_sa": {"beta_anneal": "linear"},
     }.get(name, {})

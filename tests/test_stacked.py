@@ -163,7 +163,7 @@ def test_stacked_seeds_learn_what_separate_ones_learn(case, double):
         together, each = releases(number, seeds, online)
         if module in WITH_PHASE:
             # A DARE file takes the release behind it.
-            released = int(hasattr(module, "BASELINE"))
+            released = int(hasattr(module, "hook_arguments"))
             together = (online, *together[:released])
             each = [(online, *own[:released]) for own in each]
         logs = stack.trainer.train(batch, *together)

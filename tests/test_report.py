@@ -611,8 +611,10 @@ ACCURACY = {
         "threshold",
     ),
     "16 unguided references (kernel), threshold": ("16 references, kernel", "threshold"),
+    "guided reference, `em`": ("guided reference, s = 8 (paper)", "em"),
     "mixture likelihood, threshold": ("mixture likelihood", "threshold"),
     "policy ratio, threshold": ("policy ratio", "threshold"),
+    "policy ratio, `em`": ("policy ratio", "em"),
     "**policy ratio, `share`**": ("policy ratio", "estimated share"),
     "true densities, true share": ("oracle ratio", "known share"),
 }
@@ -631,7 +633,7 @@ def test_the_table_of_scores_holds_what_the_benchmark_found():
             r for r in cells if r[:2] == [score, rule]
         )
         still = next(x for x in identical if x.startswith(f"| {score} |")).split("|")
-        column = "threshold" if rule == "threshold" else "estimated share"
+        column = "estimated share" if rule == "known share" else rule
         equal = still[columns.index(f" {column} ")]
         expected = [auc, moved, 100 * float(precision), purity, equal]
         found = [cell.strip("* %") for cell in rows[name]]

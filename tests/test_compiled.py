@@ -249,6 +249,29 @@ def test_a_missing_compiler_is_named_before_anything_runs(monkeypatch):
     iql.TrainConfig(env=TASK)
 
 
+def test_the_step_of_a_graph_is_adams_for_parameters_that_moved_unequally_often():
+    """Each parameter has the bias correction of its own count; float64, against torch's Adam."""
+    pairs = [
+        [torch.nn.Parameter(torch.tensor([1.0, -2.0]).double()) for _ in range(2)]
+        for _ in range(2)
+    ]
+    theirs, ours = (torch.optim.Adam(pair, lr=0.1) for pair in pairs)
+    # As `CompiledUpdate` marks them where no graph can be made.
+    rate = torch.tensor(0.1).double()
+    ours.traced_group = {**ours.param_groups[0], "lr": rate}
+    ours.captured = True
+    compiled.complete(ours)
+    for number in range(6):
+        for (a, b), optimizer in zip(pairs, (theirs, ours), strict=True):
+            loss = b.square().sum() if number % 3 else (a.pow(4) * b).sum()
+            compiled.descend(loss, optimizer)
+    # The corrections are of float32.
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0.0)
+    counts = [ours.state[parameter]["step"].item() for parameter in pairs[1]]
+    assert counts == [2.0, 6.0]
+
+
 def test_a_step_leaves_a_parameter_without_gradient_alone():
     a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = torch.optim.Adam([a, b], lr=0.1)

@@ -70,7 +70,10 @@ class FlaggedBuffer:
         self.flags = torch.ones((capacity, 1), device=device)
 
     def __getattr__(self, name: str) -> Any:
-        # What is not about flags is the buffer's own.
+        # What is not about flags is the buffer's own. But a copy asks before there is a buffer,
+        # and special methods are not passed on.
+        if name == "buffer" or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.buffer, name)
 
     def trust(self, flags: np.ndarray) -> None:

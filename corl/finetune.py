@@ -9,7 +9,6 @@ stands in the algorithm file.
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Protocol, Tuple, Union
@@ -21,6 +20,7 @@ from corl import (
     checkpoints,
     compiled,
     drop,
+    duration,
     envs,
     files,
     finite,
@@ -53,7 +53,7 @@ from corl.buffers import (  # noqa: F401
 )
 from corl.captured import Captured
 from corl.data import sources
-from corl.layers import ConfigError, expand, presets_of
+from corl.layers import ConfigError, expand
 from corl.progress import progress_bar
 from corl.rewards import (  # noqa: F401
     LINEAR_REWARDS,
@@ -82,10 +82,6 @@ from corl.training_data import (  # noqa: F401
     reward_rule,
 )
 
-# (part that `Session.make` made, its config) -> metrics of one online update with it.
-Other = Callable[[Any, Any], Any]
-# A run of more seconds names the presets that make it shorter.
-LONG = 3 * 3600
 # Seconds of work between two online steps that a killed process may lose.
 SAVE_SECONDS = 300.0
 # What every algorithm logs beside its losses.
@@ -214,15 +210,11 @@ class Session:
         self._early = frozenset(config.early_evaluations())
         self._parts: Dict[str, Any] = {}
         self._total = config.offline_iterations + config.online_iterations
-        self._period = 1  # updates after which their work repeats; see `start`
         self._clock: Optional[float] = None  # when the running updates began
         self._phase = ""
         self._watch = pace.RateWatch({}, config.threads)
-        # Makes the part that presets differ in, and updates with it.
+        # Makes the part that presets differ in.
         self._make: Optional[Callable[[Any], Any]] = None
-        self._other: Optional[Other] = None
-        self._pretraining: Optional[Pretraining] = None
-        self._presets: Dict[str, float] = {}  # estimated seconds with other presets
         self._work: Optional[Work] = None
 
     def __enter__(self) -> "Session":
@@ -485,7 +477,7 @@ class Session:
         online: Callable[[], Any],
         estimate: bool = True,
         period: int = 1,
-        other: Optional[Other] = None,
+        other: Optional[duration.Other] = None,
         pretraining: Optional[Pretraining] = None,
     ) -> None:
         """Say how long the run will take, do what parts do first, go on from a checkpoint.
@@ -501,9 +493,9 @@ class Session:
             pretraining: what `pretrain` will be given; here it counts for the time alone.
         """
         if estimate:
-            self._period, self._other = period, other
-            self._pretraining = pretraining
-            self._announce(self._estimate(offline, online))
+            updates = {"offline": offline, "online": online}
+            watch = duration.Stopwatch(self.device, period)
+            self._estimate(updates, watch, other, pretraining)
         for part in self._parts.values():
             if hasattr(part, "begin"):
                 part.begin(self.should_stop)
@@ -516,122 +508,53 @@ class Session:
                 )
 
     def _estimate(
-        self, offline: Callable[[], Any], online: Callable[[], Any]
-    ) -> Dict[str, float]:
-        """Part of the run -> its seconds."""
-        first = self.config.offline_iterations
+        self,
+        updates: Dict[str, Callable[[], Any]],
+        watch: duration.Stopwatch,
+        other: Optional[duration.Other],
+        pretraining: Optional[Pretraining],
+    ) -> None:
+        """Try the updates of both phases, and say how long the run will take."""
+        run, config = self.run, self.config
+        first = config.offline_iterations
         left = {
-            "offline": max(first - self.run.step, 0),
-            "online": (self._total - max(first, self.run.step)) * self.config.utd,
+            "offline": max(first - run.step, 0),
+            "online": (self._total - max(first, run.step)) * config.utd,
         }
-        updates = {"offline": offline, "online": online}
+        # What comes before the online phase is over in a run that has switched.
+        parts = [] if run.switched else list(self._parts.values())
         untouched = self.offline_buffer, self.online_buffer, self._collector
         snapshot = Snapshot(self._parts.values(), (*untouched, self._evaluator))
-        with self._lent_rows():
-            seconds = self._seconds_of_parts(list(self._parts.values()))
-            before = self._seconds_of_pretraining()
-            each = {k: self._seconds_per_call(updates[k]) for k in left if left[k]}
-            seconds.update({phase: left[phase] * each[phase] for phase in each})
-            seconds = {**before, **seconds}
+        presets: Dict[str, float] = {}
+        with duration.lent_rows(self.online_buffer, self.offline_buffer):
+            of_parts = duration.seconds_of_parts(parts, watch)
+            before = self._seconds_of_pretraining(pretraining, watch)
+            each = {k: watch.seconds_per_call(updates[k]) for k in left if left[k]}
+            phases = {phase: left[phase] * each[phase] for phase in each}
+            seconds = {**before, **of_parts, **phases}
             if self._work is not None and left["online"]:
-                begun = max(self.run.step - first, 0)
-                seconds.update(
-                    self._work.estimate_online(
-                        self._seconds_of, begun, self._total - first
-                    )
-                )
-            if sum(seconds.values()) > LONG:
-                same = sum(before.values()) + seconds.get("offline", 0.0)
-                self._estimate_presets(same, left["online"])
+                steps = max(run.step - first, 0), self._total - first
+                seconds.update(self._work.estimate_online(watch.seconds, *steps))
+            long = sum(seconds.values()) > duration.LONG and not run.step
+            if long and self._make is not None and other is not None:
+                same = sum(before.values()) + phases.get("offline", 0.0)
+                others = duration.Alternatives(config, self._make, other)
+                presets = others.seconds(same, left["online"], watch)
         snapshot.restore()
-        self._watch = pace.RateWatch(each, self.config.threads)
-        return seconds
+        self._watch = pace.RateWatch(each, config.threads)
+        for line in duration.lines(self.device, seconds, presets, config.QUICK_START):
+            print(line)
 
-    def _estimate_presets(self, offline: float, updates: int) -> None:
-        """Preset -> seconds of the run with it: `offline` ones, which are the same, and others."""
-        make, update = self._make, self._other
-        if make is None or update is None or self.run.step:
-            return
-        for name, config in presets_of(self.config).items():
-            try:
-                part = make(config)
-            except ValueError:
-                # It needs what this device cannot do.
-                continue
-            seconds = [offline, *self._seconds_of_parts([part]).values()]
-            if updates:
-                each = self._seconds_per_call(partial(update, part, config))
-                seconds.append(updates * each)
-            self._presets[name] = sum(seconds)
-
-    def _seconds_of_pretraining(self) -> Dict[str, float]:
+    def _seconds_of_pretraining(
+        self, pretraining: Optional[Pretraining], watch: duration.Stopwatch
+    ) -> Dict[str, float]:
         """Its name -> its seconds, where some of it is left."""
-        if self._pretraining is None or self.run.step:
+        if pretraining is None or self.run.step:
             return {}
-        left = self._pretraining.updates - self.run.pretrained
+        left = pretraining.updates - self.run.pretrained
         if left <= 0:
             return {}
-        each = self._seconds_per_call(self._pretraining.update)
-        return {self._pretraining.name: left * each}
-
-    def _seconds_of_parts(self, parts: Sequence[Any]) -> Dict[str, float]:
-        """What parts do before the first step, and before the first online one."""
-        seconds: Dict[str, float] = {}
-        for part in parts:
-            # What comes before the online phase is over in a run that has switched.
-            if hasattr(part, "estimate") and not self.run.switched:
-                seconds.update(part.estimate(self._seconds_of))
-        return seconds
-
-    @contextmanager
-    def _lent_rows(self) -> Iterator[None]:
-        """The online buffer, still empty, shows the dataset's rows."""
-        offline, online = self.offline_buffer, self.online_buffer
-        own = dict(vars(online))
-        lent = {k: v for k, v in vars(offline).items() if isinstance(v, torch.Tensor)}
-        vars(online).update(lent, _size=offline._size)
-        try:
-            yield
-        finally:
-            vars(online).update(own)
-
-    def _seconds_of(self, work: Callable[[], Any]) -> float:
-        def now() -> float:
-            if self.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        start = now()
-        work()
-        return now() - start
-
-    def _seconds_per_call(self, work: Callable[[], Any]) -> float:
-        def whole_period() -> None:
-            for _ in range(self._period):
-                work()
-
-        whole_period()  # warms up, and compiles
-        seconds = [self._seconds_of(whole_period)]
-        while len(seconds) * self._period < 10 and sum(seconds) < 2.0:
-            seconds.append(self._seconds_of(whole_period))
-        return sum(seconds) / (len(seconds) * self._period)
-
-    def _announce(self, seconds: Dict[str, float]) -> None:
-        total = sum(seconds.values())
-        parts = ", ".join(f"{k} {machine.readable_time(v)}" for k, v in seconds.items())
-        print(
-            f"estimated time on this {self.device}, evaluations not counted: "
-            f"{machine.readable_time(total)} ({parts or 'nothing is left to do'})"
-        )
-        if total > 3600 and self.config.QUICK_START:
-            print(f"for a first look in minutes: --config {self.config.QUICK_START}")
-        shorter = [
-            f"--preset {name}: about {machine.readable_time(other)}"
-            for name, other in self._presets.items()
-            if other < total
-        ]
-        if shorter:
-            print(f"for less of it (--help says what they change): {', '.join(shorter)}")
+        return {pretraining.name: left * watch.seconds_per_call(pretraining.update)}
 
     # -- steps ----------------------------------------------------------------------------
 

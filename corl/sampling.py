@@ -93,6 +93,9 @@ class OnPolicyBuffer:
         self.metrics: dict[str, float] = {}
 
     def __getattr__(self, name: str) -> Any:
+        # A copy asks before there is a buffer, and special methods are not passed on.
+        if name == "buffer" or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.buffer, name)
 
     def sample(self, batch_size: int) -> TensorBatch:

@@ -23,12 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from corl_dare.behavior import (
-    BehaviorModel,
-    UnfitStateError,
-    fit,
-    make_behavior_model,
-)
+from corl_dare.behavior import BehaviorModel, make_behavior_model
+from corl_dare.behavior_fit import UnfitStateError, fit
 from corl_dare.streams import put_back
 
 

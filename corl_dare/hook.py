@@ -33,10 +33,10 @@ from tqdm import tqdm
 from corl_dare.behavior import (
     BehaviorModel,
     clipped_normal_log_prob,
-    fit,
     make_behavior_model,
     noise_schedule,
 )
+from corl_dare.behavior_fit import fit
 from corl_dare.cache import cached_file, check_writable, fit_cached
 from corl_dare.config import DareConfig
 from corl_dare.exchange import (

@@ -41,6 +41,7 @@ def write_report(folder: Path | str) -> list[Path]:
     if experiment.note:
         text.append(experiment.note + "\n")
     text.append(tables.progress_note(experiment))
+    text.append(tables.ungrouped_note(experiment))
     text.append(_data_note(experiment))
     for group in experiment.groups:
         text.append(_group_section(experiment, group, pictures))

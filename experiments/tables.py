@@ -294,6 +294,15 @@ def progress_note(experiment: Experiment) -> str:
     return note + (f" Not complete: {', '.join(counts)}." if counts else "") + "\n"
 
 
+def ungrouped_note(experiment: Experiment) -> str:
+    """Which methods have runs that no group shows; "" where there are none."""
+    shown = {label for group in experiment.groups for label in group.labels}
+    rest = [experiment.name(label) for label in experiment.runs if label not in shown]
+    if not rest:
+        return ""
+    return f"In no group of experiment.yaml, so not compared below: {', '.join(rest)}.\n"
+
+
 def aggregate_table(
     experiment: Experiment, group: Group, tasks: Sequence[str], measure: str = "after"
 ) -> str:

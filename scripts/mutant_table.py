@@ -12,6 +12,7 @@ from typing import NamedTuple
 ACTING, BUFFERS = "corl/acting.py", "corl/buffers.py"
 REWARDS, DATA = "corl/rewards.py", "corl/training_data.py"
 FINETUNE, ROLLBACK = "corl/finetune.py", "corl/rollback.py"
+DURATION = "corl/duration.py"
 RUNS = "corl/runs.py corl/run_tables.py corl/summary.py corl/checkpoints.py"
 CONFIG = "corl/config.py corl/layers.py"
 IQL, CQL, CALQL = (f"algorithms/{name}.py" for name in ("iql", "cql", "cal_ql"))
@@ -671,23 +672,25 @@ ESTIMATE = Group(
     "",
     [
         Mutant(FINETUNE, "        snapshot.restore()\n", ""),
-        Mutant(FINETUNE, "            vars(online).update(own)\n", "            pass\n"),
+        Mutant(DURATION, "        vars(online).update(own)\n", "        pass\n"),
         Mutant(
             FINETUNE,
-            "self._announce(self._estimate(offline, online))",
-            "self._announce({})",
+            "            self._estimate(updates, watch, other, pretraining)\n",
+            "            pass\n",
         ),
-        Mutant(FINETUNE, "seconds[phase] = count * self", "seconds[phase] = self"),
+        Mutant(FINETUNE, "left[phase] * each[phase]", "each[phase]"),
         Mutant(
             FINETUNE,
-            "(self._total - max(first, self.run.step)) * self.config.utd",
-            "(self._total - max(first, self.run.step))",
+            "(self._total - max(first, run.step)) * config.utd",
+            "(self._total - max(first, run.step))",
         ),
-        Mutant(FINETUNE, "max(first - self.run.step, 0), offline", "first, offline"),
+        Mutant(FINETUNE, "max(first - run.step, 0),", "first,"),
+        Mutant(FINETUNE, "self._total - max(first, run.step)", "self._total - first"),
         Mutant(
-            FINETUNE, "self._total - max(first, self.run.step)", "self._total - first"
+            DURATION,
+            "sum(seconds) / (len(seconds) * self.period)",
+            "sum(seconds) / self.period",
         ),
-        Mutant(FINETUNE, "return sum(seconds) / len(seconds)", "return sum(seconds)"),
         Mutant(ROLLBACK, "        set_rng_state(self._streams)\n", ""),
         Mutant(
             ROLLBACK,

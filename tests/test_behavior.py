@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from corl_dare import behavior, cache
+from corl_dare import behavior, behavior_fit, cache
 from corl_dare.behavior import (
     T_MIN,
     BehaviorModel,
     clipped_normal_log_prob,
     dpm_solver_sample,
-    fit,
     make_behavior_model,
     noise_schedule,
 )
+from corl_dare.behavior_fit import fit
 from corl_dare.cache import fit_cached
 
 ROBOTS = {"halfcheetah": (17, 6), "hopper": (11, 3), "antmaze": (29, 8)}
@@ -916,7 +916,7 @@ class Bars:
 
     def __call__(self, *, initial, **options):
         self.starts.append(initial)
-        return behavior.tqdm(initial=initial, **options)
+        return behavior_fit.tqdm(initial=initial, **options)
 
 
 def stop_at(*answers):
@@ -989,7 +989,7 @@ def test_a_killed_training_goes_on_from_the_last_saved_state(tmp_path, monkeypat
 
     folder, bars = tmp_path / "parts", Bars()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(behavior, "SAVE_SECONDS", 0.0)
+        patch.setattr(behavior_fit, "SAVE_SECONDS", 0.0)
         patch.setattr(behavior.GaussianBehavior, "loss", fatal)
         cached(folder, **LONG)
     _, same_path, _ = cached(folder, bar=bars, **LONG)

@@ -13,7 +13,7 @@ from helpers import assert_equal
 from short_runs import checkpoint_of, folder_of, run, stop_after
 
 from algorithms import cql, iql
-from corl import compiled, finetune, pace
+from corl import compiled, duration, pace
 from corl.config import FinetuneConfig, parse_config
 from corl.layers import dump_config, read_yaml
 
@@ -473,7 +473,7 @@ def test_a_phase_that_was_not_measured_is_not_judged():
 def test_a_run_prints_that_it_became_slow_once(tmp_path, monkeypatch, capsys):
     """Its updates were measured to take no time."""
     monkeypatch.setattr(pace, "SLOW_SECONDS", 1e-9)
-    monkeypatch.setattr(finetune.Session, "_seconds_per_call", lambda *arguments: 1e-9)
+    monkeypatch.setattr(duration.Stopwatch, "seconds_per_call", lambda *work: 1e-9)
     run(iql, tmp_path, monkeypatch, **{**SHORT, "threads": 2})
     shown = capsys.readouterr().out
     assert shown.count("were measured at the start") == 1 and "--threads 1" in shown

@@ -36,7 +36,7 @@ from algorithms import (
     td3_bc,
     wsrl,
 )
-from corl import finetune
+from corl import duration
 from corl.config import parse_config
 from corl.layers import ConfigError, dump_config, make_config, presets_help, presets_of
 from corl_dare.config import PRESETS, DareConfig
@@ -189,7 +189,7 @@ SHORT = {
 @pytest.fixture
 def started(tmp_path, monkeypatch, capsys):
     """Runs a short run whose estimate counts as long; returns what it printed."""
-    monkeypatch.setattr(finetune, "LONG", 0.0)
+    monkeypatch.setattr(duration, "LONG", 0.0)
 
     def start(module, **fields):
         monkeypatch.setattr(module.TrainConfig, "PRESETS", TINY)
@@ -219,7 +219,7 @@ def test_a_long_run_names_the_shorter_presets_with_their_times(module, started):
 
 @pytest.mark.makes("estimate")
 def test_a_short_run_names_none(started, monkeypatch):
-    monkeypatch.setattr(finetune, "LONG", 1e9)
+    monkeypatch.setattr(duration, "LONG", 1e9)
     assert "--preset" not in started(dare_iql)
 
 

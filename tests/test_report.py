@@ -482,6 +482,7 @@ def test_a_published_page_is_what_its_committed_runs_give(folder, tmp_path, no_p
     report.write_report(again)
     for name in ("README.md", "scores.csv"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
+    assert "In no group" not in (again / "README.md").read_text()
     drawn = [{p.name for p in f.glob("figures/*.png")} for f in (again, folder)]
     assert drawn[0] == drawn[1]
 
@@ -975,6 +976,16 @@ def test_the_page_says_where_the_numbers_come_from(experiment, no_pictures):
     assert "figures/both-learning.png" in text
     csv = (experiment / "scores.csv").read_text().splitlines()
     assert len(csv) == 1 + 18 and csv[0].startswith("label,env,seed,before,after")
+
+
+def test_a_method_that_no_group_shows_is_named(experiment, no_pictures):
+    name = "In no group of experiment.yaml, so not compared below:"
+    report.write_report(experiment)
+    assert name not in text_of(experiment)
+    plan = {**PLAN, "groups": [{"title": "Some", "labels": ["iql", "dare"]}]}
+    (experiment / "experiment.yaml").write_text(yaml.safe_dump(plan))
+    report.write_report(experiment)
+    assert f"{name} same.\n" in text_of(experiment)
 
 
 def test_uncommitted_code_is_shown(make_run, tmp_path, no_pictures):

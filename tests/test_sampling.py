@@ -1,5 +1,6 @@
 """Rows in proportion to how on-policy they are: weights, draws, the ring, resume, refusals."""
 
+import copy
 import importlib
 import math
 
@@ -14,6 +15,7 @@ from short_runs import noisy_block as block
 from test_hot_loop import HostReads
 from torch.distributions import Normal
 
+from adaptive_regularization.trust import FlaggedBuffer
 from algorithms import (
     awac,
     cal_ql,
@@ -27,7 +29,7 @@ from algorithms import (
     spot,
     td3_bc,
 )
-from corl.buffers import ReplayBuffer
+from corl.buffers import ReplayBuffer, upload
 from corl.sampling import OnPolicyBuffer, standard_log_prob
 
 pytestmark = pytest.mark.narrow(16)
@@ -232,6 +234,20 @@ def test_a_restored_buffer_draws_what_the_other_one_draws():
 
 
 # ---------------------------------------------------------------- in the algorithms
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_a_wrapped_buffer_can_be_copied(flagged):
+    # The wrapper passes names on to its buffer, which a copy does not have yet.
+    wrapped, walks = make(20)
+    if flagged:
+        wrapped = FlaggedBuffer(wrapped.buffer, 50, "cpu", upload)
+    twin = copy.deepcopy(wrapped)
+    rows = np.arange(20)
+    assert_equal(twin.gather(rows), wrapped.gather(rows))
+    twin.add_transition(*walks.row())
+    assert twin._size == 21
+    assert wrapped._size == 20
 
 
 def trainer_of(module, **fields):

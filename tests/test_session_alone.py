@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import wiring
 
-from corl import checkpoints, finetune
+from corl import checkpoints, duration, finetune
 
 OFFLINE, ONLINE, WARMUP, UTD = (
     wiring.COMMON[name]
@@ -80,7 +80,8 @@ def opened(tmp_path, monkeypatch):
         return session
 
     wiring.make_known(monkeypatch)
-    monkeypatch.setattr(finetune, "time", clock)
+    for module in (duration, finetune):
+        monkeypatch.setattr(module, "time", clock)
     return open_session
 
 

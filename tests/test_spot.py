@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,10 +427,9 @@ def test_the_estimate_counts_what_is_left_of_the_vae(tmp_path, monkeypatch, caps
     asked = []
     seconds = finetune.Session._seconds_of_pretraining
 
-    def recorded(self):
-        self._seconds_per_call = lambda work: 1.0
-        asked.append(seconds(self))
-        del self._seconds_per_call
+    def recorded(self, pretraining, watch):
+        watch = SimpleNamespace(seconds_per_call=lambda work: 1.0)
+        asked.append(seconds(self, pretraining, watch))
         return asked[-1]
 
     monkeypatch.setattr(finetune.Session, "_seconds_of_pretraining", recorded)

@@ -26,7 +26,7 @@ from algorithms import cal_ql, cql, dare_cal_ql, dare_iql, iql
 from corl import checkpoints, files
 from corl.data import card
 from corl.standin import collect
-from corl_dare import behavior, cache
+from corl_dare import behavior_fit, cache
 from experiments import report
 
 pytestmark = pytest.mark.fault("full disks")
@@ -432,7 +432,7 @@ def test_a_cache_that_fills_up_names_its_file_and_the_fit_goes_on(
     name, nth, how, room, good, unbroken, tmp_path, monkeypatch
 ):
     # Saved at every look, so twice in 100 updates.
-    monkeypatch.setattr(behavior, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(behavior_fit, "SAVE_SECONDS", 0)
     fields = {"dare.behavior_updates": 150}
     flags = harness.short_run(tmp_path, good, **{**harness.FAST_DARE, **fields})
     command = harness.algorithm(dare_iql)

@@ -18,7 +18,7 @@ CONFIG = "corl/config.py corl/layers.py"
 IQL, CQL, CALQL = (f"algorithms/{name}.py" for name in ("iql", "cql", "cal_ql"))
 DIQL, DCAL = "algorithms/dare_iql.py", "algorithms/dare_cal_ql.py"
 HOOK, ROWS = "corl_dare/hook.py", "corl_dare/rows.py"
-DARE = "corl_dare/config.py"
+DARE, WEIGHTS = "corl_dare/config.py", "corl_dare/release.py"
 ADAPTER, PATCHES = "corl_dare/upstream.py", "scripts/make_patches.py"
 
 # Words of the names of tests of one algorithm.
@@ -61,43 +61,32 @@ COLLECTOR = Group(
     "stores or terminal or explores or last_episode or regret or noise",
     "",
     [
-        Mutant(
-            ACTING,
-            "bool(terminated) and self.episode_step < self.task.horizon",
-            "bool(terminated)",
-        ),
-        Mutant(
-            ACTING,
-            "bool(terminated) and self.episode_step < self.task.horizon",
-            "bool(terminated or truncated)",
-        ),
+        Mutant(ACTING, "bool(terminated) and in_time", "bool(terminated)"),
+        Mutant(ACTING, "bool(terminated) and in_time", "bool(terminated or truncated)"),
         Mutant(
             ACTING,
             "self.episode_step < self.task.horizon",
             "self.episode_step <= self.task.horizon",
         ),
+        Mutant(ACTING, "(self.state, action, stored", "(next_state, action, stored"),
         Mutant(
             ACTING,
-            "            self.state, action, self.r",
-            "next_state, action, self.r",
-        ),
-        Mutant(
-            ACTING,
-            "self.reward(reward), next_state, real_done",
-            "self.reward(reward), self.state, real_done",
+            "stored, next_state, real_done",
+            "stored, self.state, real_done",
         ),
         Mutant(ACTING, "        self.state = next_state\n", ""),
-        Mutant(ACTING, "self.reward(reward), next", "float(reward), next"),
+        Mutant(ACTING, "stored = self.reward(reward)", "stored = float(reward)"),
         Mutant(
             ACTING,
             "        self.episode_step, self.episode_return, self.success = 0, 0.0, False\n"
             "\n    def state_dict",
             "\n    def state_dict",
         ),
+        # Not in an episode of evaluations side by side, which comes first.
         Mutant(
             ACTING,
-            "self.success or is_goal_reached(float(reward), info)",
-            "is_goal_reached(float(reward), info)",
+            "return += float(reward)\n        self.success = self.success or is_goal",
+            "return += float(reward)\n        self.success = is_goal",
         ),
         Mutant(
             ACTING,
@@ -118,14 +107,10 @@ COLLECTOR = Group(
         Mutant(ACTING, "float(self.episode_step)", "float(self.episode_step - 1)"),
         Mutant(
             ACTING,
-            "tasks.normalized_score(self.task.name, self.episode_return)",
+            "self.task.normalized_score(self.episode_return)",
             "self.episode_return",
         ),
-        Mutant(
-            ACTING,
-            'info["goal_achieved"] if "goal_achieved" in info else reward > 0',
-            'info.get("goal_achieved", False)',
-        ),
+        Mutant(ACTING, "    return reward > 0\n", "    return False\n"),
     ],
 )
 EXPLORATION = Group(
@@ -141,7 +126,11 @@ EXPLORATION = Group(
             "max_action * noise.numpy(), -max_action, max_action)",
             "max_action * noise.numpy(), -1.0, 1.0)",
         ),
-        Mutant(ACTING, "            action = explore(action)\n", "            pass\n"),
+        Mutant(
+            ACTING,
+            "return action if explore is None else explore(action)",
+            "return action",
+        ),
         Mutant(
             FINETUNE,
             "self._collector.step(actor, explore)",
@@ -170,16 +159,18 @@ EVALUATION = Group(
         Mutant(ACTING, "    actor.train()\n", ""),
         Mutant(ACTING, "    actor.eval()\n", ""),
         Mutant(
-            ACTING, "config.seed if config.compat else config.eval_seed", "config.seed"
+            ACTING,
+            'config.COMPAT_EVAL_SEED if config.compat else "eval_seed"',
+            "config.COMPAT_EVAL_SEED",
         ),
         Mutant(
             ACTING,
-            "config.seed if config.compat else config.eval_seed",
-            "config.eval_seed",
+            'config.COMPAT_EVAL_SEED if config.compat else "eval_seed"',
+            '"eval_seed"',
         ),
         Mutant(ACTING, "seed=seed if episode == 0 else None", "seed=seed"),
         Mutant(ACTING, "seed=seed if episode == 0 else None", "seed=None"),
-        Mutant(ACTING, 'if phase == "online" and config', "if config"),
+        Mutant(ACTING, 'elif phase == "online" and task', "elif task"),
         Mutant(
             ACTING,
             "self.collector.successes if config.compat else self.successes",
@@ -192,7 +183,7 @@ EVALUATION = Group(
             "self.collector.successes",
         ),
         Mutant(ACTING, "done = terminated or truncated", "done = truncated"),
-        Mutant(ACTING, "np.mean(counted)) if", "np.mean(counted[-1:])) if"),
+        Mutant(ACTING, "np.mean(counted)", "np.mean(counted[-1:])"),
         Mutant(
             ACTING,
             "            total += float(reward)",
@@ -217,7 +208,7 @@ EVALUATION = Group(
 SEEDS = Group(
     "",
     "cal_ql",
-    "seeded or evaluation_seed or estimate",
+    "seeded or evaluation_seed or begins_at or changes_nothing",
     "",
     [
         Mutant(
@@ -233,13 +224,25 @@ SEEDS = Group(
             """\
         set_seed(config.seed, env)
         set_env_seed(eval_env, config.eval_seed)
+        self._reward = self._reward_rule(data.reward_args)
         self._collector = OnlineCollector(
-            env, self.online_buffer, task, device, self._reward_rule(data.reward_args)
+            env,
+            self.online_buffer,
+            task,
+            device,
+            self._reward,
+            config.uniform_steps(),
         )
 """,
             """\
+        self._reward = self._reward_rule(data.reward_args)
         self._collector = OnlineCollector(
-            env, self.online_buffer, task, device, self._reward_rule(data.reward_args)
+            env,
+            self.online_buffer,
+            task,
+            device,
+            self._reward,
+            config.uniform_steps(),
         )
         set_seed(config.seed, env)
         set_env_seed(eval_env, config.eval_seed)
@@ -309,8 +312,8 @@ BUFFER = Group(
         ),
         Mutant(
             BUFFERS,
-            "row: Tuple[Any, ...] = (state, action, reward, next_state, done, ",
-            "row: Tuple[Any, ...] = (state, action, reward, next_state, 0.0, ",
+            "row: List[Any] = [state, action, reward, next_state, done]",
+            "row: List[Any] = [state, action, reward, next_state, 0.0]",
         ),
         Mutant(
             DATA,
@@ -328,7 +331,9 @@ BUFFER = Group(
             "MixedBuffer(self.offline_buffer, self.offline_buffer, ratio)",
         ),
         Mutant(
-            FINETUNE, "env, self.online_buffer, task", "env, self.offline_buffer, task"
+            FINETUNE,
+            "            env,\n            self.online_buffer,\n",
+            "            env,\n            self.offline_buffer,\n",
         ),
     ],
 )
@@ -339,7 +344,7 @@ DATASET = Group(
     "tests/test_iql.py tests/test_cql.py",
     [
         Mutant(REWARDS, 'kwargs["max_ret"] - kwargs["min_ret"]', 'kwargs["max_ret"]'),
-        Mutant(REWARDS, 'return reward - 1.0 if "antmaze" in env_name else', "return"),
+        Mutant(REWARDS, "return reward - 1.0 if is_antmaze(env_name) else", "return"),
         Mutant(REWARDS, "return reward * reward_scale + reward_bias", "return reward"),
         Mutant(
             REWARDS,
@@ -380,6 +385,7 @@ DATASET = Group(
             """\
     if config.normalize_reward:
         reward_args = _scale_rewards(config, dataset, rule)
+        _check("rewards", arrays["rewards"], "normalize_reward")
     if keeps_mc_returns(config):
         arrays["mc_returns"] = get_return_to_go(arrays, task, config)
 """,
@@ -388,6 +394,8 @@ DATASET = Group(
         arrays["mc_returns"] = get_return_to_go(arrays, task, config)
     if config.normalize_reward:
         reward_args = _scale_rewards(config, dataset, rule)
+        _check("rewards", arrays["rewards"], "normalize_reward")
+    if keeps_mc_returns(config):
 """,
         ),
         Mutant(
@@ -395,11 +403,16 @@ DATASET = Group(
             "        if not self.config.normalize_reward:\n",
             "        if True:\n",
         ),
-        Mutant(FINETUNE, "env = wrap_env(self._env, mean, std)", "env = self._env"),
+        # The states of one of the environments stay raw.
         Mutant(
             FINETUNE,
-            "eval_env = wrap_env(self._eval_env, mean, std)",
-            "eval_env = self._eval_env",
+            "CheckedEnv(raw, role, config), mean, std)",
+            "CheckedEnv(raw, role, config), *(() if raw is self._env else (mean, std)))",
+        ),
+        Mutant(
+            FINETUNE,
+            "CheckedEnv(raw, role, config), mean, std)",
+            "CheckedEnv(raw, role, config), *((mean, std) if raw is self._env else ()))",
         ),
         Mutant(
             ACTING,
@@ -411,7 +424,7 @@ DATASET = Group(
 LOOP = Group(
     "tests/test_session_alone.py tests/test_session.py",
     "cal_ql",
-    "turns or batches or evaluation or metrics or switch or seconds",
+    "turns or batches or evaluation or metrics or switch",
     "tests/test_runs.py",
     [
         Mutant(
@@ -447,10 +460,10 @@ LOOP = Group(
         ),
         Mutant(
             FINETUNE,
-            "self.config.utd if online >= self.config.online_warmup else 0",
-            "self.config.utd",
+            "(self.config.utd if count is None else count) if warm else 0",
+            "self.config.utd if count is None else count",
         ),
-        Mutant(FINETUNE, "self.config.utd if online", "1 if online"),
+        Mutant(FINETUNE, "(self.config.utd if count is None", "(1 if count is None"),
         Mutant(
             FINETUNE,
             "online = self.run.step - self.config.offline_iterations",
@@ -478,8 +491,8 @@ LOOP = Group(
         Mutant(FINETUNE, "{**metrics, **self._collector.episode}", "{**metrics}"),
         Mutant(
             FINETUNE,
-            "step % config.eval_freq == 0",
-            "(step - 1) % config.eval_freq == 0",
+            "step % self.config.eval_freq == 0",
+            "(step - 1) % self.config.eval_freq == 0",
         ),
         Mutant(FINETUNE, "evaluated or step % config.log_freq == 0", "evaluated"),
         Mutant(
@@ -592,7 +605,11 @@ SAVING = Group(
         Mutant(FINETUNE, 'f"checkpoint_{step - 1}.pt"', 'f"checkpoint_{step}.pt"'),
         Mutant(FINETUNE, "if self.config.checkpoints_path is None:", "if True:"),
         Mutant(FINETUNE, "if loads and self.config.load_model and", "if False and"),
-        Mutant(FINETUNE, "part.load_weights(state)", "part.load_state_dict(state)"),
+        Mutant(
+            FINETUNE,
+            "fits.load_weights(part, state, path)",
+            "part.load_state_dict(state)",
+        ),
         Mutant(FINETUNE, "            self.run.step = step\n", ""),
         Mutant(
             FINETUNE,
@@ -622,7 +639,7 @@ SAVING = Group(
         ),
         Mutant(FINETUNE, '        self.keep("collector", self._collector)\n', ""),
         Mutant(FINETUNE, '        self.keep("evaluator", self._evaluator)\n', ""),
-        Mutant(ACTING, '        physics.set_state(self.env, state["env"])\n', ""),
+        Mutant(ACTING, 'physics.set_state(self.env, state["env"])', "True"),
         Mutant(ACTING, '= state["unfinished"]\n', "= 0, 0.0, False\n"),
         Mutant(ACTING, '        self.state = state["state"]\n', ""),
         Mutant(
@@ -640,7 +657,15 @@ SAVING = Group(
             'self._pointer, self._size = state["pointer"], max(last, self._loaded)',
             "self._size = max(last, self._loaded)",
         ),
-        Mutant(RUNS, '        checkpoints.set_rng_state(state["rng"])\n', ""),
+        Mutant(
+            RUNS,
+            """\
+            kept = checkpoints.set_rng_state(
+                state["rng"], self.device, before, self.step
+            )
+""",
+            "            kept = True\n",
+        ),
         Mutant(RUNS, '    np.random.set_state(unpack(state["numpy"]))\n', ""),
         Mutant(RUNS, '    torch.set_rng_state(state["torch"])\n', ""),
         Mutant(RUNS, "for row in whole if int(row[0]) <= step)", "for row in whole)"),
@@ -649,8 +674,12 @@ SAVING = Group(
             '"wall_seconds", "update_seconds", "updates",',
             '"wall_seconds", "update_seconds",',
         ),
-        Mutant(RUNS, 'CARRIED = ("scores", ', "CARRIED = ("),
-        Mutant(RUNS, '        self.step = self.checkpoint["step"]\n', ""),
+        Mutant(RUNS, '*("scores", "wall_seconds"', '*("wall_seconds"'),
+        Mutant(
+            RUNS,
+            'self.step = self.saved_step = state["step"]',
+            'self.saved_step = state["step"]',
+        ),
         Mutant(IQL, '            "q_target": self.q_target.state_dict(),\n', ""),
         Mutant(IQL, '            "anneal": self.anneal,\n', ""),
         Mutant(CQL, '        self.total_it = state_dict["total_it"]\n', ""),
@@ -658,10 +687,11 @@ SAVING = Group(
         Mutant(DCAL, '            "cql_alpha": self.cql_alpha,\n', ""),
         Mutant(
             DIQL,
-            '        self.dare_generator.set_state(state_dict["dare_generator"].cpu())\n',
-            "",
+            'put_back(self.dare_generator, state_dict["dare_generator"], self.total_it)',
+            "True",
         ),
-        Mutant(DIQL, '            session.keep("hook", source)\n', ""),
+        # The hook is in no checkpoint.
+        Mutant(DIQL, "session.make(", "(lambda name, make: make(config))("),
     ],
 )
 ESTIMATE = Group(
@@ -748,10 +778,14 @@ FACTS = Group(
     "tests/test_hook.py tests/test_prepare.py",
     [
         Mutant(
-            FINETUNE, '"offline": self.offline_buffer', '"offline": self.online_buffer'
+            FINETUNE,
+            'get("offline", self.offline_buffer)',
+            'get("offline", self.online_buffer)',
         ),
         Mutant(
-            FINETUNE, '"online": self.online_buffer', '"online": self.offline_buffer'
+            FINETUNE,
+            'get("online", self.online_buffer)',
+            'get("online", self.offline_buffer)',
         ),
         Mutant(
             FINETUNE, '"mixing_ratio": self.config.mixing_ratio', '"mixing_ratio": 0.5'
@@ -761,16 +795,17 @@ FACTS = Group(
         Mutant(FINETUNE, 'self.run.dataset["sha256"]', '"data"'),
         Mutant(FINETUNE, '"seed": self.config.seed', '"seed": self.config.eval_seed'),
         Mutant(FINETUNE, '"cache_dir": sources.cache_folder()', '"cache_dir": "runs"'),
+        # Of the rewards before they are scaled.
         Mutant(
-            FINETUNE,
-            "self.task.horizon)\n        return high",
-            "1000)\n        return high",
+            DATA,
+            "low, high = _range_of(returns)",
+            "low, high = _range_of(dataset.returns)",
         ),
         Mutant(FINETUNE, "return high - low", "return high"),
         Mutant(
             FINETUNE,
-            "self.run.panels, self.run.means = panels, means",
-            "self.run.panels = panels",
+            "self.run.panels, self.run.means, self.run.undefined = panels, means, undefined",
+            "self.run.panels, self.run.undefined = panels, undefined",
         ),
         Mutant(FINETUNE, "part.begin(self.should_stop)", "part.begin()"),
         Mutant(DATA, "return states * self._std + self._mean", "return states"),
@@ -818,7 +853,7 @@ THE_HOOK = Group(
     "exchange or energy or references or support or ratio or weights or fitted or stopped",
     "tests/test_hook.py tests/test_prepare.py",
     [
-        Mutant(HOOK, "                skip_inverted=self.config.skip_inverted,\n", ""),
+        Mutant(HOOK, "            skip_inverted=self.config.skip_inverted,\n", ""),
         Mutant(
             HOOK,
             "self.config.alignment, self.config.alignment_sigma",
@@ -832,10 +867,10 @@ THE_HOOK = Group(
             "n_offline = int(batch_size * self.mixing_ratio)\n",
             "n_offline = batch_size // 2\n",
         ),
-        Mutant(HOOK, "                cap=self.config.cap,\n", ""),
-        Mutant(HOOK, "                rule=self.config.rule,\n", ""),
-        Mutant(HOOK, "                weights=self.config.weights,\n", ""),
-        Mutant(HOOK, "            batch = reorder(batch, result.order)\n", ""),
+        Mutant(HOOK, "            cap=self.config.cap,\n", ""),
+        Mutant(HOOK, "            rule=self.config.rule,\n", ""),
+        Mutant(HOOK, "            weights=self.config.weights,\n", ""),
+        Mutant(HOOK, "        batch = reorder(batch, order)\n", ""),
         Mutant(
             HOOK,
             "clipped = references.clamp(-self.max_action, self.max_action)",
@@ -848,8 +883,8 @@ THE_HOOK = Group(
         ),
         Mutant(
             HOOK,
-            "raw = self.unnormalize(states)\n        if self.config.score",
-            "raw = states\n        if self.config.score",
+            "raw = self.unnormalize(states)\n        assert",
+            "raw = states\n        assert",
         ),
         Mutant(HOOK, "references, guided=True", "references, guided=False"),
         Mutant(HOOK, "support_actions, guided=False", "support_actions, guided=True"),
@@ -868,9 +903,9 @@ THE_HOOK = Group(
             "self.samples % self.config.energy_update_freq",
             "(self.samples + 1) % self.config.energy_update_freq",
         ),
-        Mutant(HOOK, "**log}, states, rows)", "**log}, states.flip(0), rows)"),
+        Mutant(HOOK, "log, states, rows)", "log, states.flip(0), rows)"),
         # The states of the batch after the exchange.
-        Mutant(HOOK, "**log}, states, rows)", "**log}, batch[0], rows)"),
+        Mutant(HOOK, "log, states, rows)", "log, batch[0], rows)"),
         Mutant(HOOK, "{**result.stats, **log}", "{**result.stats}"),
         Mutant(
             HOOK,
@@ -916,10 +951,10 @@ THE_HOOK = Group(
             "self.support_caches = self._make_caches(1)",
         ),
         Mutant(HOOK, "            first += len(slots)\n", ""),
-        Mutant(HOOK, "lr=config.energy_lr\n", "lr=config.behavior_lr\n"),
+        Mutant(HOOK, "lr=self.config.energy_lr,", "lr=self.config.behavior_lr,"),
         Mutant(ROWS, "        self.forget_overwritten()\n", ""),
         Mutant(ROWS, "now - made >= self.max_age", "now - made > self.max_age"),
-        Mutant(ROWS, "            self.made[rows[missing]] = now\n", ""),
+        Mutant(ROWS, "            self.made[slots] = now\n", ""),
         Mutant(
             ROWS,
             "np.random.randint(0, buffer._size, size=n)",
@@ -947,11 +982,11 @@ PREPARE = Group(
         Mutant(HOOK, "return 1.0 / reward_scale", "return reward_scale"),
         Mutant(HOOK, "return 1000.0 / return_span", "return 1.0 / return_span"),
         # The behavior model is fitted on normalized states.
-        Mutant(HOOK, "        states = unnormalize(states)\n", ""),
+        Mutant(HOOK, "(unnormalize(found) if unnormalize else found)", "found"),
         Mutant(
-            HOOK, "states, actions = (field[: offline._size]", "states, actions = (field"
+            HOOK, "found, actions = (field[: offline._size]", "found, actions = (field"
         ),
-        Mutant(HOOK, "storage(offline)[:2])", "storage(online)[:2])"),
+        Mutant(HOOK, "_rows_to_fit(offline, states", "_rows_to_fit(online, states"),
         Mutant(HOOK, "q_scale = q_scale() if config.scales_q else 1.0", "q_scale = 1.0"),
         Mutant(HOOK, "        q_scale=q_scale,\n        data", "        data"),
         Mutant(HOOK, "dataset_hash, Path(cache_dir)", '"data", Path(cache_dir)'),
@@ -960,7 +995,7 @@ PREPARE = Group(
         Mutant(HOOK, "    if begin:\n", "    if not begin:\n"),
         Mutant(
             HOOK,
-            "            seed=self.seed,\n            device",
+            "            seed=self._behavior_seed,\n            device",
             "            seed=0,\n            device",
         ),
         Mutant(DARE, "return self.guided and self.q_scale", "return self.q_scale"),
@@ -978,15 +1013,11 @@ PREPARE = Group(
         ),
         Mutant(
             DARE,
-            'return self.score == "reference" and self.guidance_scale > 0',
-            "return self.guidance_scale > 0",
+            'self.score == "reference" and self.guidance_scale > 0',
+            "self.guidance_scale > 0",
         ),
-        Mutant(
-            HOOK,
-            '        self.row_generator.set_state(state["row_generator"].cpu())\n',
-            "",
-        ),
-        Mutant(HOOK, '        self.generator.set_state(state["generator"].cpu())\n', ""),
+        Mutant(HOOK, '                ("row_generator", self.row_generator),\n', ""),
+        Mutant(HOOK, '                ("generator", self.generator),\n', ""),
         Mutant(HOOK, 'state["calls"], state["energy_steps"]', 'state["calls"], 0'),
         Mutant(HOOK, 'self.energy_steps = state["calls"], ', "self.energy_steps = 0, "),
         Mutant(
@@ -1005,50 +1036,56 @@ RELEASE = Group(
     "tests/test_losses.py",
     "",
     "dare and (weights or gap or iql_have or proposals or follows)",
-    "tests/test_hook.py tests/test_prepare.py",
+    "tests/test_hook.py tests/test_prepare.py tests/test_release.py",
     [
         Mutant(
-            HOOK,
-            "(0, len(self.weight) - self.kept)",
-            "(len(self.weight) - self.kept, 0)",
+            WEIGHTS,
+            "torch.cat((conservative, skipped))",
+            "torch.cat((skipped, conservative))",
         ),
         Mutant(
-            HOOK,
+            WEIGHTS,
             "            return self.weight * conservative\n",
             "            return conservative\n",
         ),
         Mutant(
-            HOOK,
+            WEIGHTS,
             "            return self.weight * conservative\n",
             "            return (1.0 - self.weight) * conservative\n",
         ),
         Mutant(
-            HOOK,
+            WEIGHTS,
             "self.weight * conservative + (1.0 - self.weight) * released",
             "self.weight * released + (1.0 - self.weight) * conservative",
         ),
         Mutant(
-            HOOK,
+            WEIGHTS,
             "self.weight * conservative + (1.0 - self.weight) * released",
             "self.weight * conservative + released",
         ),
         Mutant(
-            HOOK, "F.pad(released, (self.kept, 0))", "F.pad(released, (0, self.kept))"
+            WEIGHTS,
+            "torch.cat((conservative[: self.kept], released))",
+            "torch.cat((released, conservative[: self.kept]))",
         ),
-        Mutant(HOOK, "conservative[: self.kept]", "conservative[-self.kept :]"),
-        Mutant(HOOK, "kept = n_offline if", "kept = n_offline - 1 if"),
-        Mutant(HOOK, "kept = n_offline if", "kept = batch_size - n_offline if"),
+        Mutant(WEIGHTS, "conservative[: self.kept]", "conservative[-self.kept :]"),
+        Mutant(HOOK, "Release(weight, n_offline if", "Release(weight, n_offline - 1 if"),
         Mutant(
             HOOK,
-            'kept = n_offline if self.config.weights == "hard" else None',
-            "kept = None",
+            "Release(weight, n_offline if",
+            "Release(weight, weight.shape[-1] - n_offline if",
+        ),
+        Mutant(HOOK, 'n_offline if self.config.weights == "hard" else None', "None"),
+        Mutant(
+            HOOK,
+            'n_offline if self.config.weights == "hard" else None',
+            "n_offline",
         ),
         Mutant(
             HOOK,
-            'kept = n_offline if self.config.weights == "hard" else None',
-            "kept = n_offline",
+            "Release(weight, n_offline if",
+            "Release(1 - weight, n_offline if",
         ),
-        Mutant(HOOK, "Release(result.weight, kept)", "Release(1 - result.weight, kept)"),
         Mutant(
             DIQL,
             "trainer.train(drawn.batch, drawn.release)",
@@ -1185,7 +1222,7 @@ PATCHED = Group(
         ),
         Mutant(
             ADAPTER,
-            "        q_scale=lambda: energy_q_scale(config.env, high - low, reward_scale),\n",
+            "        q_scale=lambda: energy_q_scale(env, high - low, reward_scale),\n",
             "",
         ),
         Mutant(
@@ -1217,16 +1254,16 @@ PATCHED = Group(
 SETS = Group(
     "tests/test_config.py",
     "",
-    "only_the_online or halves",
-    "tests/test_sweep.py",
+    "only_the_online",
+    "tests/test_iql.py tests/test_sweep.py",
     [
         Mutant(
-            CONFIG, '"online_warmup", "utd", "load_model"}', '"online_warmup", "utd"}'
+            CONFIG, '"online_warmup", "utd", "load_model")', '"online_warmup", "utd")'
         ),
         Mutant(
             CONFIG,
-            '{"online_iterations", "online_warmup", "utd"',
-            '{"online_iterations", "online_warmup", "eval_seed", "utd"',
+            '("online_iterations", "online_warmup", "utd"',
+            '("online_iterations", "online_warmup", "eval_seed", "utd"',
         ),
         Mutant(
             CONFIG, '*("device", "threads", "runs_dir"', '*("device", "seed", "runs_dir"'
@@ -1234,7 +1271,7 @@ SETS = Group(
         Mutant(CONFIG, '"wandb_mode", "device"),', '"wandb_mode", "device", "seed"),'),
         Mutant(CONFIG, '*("resume", "online_iterations", ', '*("resume", '),
         Mutant(
-            DIQL, '        "noise_clip",\n        "dare",\n', '        "noise_clip",\n'
+            DIQL, '        "policy_std",\n        "dare",\n', '        "policy_std",\n'
         ),
         Mutant(
             DIQL,

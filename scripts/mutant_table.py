@@ -1255,7 +1255,7 @@ SETS = Group(
     "tests/test_config.py",
     "",
     "only_the_online",
-    "tests/test_iql.py tests/test_sweep.py",
+    "tests/test_iql.py tests/test_session.py tests/test_sweep.py",
     [
         Mutant(
             CONFIG, '"online_warmup", "utd", "load_model")', '"online_warmup", "utd")'

@@ -999,7 +999,9 @@ def test_a_killed_training_goes_on_from_the_last_saved_state(tmp_path, monkeypat
 
 def test_the_training_is_saved_once_a_minute(monkeypatch):
     clock = iter(range(0, 10_000, 25))  # 25 s pass between two looks at the clock
-    monkeypatch.setattr(behavior_fit, "time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(
+        behavior_fit, "time", SimpleNamespace(perf_counter=clock.__next__)
+    )
     saved = []
     fit_recorder(4, 2, 1000, save=lambda state: saved.append(state["updates"]))
     # Looks at 25, 50, 75 s; the clock is read once more after saving.

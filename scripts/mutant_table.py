@@ -695,7 +695,7 @@ SAVING = Group(
     ],
 )
 ESTIMATE = Group(
-    "tests/test_session_alone.py tests/test_session.py "
+    "tests/test_session_alone.py tests/test_presets.py tests/test_session.py "
     "tests/test_rollback_kinds.py tests/test_rollback.py",
     "",
     "(cal_ql or dare_iql) and estimate",
@@ -703,6 +703,9 @@ ESTIMATE = Group(
     [
         Mutant(FINETUNE, "        snapshot.restore()\n", ""),
         Mutant(DURATION, "        vars(online).update(own)\n", "        pass\n"),
+        Mutant(FINETUNE, "[] if run.switched else list", "list"),
+        Mutant(FINETUNE, "> duration.LONG and not run.step", "> duration.LONG"),
+        Mutant(DURATION, "total > HOUR and", "total > 0 and"),
         Mutant(
             FINETUNE,
             "            self._estimate(updates, watch, other, pretraining)\n",

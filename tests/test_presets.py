@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from kinds import one_of_each_kind
-from short_runs import CQL_FIELDS, DEFAULTS, SMALL, run
+from short_runs import CQL_FIELDS, DEFAULTS, SMALL, folder_of, run
 
 from algorithms import (
     awac,
@@ -221,6 +221,18 @@ def test_a_long_run_names_the_shorter_presets_with_their_times(module, started):
 def test_a_short_run_names_none(started, monkeypatch):
     monkeypatch.setattr(duration, "LONG", 1e9)
     assert "--preset" not in started(dare_iql)
+
+
+@pytest.mark.makes("estimate")
+def test_only_a_new_run_looks_at_other_presets(started, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        duration.Alternatives, "seconds", lambda *work: asked.append(work) or {}
+    )
+    started(dare_iql)
+    assert len(asked) == 1
+    started(dare_iql, online_iterations=6, resume=str(folder_of(tmp_path)))
+    assert len(asked) == 1
 
 
 @pytest.mark.makes("estimate")

@@ -504,6 +504,24 @@ def test_what_the_texts_quote_stands_on_a_page(file):
     assert missing == []
 
 
+@pytest.mark.parametrize("name", ["release_cpu", "table1_cpu"])
+def test_a_finding_quotes_numbers_of_its_page_and_runs(name):
+    """Also numbers without an interval: those of single runs, of which one seed is in."""
+    (text,) = [
+        paragraph
+        for paragraph in (ROOT / "results/README.md").read_text().split("\n\n")
+        if paragraph.startswith("**") and f"({name}/README.md)" in paragraph
+    ]
+    quoted = re.findall(r"\d+\.\d", text)
+    assert len(quoted) > 3
+    folder = ROOT / "results" / name
+    found = set(re.findall(r"\d+\.\d+", (folder / "README.md").read_text()))
+    with (folder / "scores.csv").open() as file:
+        for row in csv.DictReader(file):
+            found |= {f"{float(row[x]):.1f}" for x in ("before", "after")}
+    assert [number for number in quoted if number not in found] == []
+
+
 # The rows of the table of methods in results/README.md.
 QUOTED = {
     "IQL, one buffer (CORL)": "iql",

@@ -184,6 +184,38 @@ def test_the_estimate_is_the_mean_of_several_short_calls(opened, capsys):
     assert "(offline 7 s, online 4 s)" in said
 
 
+class Fitted:
+    """A part with work of its own before the first online step."""
+
+    def estimate(self, seconds_of):
+        return {"behavior model": 5.0}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_the_estimate_of_a_run_that_has_switched_leaves_out_what_came_before(
+    opened, capsys
+):
+    with opened(utd=1) as session:
+        session.keep("hook", Fitted())
+        assert "behavior model 5 s" in estimated(session, capsys)
+        session.run.switched = True
+        assert "behavior model" not in estimated(session, capsys)
+
+
+def test_a_run_of_more_than_an_hour_names_its_quick_start():
+    def said(seconds, file):
+        return "\n".join(duration.lines("cpu", {"online": seconds}, {}, file))
+
+    assert "--config" not in said(3600.0, "quick.yaml")
+    assert "--config quick.yaml" in said(3601.0, "quick.yaml")
+    assert "--config" not in said(3601.0, None)
+
+
 def test_the_estimate_is_made_of_whole_periods(opened, capsys):
     """Every third update takes longer, the first of its kind much longer: it compiles."""
     with opened(utd=1) as session:

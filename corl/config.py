@@ -62,7 +62,7 @@ class FinetuneConfig:
     offline_iterations: int = 1000000  # updates on the dataset alone
     online_iterations: int = 1000000  # environment steps of fine-tuning
     checkpoints_path: Optional[str] = None  # also write CORL's checkpoint_N.pt here
-    load_model: str = ""  # CORL checkpoint whose weights to start from
+    load_model: str = ""  # CORL checkpoint to start from; {seed} in it for several seeds
     # Common to the algorithms
     buffer_size: int = 2000000  # transitions per buffer
     batch_size: int = 256  # transitions per update

@@ -703,11 +703,15 @@ class Session:
 
     def _evaluate_at_the_switch(self) -> None:
         """Once, with episodes of a number of its own, before the first online step."""
-        run, config = self.run, self.config
-        done = any(phase == drop.SWITCH for _, phase, _ in run.scores)
-        if config.eval_switch and self._at_the_switch and not done:
-            count = config.eval_switch
+        run, count = self.run, self.switch_episodes
+        if count:
             self._evaluator.evaluate(run, self._actor, run.step, drop.SWITCH, count)
+
+    @property
+    def switch_episodes(self) -> int:
+        """Episodes of the evaluation at the switch that is due now; 0 where none is."""
+        done = any(phase == drop.SWITCH for _, phase, _ in self.run.scores)
+        return self.config.eval_switch if self._at_the_switch and not done else 0
 
     def evaluates(self, step: int) -> bool:
         """Is there an evaluation when so many iterations are done?"""

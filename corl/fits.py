@@ -35,6 +35,7 @@ def check_layout(state: dict[str, Any], path: Path) -> None:
         "updates": 0,
         "pretrained": 0,
         "switched": False,
+        "stacked": 0,
     }
     with fitting(path, "run"):
         check_fit(state["run"], counters)

@@ -54,6 +54,7 @@ OLD_NAMES = {"online_buffer": "buffer"}
 CARRIED = (
     *("scores", "wall_seconds", "update_seconds", "updates", "switched"),
     *("return_rule", "pretrained", "cpu_seconds", "work_seconds", "work_begun"),
+    "stacked",
 )
 WRITTEN = (
     *("config.yaml", "checkpoint.pt", "summary.json", "curves.png"),
@@ -128,6 +129,9 @@ class Run:
         self.saved_step: int | None = None  # iterations done in checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = self.cpu_seconds = 0.0
+        self.stacked = (
+            0  # seeds that shared its process, see `stacked_session`; 0: alone
+        )
         self.updates = 0
         # Seconds of each piece of work between online steps, and of the one that is under way.
         self.work_seconds: list[float] = []

@@ -103,8 +103,14 @@ def of_seed(config: Any, seed: int) -> Any:
     place = config.checkpoints_path
     if place is not None:
         place = os.path.join(place, f"seed-{seed}")
-    alone = {"seed": seed, "seeds": None, "seeds_as": "auto", "checkpoints_path": place}
-    return dataclasses.replace(config, **alone)
+    return dataclasses.replace(
+        config,
+        seed=seed,
+        seeds=None,
+        seeds_as="auto",
+        checkpoints_path=place,
+        load_model=config.load_model.replace("{seed}", str(seed)),
+    )
 
 
 # ---------------------------------------------------------------- one process per seed

@@ -188,6 +188,7 @@ class StackedSession:
             self._open = opened.pop_all()
         for session in self.sessions:
             session.run.prefix = f"[seed {session.config.seed}] "
+            session.run.stacked = len(self.sessions)
         for session in self.sessions[1:]:
             # One bar tells of all.
             session.run.bar = progress_bar(total=1, disable=True)
@@ -411,6 +412,8 @@ class StackedSession:
         with self._told_by_its_seed(collectors):
             collectors.begin(explore, [stream.cpu for stream in self.streams])
         self._collecting = True
+        if episodes := self.sessions[0].switch_episodes:
+            self._evaluate(self._actors(actor), episodes)
         pairs = zip(self.sessions, self._actors(actor), strict=True)
         steps = [session.online_steps(own) for session, own in pairs]
         for step in self._steps(steps, draws=False):
@@ -433,7 +436,8 @@ class StackedSession:
             return
         self._spread()
         if evaluated:
-            self._evaluate()
+            actors = [session._actor for session in self.sessions]
+            self._evaluate(actors, self.config.n_episodes)
         for number, (session, stream) in enumerate(
             zip(self.sessions, self.streams, strict=True)
         ):
@@ -442,14 +446,14 @@ class StackedSession:
                 session.log(of_seed(metrics, number))
         self._told = self.sessions[0]
 
-    def _evaluate(self) -> None:
-        """Play the episodes of all seeds at the same time, where there are processes for it."""
+    def _evaluate(self, actors: Sequence[Any], episodes: int) -> None:
+        """Play so many episodes of every seed at the same time, if there are processes for it."""
         if self._evaluators is None:
             return
         jobs = []
-        for session in self.sessions:
+        for session, own in zip(self.sessions, actors, strict=True):
             normal, seed = session.normalization, session._evaluator.seed
-            actor = evaluation.on_the_cpu(session._actor)
+            actor = evaluation.on_the_cpu(own)
             jobs.append(
                 evaluation.Episodes(
                     envs.make,
@@ -459,7 +463,7 @@ class StackedSession:
                     normal.std,
                     actor,
                     seed,
-                    range(session.config.n_episodes),
+                    range(episodes),
                 )
             )
         with self._told_by_its_seed(self._evaluators):

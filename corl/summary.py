@@ -89,7 +89,10 @@ def summary_of(run: Any) -> dict[str, Any]:
         "updates": run.updates,
         "updates_per_second": run.updates / max(run.update_seconds, 1e-9),
         "wall_seconds": run.clock(),
-        "cpu_seconds": run.cpu_clock(),
+        # Stacked seeds share the time of one process, and others step their environments.
+        **(
+            {"stacked": run.stacked} if run.stacked else {"cpu_seconds": run.cpu_clock()}
+        ),
         # Of each piece of work between online steps, such as generating data.
         **({"work_seconds": list(run.work_seconds)} if run.work_seconds else {}),
         "dataset": {

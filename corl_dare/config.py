@@ -214,8 +214,6 @@ class DareConfig:
             return "dare.score reference and guidance sample actions for each seed"
         if self.enabled and self.rule == "random":
             return "dare.rule random draws for each seed"
-        if self.enabled and self.permute != "none":
-            return f"dare.permute {self.permute} draws for each seed"
         return ""
 
     def _check_choices(self) -> None:

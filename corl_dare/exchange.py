@@ -568,12 +568,20 @@ def permute_rows(
         order: of `exchange`; rows count in the stacked batch, offline rows first.
         among: half, rows that were drawn from the same buffer; batch, all rows.
     """
-    sizes = [n_off, len(order) - n_off] if among == "half" else [len(order)]
-    lots = [
-        torch.randperm(size, generator=generator, device=order.device) for size in sizes
-    ]
-    other = torch.cat([lots[0], *(lot + n_off for lot in lots[1:])])
-    return other[order]
+    return draw_lots(n_off, len(order), among, generator, order.device)[order]
+
+
+def draw_lots(
+    n_off: int,
+    rows: int,
+    among: str,
+    generator: torch.Generator | None,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """For each of the rows (N_off + N_on,) the row that takes its place, see `permute_rows`."""
+    sizes = [n_off, rows - n_off] if among == "half" else [rows]
+    lots = [torch.randperm(size, generator=generator, device=device) for size in sizes]
+    return torch.cat([lots[0], *(lot + n_off for lot in lots[1:])])
 
 
 def weight_stats(weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -42,10 +42,10 @@ from corl_dare.config import DareConfig
 from corl_dare.exchange import (
     EM_STEPS,
     alignment_score,
+    draw_lots,
     em_state,
     em_steps,
     exchange,
-    permute_rows,
     reorder,
     weight_stats,
 )
@@ -391,11 +391,13 @@ class DareHook:
         online: list[torch.Tensor],
         rows: Rows,
         weight: torch.Tensor | None = None,
+        lots: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor, Log, torch.Tensor]:
         """Score and exchange two halves of a batch; takes nothing else but what is cached.
 
         Args:
             weight: 0-d, of all rows; then nothing is scored and no row moves.
+            lots: of `draw_lots`, (B,), where `permute` needs some; default: they are drawn here.
 
         Returns:
             The batch with its offline-like rows first, the weights of its rows (B,), metrics, and
@@ -421,11 +423,18 @@ class DareHook:
             generator=self.generator if self.config.rule == "random" else None,
             em=em,
         )
-        order, lots = result.order, self.config.permute
-        if lots != "none":
-            order = permute_rows(order, n_offline, lots, self.generator)
+        order = result.order
+        if self.config.permute != "none":
+            lots = self.draw_lots(n_offline, len(states)) if lots is None else lots
+            order = lots[order]
         batch = reorder(batch, order)
         return batch, result.weight, {**result.stats, **log}, states
+
+    def draw_lots(self, n_offline: int, rows: int) -> torch.Tensor:
+        """For each row of a batch the one that takes its place by lot, (rows,)."""
+        return draw_lots(
+            n_offline, rows, self.config.permute, self.generator, self.device
+        )
 
     def score(
         self, states: torch.Tensor, actions: torch.Tensor, rows: Rows

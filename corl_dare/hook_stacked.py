@@ -25,7 +25,7 @@ class StackedHook(DareHook):
     """The hooks of N seeds, whose batches (N, B, ...) are exchanged in one go.
 
     Every seed keeps a hook of its own for its state; the first one's exchange runs under
-    `torch.vmap`, so scores need a density and the rule no generator.
+    `torch.vmap`, so scores need a density and the rule no generator. Lots are drawn before it.
 
     Args:
         members: one hook per seed, alike but for the seed.
@@ -67,9 +67,13 @@ class StackedHook(DareHook):
             together[name] = torch.stack([tensor, *others[1:]])
 
         def of_one(
-            tensors: dict[str, torch.Tensor], offline: Any, online: Any, weight: Any
+            tensors: dict[str, torch.Tensor],
+            offline: Any,
+            online: Any,
+            weight: Any,
+            lots: Any,
         ) -> Any:
-            args = first.arrange, (offline, online, [None, None], weight)
+            args = first.arrange, (offline, online, [None, None], weight, lots)
             return torch.func.functional_call(holder, tensors, args)
 
         # The models are frozen: a graph may hold them, and nothing is copied at a call.
@@ -85,7 +89,11 @@ class StackedHook(DareHook):
         rows, (offline, online) = self._draw_halves(n_offline, batch_size - n_offline)
         # Of all seeds alike: it has no dimension.
         weight = self._weight_tensor(offline[0])
-        batch, weight, log, states = self._arranged(offline, online, weight)
+        lots = None
+        if self.config.permute != "none":
+            drawn = [hook.draw_lots(n_offline, batch_size) for hook in self.members]
+            lots = torch.stack(drawn)
+        batch, weight, log, states = self._arranged(offline, online, weight, lots)
         log = self._count_refused(log)
         release = self._release(weight, n_offline)
         return Drawn(batch, release, log, states, rows)

@@ -155,10 +155,15 @@ def _costs(experiment: Experiment, group: Group) -> list[str]:
         return []
     scored = experiment.scale is not RAW and not group.costs
     collapsed = "Collapsed: final score below half of the offline model's. " * scored
+    records = experiment.records(group.labels)
+    stacked = any("stacked" in record for record in records) * (
+        "Stacked seeds share a process and have no CPU time of their own. "
+    )
     return [
         cost,
         f"{collapsed}Updates and CPU time are "
         "of a run itself, all threads together; a shared offline model is not counted. "
+        f"{stacked}"
         "Generator's share: its arithmetic, of what its authors spend.\n",
     ]
 

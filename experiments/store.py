@@ -73,6 +73,7 @@ class Summary(TypedDict, total=False):
     updates_per_second: float
     wall_seconds: float
     cpu_seconds: float
+    stacked: int
     generator_share: float | None
     caveat: str
     offline_run: str | None
@@ -140,6 +141,8 @@ def read_run(folder: Path | str, label: str | None = None) -> dict[str, Any]:
     for name in LATER:
         if summary.get(name) is not None:
             record[name] = _digits(summary[name])
+    if "stacked" in summary:
+        record["stacked"] = summary["stacked"]
     if summary.get("warnings"):
         record["warnings"] = summary["warnings"]
     if "caveat" in summary:

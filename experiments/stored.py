@@ -103,6 +103,7 @@ class _Later(TypedDict, total=False):
     snapshot: Snapshot
     training: float | None
     cpu_seconds: float
+    stacked: int
     generator_share: float
     warnings: list[str]
     caveat: str
@@ -114,6 +115,7 @@ class StoredRun(_Later):
     score_unit: the label of its `scale_of`; D4RL's where it is missing.
     before: the evaluation at the switch, else the last one of the offline model, where it is known.
     training: mean score of the training episodes over the online phase.
+    stacked: seeds that shared a process; such a run has no CPU time of its own.
     generator_share: arithmetic of a generator of rows, as a share of what its paper spends.
     warnings: lines that the run printed as warnings, in their order.
     caveat: what must be known of the method: a word, a colon and why.

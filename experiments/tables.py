@@ -351,19 +351,21 @@ def _difference_cells(
 def cost_table(experiment: Experiment, group: Group) -> str:
     """Per method: collapsed runs, updates, CPU time, a generator's share of its paper's.
 
-    Empty if a run of the group does not say its CPU time. Half of a raw return means nothing, and
-    a page of costs says nothing of scores; both say nothing of collapses.
+    Empty if a run of the group does not say its CPU time; stacked seeds have none of their own.
+    Half of a raw return means nothing, and a page of costs says nothing of scores; both say
+    nothing of collapses.
     """
     of_label = {label: list(experiment.records([label])) for label in group.labels}
     everything = [record for records in of_label.values() for record in records]
-    if not all("cpu_seconds" in record for record in everything):
+    if not all("cpu_seconds" in r or "stacked" in r for r in everything):
         return ""
     collapses = experiment.scale is not RAW and not group.costs
     header = ["method", "runs", *["collapsed"] * collapses, "updates", "CPU minutes"]
     generated = any("generator_share" in record for record in everything)
     rows = []
     for label, records in of_label.items():
-        minutes = [record["cpu_seconds"] / 60 for record in records]
+        alone = [r["cpu_seconds"] for r in records if "stacked" not in r]
+        minutes = [seconds / 60 for seconds in alone]
         row = [experiment.name(label), str(len(records))]
         row += [_collapsed(records)] * collapses
         row += [_spread([r["updates"] for r in records], 0), _spread(minutes)]
@@ -450,12 +452,9 @@ def provenance_table(experiment: Experiment) -> str:
         records = list(experiment.records([label]))
         seeds = {r["seed"]: r for r in records}
         data = {(r["dataset"]["label"], r["dataset"]["rows"]) for r in records}
-        machines = set()
+        speeds: dict[str, list[float]] = {}
         for r in records:
-            gpu = f", {r['machine']['gpu']}" if r["machine"]["gpu"] else ""
-            machines.add(
-                f"{r['machine']['processor']}, {r['machine']['cores']} cores{gpu}"
-            )
+            speeds.setdefault(_machine(r), []).append(r["updates_per_second"])
         commits = sorted({_short_commit(r["commit"]) for r in records})
         rows.append(
             [
@@ -465,11 +464,20 @@ def provenance_table(experiment: Experiment) -> str:
                 "; ".join(sorted({d[0] for d in data})),
                 ", ".join(sorted({f"{d[1]:,}" for d in data})),
                 ", ".join(commits),
-                "; ".join(sorted(machines)),
-                _spread([r["updates_per_second"] for r in records], 0),
+                "; ".join(sorted(speeds)),
+                "; ".join(_spread(speeds[name], 0) for name in sorted(speeds)),
             ]
         )
     return _table(header, rows)
+
+
+def _machine(record: Mapping) -> str:
+    """What a run ran on, and beside how many other seeds of its process."""
+    machine = record["machine"]
+    text = f"{machine['processor']}, {machine['cores']} cores"
+    text += f", {machine['gpu']}" if machine["gpu"] else ""
+    count = record.get("stacked")
+    return f"{text}, {count} seeds stacked" if count else text
 
 
 def _short_commit(commit: str) -> str:

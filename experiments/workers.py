@@ -84,7 +84,7 @@ def run_cell(folder: Path) -> None:
             raise SystemExit(STOPPED)
         if finished[0].name != "run":
             os.replace(finished[0], folder / "run")
-        _conclude(folder, about)
+        conclude(folder, about)
 
 
 def _arguments(folder: Path) -> list[str]:
@@ -95,8 +95,16 @@ def _arguments(folder: Path) -> list[str]:
     return ["--config", str(folder / "config.yaml")]
 
 
-def _conclude(folder: Path, about: dict[str, Any]) -> None:
-    """Write what others need of a finished cell: the model, its score, the state."""
+def conclude(folder: Path, about: dict[str, Any]) -> None:
+    """Write what others need of a finished cell: the model, its score, the state.
+
+    Args:
+        folder: the cell's, with the finished run in `run`.
+        about: its `cell.json`.
+
+    Raises:
+        SystemExit: "error: ..." where the run's files or its dataset are wrong.
+    """
     run = folder / "run"
     summary = read_json(run / "summary.json", REMOVE, form=Concluded, finite=False)
     for name, value in summary.items():

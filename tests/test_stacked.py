@@ -234,6 +234,8 @@ def hooks(seeds, **fields):
         ),
         {"rule": "threshold", "weights": "soft"},
         {"rule": "threshold", "cap": 3},
+        {"rule": "threshold", "permute": "half"},
+        {"rule": "threshold", "permute": "batch"},
     ],
     ids=str,
 )

@@ -99,8 +99,11 @@ def groups_of(cells: Sequence[Cell], runs_dir: Path) -> list[Group]:
     return list(found.values())
 
 
-def start(group: Group, device: str) -> subprocess.Popen:
-    """Start the process of a group, whose seeds are those of its cells."""
+def prepare(group: Group, device: str) -> list[str]:
+    """Make the folders of a group and its cells; returns the command line of its run.
+
+    That is the algorithm's file and its arguments.
+    """
     models = group.folder / "models"
     models.mkdir(parents=True, exist_ok=True)
     for cell in group.cells:
@@ -117,14 +120,20 @@ def start(group: Group, device: str) -> subprocess.Popen:
     file = group.folder / "config.yaml"
     files.write_text(file, dump_config(config))
     numbers = ",".join(str(cell.seed) for cell in group.cells)
-    words = ["-u", "-m", seeds.__name__, first.algorithm, "--config", str(file)]
-    words += ["--seeds", numbers, "--seeds_as", "stacked"]
+    words = [first.algorithm, "--config", str(file)]
+    return [*words, "--seeds", numbers, "--seeds_as", "stacked"]
+
+
+def start(group: Group, device: str) -> subprocess.Popen:
+    """Start the process of a group."""
+    words = ["-u", "-m", seeds.__name__, *prepare(group, device)]
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     with open(group.folder / "log.txt", "a") as log:
         return subprocess.Popen(
             [sys.executable, *words],
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), *_path()]),
+                "PYTHONPATH": os.pathsep.join(filter(None, path)),
                 "OMP_NUM_THREADS": "1",
             },
             # Closed by our end, which the process watches for.
@@ -134,10 +143,6 @@ def start(group: Group, device: str) -> subprocess.Popen:
             # Ctrl-C is for this process, which hands it on.
             start_new_session=True,
         )
-
-
-def _path() -> list[str]:
-    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
 
 def collect(group: Group) -> None:

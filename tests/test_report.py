@@ -504,8 +504,8 @@ def test_what_the_texts_quote_stands_on_a_page(file):
     assert missing == []
 
 
-@pytest.mark.parametrize("name", ["release_cpu", "table1_cpu"])
-def test_a_finding_quotes_numbers_of_its_page_and_runs(name):
+@pytest.mark.parametrize("name", ["release_cpu", "release_gpu", "table1_cpu"])
+def test_a_finding_quotes_numbers_of_its_pages_and_runs(name):
     """Also numbers without an interval: those of single runs, of which one seed is in."""
     (text,) = [
         paragraph
@@ -514,11 +514,13 @@ def test_a_finding_quotes_numbers_of_its_page_and_runs(name):
     ]
     quoted = re.findall(r"\d+\.\d", text)
     assert len(quoted) > 3
-    folder = ROOT / "results" / name
-    found = set(re.findall(r"\d+\.\d+", (folder / "README.md").read_text()))
-    with (folder / "scores.csv").open() as file:
-        for row in csv.DictReader(file):
-            found |= {f"{float(row[x]):.1f}" for x in ("before", "after")}
+    found = set()
+    for page in re.findall(r"\((\w+)/README\.md\)", text):
+        folder = ROOT / "results" / page
+        found |= set(re.findall(r"\d+\.\d+", (folder / "README.md").read_text()))
+        with (folder / "scores.csv").open() as file:
+            for row in csv.DictReader(file):
+                found |= {f"{float(row[x]):.1f}" for x in ("before", "after")}
     assert [number for number in quoted if number not in found] == []
 
 
@@ -872,6 +874,33 @@ def test_the_costs_name_collapsed_seeds_cpu_time_and_a_generators_share(
     path.write_text(dump_json(record))
     report.write_report(folder)
     assert "CPU minutes" not in text_of(folder)
+
+
+def test_stacked_seeds_have_no_cpu_time_and_their_machine_says_how_many_they_are(
+    make_run, tmp_path, no_pictures
+):
+    folder = tmp_path / "results" / "trial"
+    for label in ("a", "b"):
+        made = [make_run(name=label, seed=seed) for seed in range(3)]
+        for seed, run in enumerate(made):
+            if label == "b" or seed > 0:
+                change_summary(run, stacked=2)
+                summary = json.loads((run / "summary.json").read_text())
+                summary.pop("cpu_seconds", None)
+                (run / "summary.json").write_text(json.dumps(summary))
+            else:
+                change_summary(run, cpu_seconds=90.0)
+        add(made, folder)
+    report.write_report(folder)
+    text = text_of(folder)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    first = next(i for i, row in enumerate(rows) if "CPU minutes" in row)
+    minutes = [row.strip("| ").split("|")[-1].strip() for row in rows[first + 2 :][:2]]
+    assert minutes == ["1.5", "–"]
+    assert "Stacked seeds share a process and have no CPU time of their own." in text
+    places = [row for row in rows if row.startswith("| `")][-2:]
+    assert "cores; " in places[0] and places[0].count("2 seeds stacked") == 1
+    assert "2 seeds stacked" in places[1] and "cores; " not in places[1]
 
 
 def test_a_group_of_costs_shows_no_score(make_run, tmp_path, no_pictures):

@@ -35,6 +35,7 @@ from algorithms import (
     wsrl,
 )
 from corl.config import parse_config
+from corl.evaluation import Evaluators
 from corl.layers import ConfigError
 from corl.stacked_session import StackedSession
 
@@ -135,6 +136,28 @@ def test_a_seed_of_a_stacked_run_goes_on_alone(in_processes, tmp_path, monkeypat
     for name, value in networks[1].items():
         torch.testing.assert_close(networks[0][name], value, rtol=1e-3, atol=1e-3)
     assert [r.split(",")[:2] for r in rows] == [r.split(",")[:2] for r in own_rows]
+
+
+def test_the_evaluation_at_the_switch_is_played_in_processes(tmp_path, monkeypatch):
+    played, play = [], Evaluators.evaluate
+
+    def evaluate(self, jobs):
+        played.append([len(job.numbers) for job in jobs])
+        return play(self, jobs)
+
+    monkeypatch.setattr(Evaluators, "evaluate", evaluate)
+    monkeypatch.setattr(StackedSession, "in_processes", True)
+    together(iql, tmp_path / "many", monkeypatch, eval_switch=5)
+    # After 4 updates, at the switch, after 8 steps and after 12.
+    assert played == [[2, 2], [5, 5], [2, 2], [2, 2]]
+    (tmp_path / "alone").mkdir()
+    run(iql, tmp_path / "alone", monkeypatch, **SHORT, seed=3, eval_switch=5)
+    mine, own = (
+        (folder_of(tmp_path / name, 3) / "evaluations.csv").read_text().splitlines()
+        for name in ("many", "alone")
+    )
+    assert [row.split(",")[:3] for row in mine] == [row.split(",")[:3] for row in own]
+    assert sum(",switch," in row for row in mine) == 5
 
 
 @pytest.mark.parametrize("step", [2, 9])

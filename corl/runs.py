@@ -129,9 +129,8 @@ class Run:
         self.saved_step: int | None = None  # iterations done in checkpoint.pt
         self.scores: list[list[Any]] = []  # [step, phase, mean normalized score]
         self.wall_seconds = self.update_seconds = self.cpu_seconds = 0.0
-        self.stacked = (
-            0  # seeds that shared its process, see `stacked_session`; 0: alone
-        )
+        # Seeds that shared its process, see `stacked_session`; 0: it is alone.
+        self.stacked = 0
         self.updates = 0
         # Seconds of each piece of work between online steps, and of the one that is under way.
         self.work_seconds: list[float] = []

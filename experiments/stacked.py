@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from experiments.cells import (
 )
 from experiments.plan import plan, select
 from experiments.programs import ROOT
+from experiments.sweep import add_places, check_named, exit_status, stopped_by_sigterm
 from experiments.values import flatten, read_json
 from experiments.workers import RUN_AGAIN, CellFile, conclude
 
@@ -279,13 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.stacked",
         description="Run a sweep file on one GPU, the seeds of a method in one process.",
     )
-    parser.add_argument("sweep", type=arguments.path, help="YAML file")
-    parser.add_argument(
-        "--runs_dir",
-        type=arguments.path,
-        default="runs",
-        help="the store (default: runs)",
-    )
+    add_places(parser)
     parser.add_argument(
         "--only", nargs="+", metavar="METHOD", help="these methods alone"
     )
@@ -301,38 +295,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     args = parser.parse_args(argv)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what has no run yet")
-        return 130
-    except (ValueError, OSError, filelock.Timeout) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(args), args.runs_dir)
 
 
 def _run(args: argparse.Namespace) -> int:
-    # From here on paths mean the same to every process.
     runs_dir = Path(args.runs_dir)
-    cells = plan(args.sweep, runs_dir, gpu=True)
+    cells = plan(check_named(args.sweep), runs_dir, gpu=True)
     cells = select(cells, args.only) if args.only else cells
     cells = _chosen(cells, {"task": args.tasks, "seed": args.seeds})
     groups = groups_of([cell for cell in cells if not cell.is_done], runs_dir)
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with contextlib.ExitStack() as held:
-            for cell in (cell for group in groups for cell in group.cells):
-                write_cell(cell)
-                held.enter_context(lock(cell.folder, timeout=0))
-            ready = [group for group in map(unbegun, groups) if group.cells]
-            done = Driver(ready, args.at_once, lambda g: start(g, args.device)).run()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with stopped_by_sigterm(), contextlib.ExitStack() as held:
+        for cell in (cell for group in groups for cell in group.cells):
+            write_cell(cell)
+            _hold(cell, held)
+        ready = [group for group in map(unbegun, groups) if group.cells]
+        done = Driver(ready, args.at_once, lambda g: start(g, args.device)).run()
     return 0 if done else 1
+
+
+def _hold(cell: Cell, held: contextlib.ExitStack) -> None:
+    """Keep others from a cell. Raises ConfigError where somebody is at work on it."""
+    try:
+        held.enter_context(lock(cell.folder, timeout=0))
+    except filelock.Timeout:
+        raise ConfigError(
+            f"another process runs {cell.label}; wait for it, or leave the cell out with --only, "
+            "--tasks or --seeds"
+        ) from None
 
 
 def _chosen(cells: Sequence[Cell], wanted: Mapping[str, Any]) -> list[Cell]:

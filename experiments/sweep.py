@@ -21,7 +21,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -237,13 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.sweep",
         description="Run a sweep file; run it again to go on. docs/sweep.md explains it.",
     )
-    parser.add_argument("sweep", type=arguments.path, nargs="?", help="YAML file")
-    parser.add_argument(
-        "--runs_dir",
-        type=arguments.path,
-        default="runs",
-        help="the store (default: runs)",
-    )
+    add_places(parser)
     parser.add_argument(
         "--workers",
         type=arguments.number(int, "[1, 1024]"),
@@ -267,14 +262,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--status", action="store_true", help="only show the table")
     args = parser.parse_args(argv)
+    return exit_status(lambda: _sweep(args), args.runs_dir)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which sweep, and where its store is."""
+    parser.add_argument("sweep", type=arguments.path, nargs="?", help="YAML file")
+    parser.add_argument(
+        "--runs_dir",
+        type=arguments.path,
+        default="runs",
+        help="the store (default: runs)",
+    )
+
+
+def exit_status(work: Callable[[], int], runs_dir: str) -> int:
+    """What the work of a command returns; 130 when it was stopped, 2 after an error, in a line."""
     try:
-        return _sweep(args)
+        return work()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
     except OSError as error:
         print(
-            f"error: {error.filename or args.runs_dir}: {error.strerror or error}; mend its "
+            f"error: {error.filename or runs_dir}: {error.strerror or error}; mend its "
             "rights or what is in its place, or give another --runs_dir",
             file=sys.stderr,
         )
@@ -284,9 +295,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _sweep(args: argparse.Namespace) -> int:
-    if args.sweep is None:
+def check_named(sweep: str | None) -> str:
+    """The sweep file's path. Raises ConfigError where none was given."""
+    if sweep is None:
         raise ConfigError("name a sweep file, for example sweeps/smoke.yaml")
+    return sweep
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is a KeyboardInterrupt."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    check_named(args.sweep)
     if args.address is not None and args.workers is not None:
         raise ConfigError("--workers is for a Ray of our own, not for --address")
     cells = plan(args.sweep, args.runs_dir, args.gpus > 0)
@@ -299,17 +330,12 @@ def _sweep(args: argparse.Namespace) -> int:
     _check_store(Path(args.runs_dir))
     _say_mode(cells)
     pool = RayPool(args.address, args.workers, args.gpus)
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        pool.check(cells)
-        return 0 if drive(cells, pool, table, args.retries) else 1
-    finally:
-        pool.close()
-        signal.signal(signal.SIGTERM, before)
+    with stopped_by_sigterm():
+        try:
+            pool.check(cells)
+            return 0 if drive(cells, pool, table, args.retries) else 1
+        finally:
+            pool.close()
 
 
 def _say_mode(cells: Sequence[Cell]) -> None:

@@ -19,6 +19,10 @@ IQL, CQL, CALQL = (f"algorithms/{name}.py" for name in ("iql", "cql", "cal_ql"))
 DIQL, DCAL = "algorithms/dare_iql.py", "algorithms/dare_cal_ql.py"
 HOOK, ROWS = "corl_dare/hook.py", "corl_dare/rows.py"
 DARE, WEIGHTS = "corl_dare/config.py", "corl_dare/release.py"
+SEED_RUNS, STACKED_SWEEP = (
+    "corl/seeds.py corl/stacked_session.py",
+    "experiments/stacked.py",
+)
 ADAPTER, PATCHES = "corl_dare/upstream.py", "scripts/make_patches.py"
 
 # Words of the names of tests of one algorithm.
@@ -1283,6 +1287,52 @@ SETS = Group(
         ),
     ],
 )
+STACKED = Group(
+    "tests/test_stacked_sweep.py tests/test_stacked.py tests/test_stacked_runs.py",
+    "",
+    "none_of_the_wiring",
+    "tests/test_report.py",
+    [
+        Mutant(SEED_RUNS, '.replace("{seed}", str(seed))', '.replace("{seed}", "1")'),
+        Mutant(
+            SEED_RUNS, "episodes := self.sessions[0].switch_episodes", "episodes := 0"
+        ),
+        Mutant(
+            SEED_RUNS,
+            "self._evaluate(actors, self.config.n_episodes)",
+            "self._evaluate(actors, 1)",
+        ),
+        Mutant(SEED_RUNS, "session.run.stacked = len(self.sessions)", "pass"),
+        Mutant(
+            "corl_dare/hook_stacked.py",
+            "drawn = [hook.draw_lots(n_offline, batch_size) for hook in self.members]",
+            "first = self.members[0]\n"
+            "            drawn = [first.draw_lots(n_offline, batch_size) for _ in self.members]",
+        ),
+        Mutant(HOOK, "order = lots[order]", "order = order[lots]"),
+        Mutant(
+            STACKED_SWEEP,
+            'models / f"{cell.seed}.pt"',
+            'models / f"{group.cells[0].seed}.pt"',
+        ),
+        Mutant(
+            STACKED_SWEEP, 'for own in ("seed", ', 'for own in ("policy_noise", "seed", '
+        ),
+        Mutant(
+            STACKED_SWEEP, 'if any(cell.folder.glob("*/checkpoint.pt")):', "if False:"
+        ),
+        Mutant(
+            STACKED_SWEEP,
+            "                handle.terminate()\n",
+            "                pass\n",
+        ),
+        Mutant(
+            "experiments/tables.py",
+            ' for r in records if "stacked" not in r]',
+            " for r in records]",
+        ),
+    ],
+)
 GROUPS = {
     "release": RELEASE,
     "switch": SWITCH,
@@ -1300,4 +1350,5 @@ GROUPS = {
     "buffer": BUFFER,
     "dataset": DATASET,
     "sets": SETS,
+    "stacked": STACKED,
 }

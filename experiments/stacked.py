@@ -54,6 +54,8 @@ class Handle(Protocol):
 
     def terminate(self) -> None: ...
 
+    def kill(self) -> None: ...
+
     def wait(self, timeout: float | None = None) -> int: ...
 
 
@@ -82,7 +84,7 @@ def groups_of(cells: Sequence[Cell], runs_dir: Path) -> list[Group]:
     for cell in cells:
         values = flatten(dataclasses.asdict(cell.config))
         for own in ("seed", "load_model", "runs_dir"):
-            del values[own]
+            values.pop(own, None)
         sweep = cell.folder.parent.name
         text = json.dumps([sweep, cell.algorithm, cell.method, values], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -91,7 +93,11 @@ def groups_of(cells: Sequence[Cell], runs_dir: Path) -> list[Group]:
         group = found.setdefault(key, Group(runs_dir / STACKED / name, []))
         group.cells.append(cell)
     for group in found.values():
-        if why := group.cells[0].config.not_stacked():
+        config = group.cells[0].config
+        why = "its settings have no `seeds`"
+        if hasattr(config, "seeds"):
+            why = config.not_stacked()
+        if why:
             raise ConfigError(
                 f"the seeds of {group.cells[0].method} cannot be stacked: {why}; run it with "
                 "experiments.sweep, and name the other methods with --only"
@@ -113,7 +119,7 @@ def prepare(group: Group, device: str) -> list[str]:
     first = group.cells[0]
     config = dataclasses.replace(
         first.config,
-        device=device,
+        device=first.config.device if device == "auto" else device,
         runs_dir=str(group.folder),
         load_model=str(models / "{seed}.pt") if first.model else "",
     )
@@ -207,8 +213,11 @@ class Driver:
             for _, handle, _ in self.running:
                 handle.terminate()
             for group, handle, _ in self.running:
-                with contextlib.suppress(subprocess.TimeoutExpired):
+                try:
                     handle.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    handle.kill()
+                    handle.wait()
                 collect(group)
         for line in self.failed:
             print(f"FAILED: {line}")

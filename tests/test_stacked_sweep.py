@@ -120,6 +120,18 @@ def test_seeds_that_cannot_be_stacked_are_refused_with_the_reason(sweep):
         stacked.groups_of(cells, Path("runs"))
 
 
+def test_a_program_that_takes_no_seeds_is_refused(sweep):
+    (model, *_) = plan(sweep())
+
+    @dataclasses.dataclass
+    class Config:
+        name: str = "walk"
+
+    model.config = Config()
+    with pytest.raises(ConfigError, match="its settings have no `seeds`"):
+        stacked.groups_of([model], Path("runs"))
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -250,6 +262,22 @@ def test_an_error_of_the_driver_stops_what_runs_and_keeps_it(sweep):
     with pytest.raises(KeyboardInterrupt):
         run(file, Endless)
     assert asked == ["terminate", "wait"]
+    # One that does not listen is ended before its runs are moved.
+    asked.clear()
+
+    class Deaf(Endless):
+        def wait(self, timeout=None):
+            asked.append("wait")
+            if timeout is not None:
+                raise subprocess.TimeoutExpired("deaf", timeout)
+            return -9
+
+        def kill(self):
+            asked.append("kill")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(file, Deaf)
+    assert asked == ["terminate", "wait", "kill", "wait"]
 
 
 # ---------------------------------------------------------------- the command line

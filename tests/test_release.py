@@ -17,6 +17,7 @@ from corl.layers import presets_of
 from corl.stacked_session import StackedBuffer
 from corl.stacked_session import Streams as AllStreams
 from corl_dare.config import ALIKE, SCORING, DareConfig
+from corl_dare.exchange import draw_lots
 from corl_dare.hook import DareHook, Release, prepare
 from corl_dare.hook_stacked import StackedHook
 
@@ -137,6 +138,10 @@ def test_the_hook_draws_lots_and_keeps_the_leading_rows(among):
     assert drawn.release.kept == plain.release.kept == 8
     assert sorted(drawn.batch[2].tolist()) == sorted(plain.batch[2].tolist())
     assert not torch.equal(drawn.batch[2], plain.batch[2])
+    # Rows are drawn for as they came, before the exchange: `half` would change nothing after it.
+    order = (plain.batch[0][:, None] == plain.states[None]).all(-1).int().argmax(1)
+    lots = draw_lots(8, 16, among, torch.Generator().manual_seed(0), "cpu")
+    assert torch.equal(drawn.batch[0], plain.states[lots[order]])
     assert drawn.log["weight_mean"] == 0.5
     state = hook.state_dict()
     np.random.seed(1)

@@ -138,10 +138,6 @@ def test_the_hook_draws_lots_and_keeps_the_leading_rows(among):
     assert drawn.release.kept == plain.release.kept == 8
     assert sorted(drawn.batch[2].tolist()) == sorted(plain.batch[2].tolist())
     assert not torch.equal(drawn.batch[2], plain.batch[2])
-    # Rows are drawn for as they came, before the exchange: `half` would change nothing after it.
-    order = (plain.batch[0][:, None] == plain.states[None]).all(-1).int().argmax(1)
-    lots = draw_lots(8, 16, among, torch.Generator().manual_seed(0), "cpu")
-    assert torch.equal(drawn.batch[0], plain.states[lots[order]])
     assert drawn.log["weight_mean"] == 0.5
     state = hook.state_dict()
     np.random.seed(1)
@@ -150,6 +146,27 @@ def test_the_hook_draws_lots_and_keeps_the_leading_rows(among):
     again.load_state_dict(state)
     np.random.seed(1)
     assert torch.equal(again.sample(16).batch[2], expected)
+
+
+@pytest.mark.parametrize("among", ["half", "batch"])
+def test_the_hook_draws_lots_for_rows_as_they_came(among):
+    """After the exchange lots within the halves would change no weight."""
+
+    def sample(**fields):
+        hook = make_hook(score="policy_ratio", **fields)
+        generator = torch.Generator()
+        generator.set_state(hook.generator.get_state())
+        # Of a batch in which no row is there twice.
+        np.random.seed(1)
+        return hook.sample(16), generator
+
+    plain, generator = sample()
+    drawn, _ = sample(permute=among)
+    assert torch.equal(drawn.states, plain.states)
+    assert len(plain.states.unique(dim=0)) == 16
+    order = (plain.batch[0][:, None] == plain.states[None]).all(-1).int().argmax(1)
+    lots = draw_lots(8, 16, among, generator, "cpu")
+    assert torch.equal(drawn.batch[0], plain.states[lots[order]])
 
 
 def test_the_average_is_that_of_the_weights_and_of_computed_rows():

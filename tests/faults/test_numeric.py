@@ -397,13 +397,13 @@ def test_a_cell_whose_model_is_not_finite_has_failed(finished, tmp_path):
         (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
     about = {"is_model": True, "offline": None}
     spoiled_checkpoint(finished / "checkpoint.pt", tmp_path / "run" / "checkpoint.pt")
-    outcome = run(lambda argv: workers._conclude(tmp_path, about))
+    outcome = run(lambda argv: workers.conclude(tmp_path, about))
     assert_refused(outcome, "checkpoint.pt", "not finite")
     assert not (tmp_path / "model.pt").exists() and read_state(tmp_path) == {}
     summary = json.loads((finished / "summary.json").read_text())
     summary["score_offline"] = math.nan
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    outcome = run(lambda argv: workers._conclude(tmp_path, about))
+    outcome = run(lambda argv: workers.conclude(tmp_path, about))
     assert_refused(outcome, "summary.json: score_offline is nan")
     (tmp_path / "state.json").write_text('{"state": "done", "score": NaN}')
     assert read_state(tmp_path)["state"] == "failed"

@@ -37,7 +37,13 @@ from experiments.cells import (
 )
 from experiments.plan import plan, select
 from experiments.programs import ROOT
-from experiments.sweep import add_places, check_named, exit_status, stopped_by_sigterm
+from experiments.sweep import (
+    add_places,
+    check_named,
+    exit_status,
+    say_mode,
+    stopped_by_sigterm,
+)
 from experiments.values import flatten, read_json
 from experiments.workers import RUN_AGAIN, CellFile, conclude
 
@@ -151,12 +157,13 @@ def start(group: Group, device: str) -> subprocess.Popen:
         )
 
 
-def collect(group: Group) -> None:
+def collect(group: Group) -> list[str]:
     """Move the runs in a group's folder into their cells, and conclude those that have ended.
 
-    Raises:
-        ConfigError: a run cannot be concluded.
+    Returns:
+        For each run that cannot be concluded what is wrong; its cell has failed.
     """
+    errors = []
     cells = {cell.seed: cell for cell in group.cells}
     for file in sorted(group.folder.glob("*/config.yaml")):
         run, cell = file.parent, cells.get(read_yaml(file)["seed"])
@@ -169,16 +176,19 @@ def collect(group: Group) -> None:
         ended = (run / "summary.json").is_file()
         os.replace(run, cell.folder / ("run" if ended else run.name))
         if ended:
-            _conclude(cell)
+            errors += _conclude(cell)
+    return errors
 
 
-def _conclude(cell: Cell) -> None:
+def _conclude(cell: Cell) -> list[str]:
+    """What is wrong with a run that has ended, if anything: as of `experiments.sweep`."""
     about = read_json(cell.folder / "cell.json", RUN_AGAIN, form=CellFile)
-    (cell.folder / "state.json").unlink(missing_ok=True)
     try:
         conclude(cell.folder, about)
     except SystemExit as error:
-        raise ConfigError(str(error).removeprefix("error: ")) from None
+        write_state(cell.folder, state="failed", error=[str(error)])
+        return [str(error)]
+    return []
 
 
 class Driver:
@@ -248,10 +258,10 @@ class Driver:
         if status is None:
             return
         self.running.remove((group, handle, since))
-        collect(group)
+        errors = collect(group)
         open_ones = [cell for cell in group.cells if not cell.is_done]
         if open_ones:
-            lines = last_lines(group.folder) or [f"exit status {status}"]
+            lines = errors or last_lines(group.folder) or [f"exit status {status}"]
             for cell in open_ones:
                 write_state(cell.folder, state="failed", error=lines)
             log = machine.tidy_path(group.folder / "log.txt")
@@ -268,10 +278,7 @@ class Driver:
 
 
 def unbegun(group: Group) -> Group:
-    """The group of those of its cells that have no run yet, after what was left in its folder.
-
-    Raises: as `collect`.
-    """
+    """The group of those of its cells that have no run yet, after what was left in its folder."""
     collect(group)
     cells = []
     for cell in (c for c in group.cells if not c.is_done):
@@ -313,6 +320,7 @@ def _run(args: argparse.Namespace) -> int:
     cells = select(cells, args.only) if args.only else cells
     cells = _chosen(cells, {"task": args.tasks, "seed": args.seeds})
     groups = groups_of([cell for cell in cells if not cell.is_done], runs_dir)
+    say_mode(cells)
     with stopped_by_sigterm(), contextlib.ExitStack() as held:
         for cell in (cell for group in groups for cell in group.cells):
             write_cell(cell)

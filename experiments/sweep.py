@@ -328,7 +328,7 @@ def _sweep(args: argparse.Namespace) -> int:
         table.show(last=True)
         return 0
     _check_store(Path(args.runs_dir))
-    _say_mode(cells)
+    say_mode(cells)
     pool = RayPool(args.address, args.workers, args.gpus)
     with stopped_by_sigterm():
         try:
@@ -338,7 +338,7 @@ def _sweep(args: argparse.Namespace) -> int:
             pool.close()
 
 
-def _say_mode(cells: Sequence[Cell]) -> None:
+def say_mode(cells: Sequence[Cell]) -> None:
     """Print what was chosen for cells whose sweep file does not say it."""
     chosen = next((c.chosen for c in cells if c.chosen), None)
     if chosen is not None:

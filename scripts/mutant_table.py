@@ -48,7 +48,7 @@ class Group(NamedTuple):
 
     cheap: files of tests of a few seconds, which come first.
     of: algorithm whose tests are taken, where the mistake is in no algorithm's file.
-    first: words of the tests of the wiring that most likely see them, as in `pytest -k`.
+    first: words of the tests of the wiring that most likely see them, as in `pytest -k`, or none.
     more: files of tests that come after these.
     """
 
@@ -1288,10 +1288,11 @@ SETS = Group(
     ],
 )
 STACKED = Group(
+    "tests/test_release.py tests/test_report.py "
     "tests/test_stacked_sweep.py tests/test_stacked.py tests/test_stacked_runs.py",
     "",
-    "none_of_the_wiring",
-    "tests/test_report.py",
+    "",
+    "",
     [
         Mutant(SEED_RUNS, '.replace("{seed}", str(seed))', '.replace("{seed}", "1")'),
         Mutant(

@@ -116,7 +116,8 @@ def stages(group: Group, name: str, tests: list[str], quick: bool) -> list[list[
     if algorithm:
         words += f" and {TESTS_OF[algorithm]}"
     cheap, more = group.cheap.split(), group.more.split()
-    found = [cheap, [*WIRING, "-k", words], *([] if quick else [more, WIRING])]
+    wiring = [*WIRING, "-k", words] if group.first else []
+    found = [cheap, wiring, *([] if quick else [more, WIRING])]
     return [arguments for arguments in found if arguments]
 
 

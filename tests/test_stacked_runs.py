@@ -1,5 +1,6 @@
 """Whole runs of stacked seeds: what they write, and how each goes on alone."""
 
+import json
 import signal
 
 import pytest
@@ -132,6 +133,9 @@ def test_a_seed_of_a_stacked_run_goes_on_alone(in_processes, tmp_path, monkeypat
     (mine, rows), (own, own_rows) = (left(p, 3) for p in (path, alone))
     assert mine["step"] == own["step"] == 12
     assert_alike(mine["rng"], own["rng"])
+    # Its CPU time was in part that of a process for all.
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["stacked"] == 2 and "cpu_seconds" not in summary
     networks = [state["parts"]["trainer"]["qf"] for state in (mine, own)]
     for name, value in networks[1].items():
         torch.testing.assert_close(networks[0][name], value, rtol=1e-3, atol=1e-3)

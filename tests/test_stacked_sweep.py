@@ -215,6 +215,29 @@ def test_a_failed_group_is_told_and_so_are_those_that_need_its_model(sweep, caps
     assert run(file)
 
 
+def test_a_run_on_other_data_than_its_model_fails_its_cell_and_stops_no_other(
+    sweep, capsys
+):
+    file = sweep()
+
+    def begin(group):
+        here = Here(group)
+        if group.cells[0].method == "keep":
+            (run_folder,) = group.folder.glob("*-s1-*")
+            summary = json.loads((run_folder / "summary.json").read_text())
+            summary["dataset"]["sha256"] = "other"
+            (run_folder / "summary.json").write_text(json.dumps(summary))
+        return here
+
+    assert not run(file, begin)
+    shown = capsys.readouterr().out
+    assert shown.count("FAILED: ") == 1
+    assert "the dataset (other) is not the one that the offline model" in shown
+    states = {s: read_state(cell_of(file, "keep", s).folder)["state"] for s in (1, 3)}
+    assert states == {1: "failed", 3: "done"}
+    assert cell_of(file, "uniform", 1).is_done
+
+
 def test_a_stopped_group_leaves_every_cell_its_checkpoint(sweep, capsys):
     file = sweep()
     run(file, begin=lambda group: Here(group))

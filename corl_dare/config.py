@@ -181,7 +181,12 @@ class DareConfig:
     # Field -> value -> fields that then have nothing to do. Whoever reads a config from several
     # places may leave out what an earlier place says of them.
     IDLE: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
-        "weights": dict.fromkeys(ALIKE, SCORING)
+        "weights": {
+            "hard": ("weight", "anneal_steps"),
+            "soft": ("weight", "anneal_steps"),
+            "uniform": (*SCORING, "anneal_steps"),
+            "anneal": SCORING,
+        }
     }
 
     def __post_init__(self) -> None:
@@ -225,9 +230,7 @@ class DareConfig:
                 )
 
     def _check_weights(self) -> None:
-        idle: tuple[str, ...] = SCORING if self.alike else ("weight", "anneal_steps")
-        if self.weights == "uniform":
-            idle += ("anneal_steps",)
+        idle = self.IDLE["weights"][self.weights]
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in idle or value == field.default:

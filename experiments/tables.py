@@ -13,6 +13,7 @@ import numpy as np
 
 from corl.drop import drop_at_the_switch
 from corl.tasks import RAW, Scale
+from corl_dare.config import DareConfig
 from experiments import stats
 from experiments.groups import Experiment, Group
 from experiments.store import online_scores, online_steps, training_metric
@@ -416,12 +417,16 @@ def _range(values: Sequence[float]) -> str:
 
 
 def settings_table(experiment: Experiment, group: Group) -> str:
-    """The settings in which the group's methods differ; several values: one per task."""
+    """The settings in which the group's methods differ; several values: one per task.
+
+    A setting that has nothing to do in a method has a dash there.
+    """
     configs: dict[str, dict[str, list]] = {}
     for label in group.labels:
         for by_seed in experiment.runs[label].values():
             record = next(iter(by_seed.values()))
-            fields = {"algorithm": record["algorithm"], **flatten(record["config"])}
+            config = _without_idle(record["config"])
+            fields = {"algorithm": record["algorithm"], **flatten(config)}
             for name, value in fields.items():
                 values = configs.setdefault(name, {}).setdefault(label, [])
                 if value not in values:
@@ -442,6 +447,19 @@ def settings_table(experiment: Experiment, group: Group) -> str:
         return ""
     names = [experiment.name(label) for label in group.labels]
     return _table(["setting", *names], rows)
+
+
+def _without_idle(config: Mapping) -> dict[str, Any]:
+    """Settings without those of the block `dare` that another one leaves nothing to do."""
+    block = config.get("dare")
+    if not isinstance(block, Mapping):
+        return dict(config)
+    idle = {
+        name
+        for field, table in DareConfig.IDLE.items()
+        for name in table.get(block.get(field), ())
+    }
+    return {**config, "dare": {k: v for k, v in block.items() if k not in idle}}
 
 
 def provenance_table(experiment: Experiment) -> str:

@@ -249,6 +249,11 @@ def test_a_later_choice_leaves_out_what_an_earlier_place_says(tmp_path, capsys):
         ("sweep", {"dare": {"weights": "uniform"}}),
     ]
     assert layered(dare_td3_bc.TrainConfig, layers).dare.rule == "threshold"
+    scored = [
+        ("file", {"dare": {"weights": "anneal", "weight": 0.3, "anneal_steps": 9}}),
+        ("sweep", {"dare": {"weights": "hard"}}),
+    ]
+    assert layered(dare_td3_bc.TrainConfig, scored).dare == type(found.dare)()
     with pytest.raises(ValueError, match="dare.rule em would do nothing"):
         layered(dare_td3_bc.TrainConfig, layers[::-1])
     with pytest.raises(SystemExit):

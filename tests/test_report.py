@@ -24,6 +24,7 @@ from algorithms import dare_iql, iql
 from corl import machine, runs
 from corl.config import parse_config
 from corl.tasks import D4RL, NORMALIZED, RAW
+from corl_dare.config import DareConfig
 from experiments import figures, groups, report, snapshot
 from experiments.groups import read_experiment
 from experiments.panels import differences, tenths
@@ -1023,6 +1024,28 @@ def test_the_page_says_where_the_numbers_come_from(experiment, no_pictures):
     assert "figures/both-learning.png" in text
     csv = (experiment / "scores.csv").read_text().splitlines()
     assert len(csv) == 1 + 18 and csv[0].startswith("label,env,seed,before,after")
+
+
+def test_a_setting_that_has_nothing_to_do_in_a_method_is_not_compared(
+    make_run, tmp_path, no_pictures
+):
+    methods = {
+        "quarter": DareConfig(weights="uniform", weight=0.25),
+        "half": DareConfig(weights="uniform"),
+        "em": DareConfig(rule="em"),
+        "capped": DareConfig(cap=3),
+    }
+    folder = tmp_path / "results" / "released"
+    for label, dare in methods.items():
+        add([make_run(name=label, dare=dare)], folder)
+    plan = {"title": "Released", "groups": [{"title": "All", "labels": [*methods]}]}
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(plan))
+    report.write_report(folder)
+    text = text_of(folder)
+    assert row_of(text, "`dare.rule`")[1:] == ["–", "–", "em", "threshold"]
+    assert row_of(text, "`dare.cap`")[1:] == ["–", "–", "none", "3"]
+    assert row_of(text, "`dare.weight`")[1:] == ["0.25", "0.5", "–", "–"]
+    assert row_of(text, "`dare.weights`")[1:] == ["uniform", "uniform", "hard", "hard"]
 
 
 def test_a_method_that_no_group_shows_is_named(experiment, no_pictures):

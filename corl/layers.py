@@ -99,11 +99,16 @@ def with_preset(config_class: Any, values: dict, origin: str) -> dict:
     return merged(under, rest)
 
 
-def without_idle(config_class: Any, values: dict, later: dict, origin: str) -> dict:
-    """The values without fields of a block that a later choice leaves nothing to do; says so.
+def without_idle(
+    config_class: Any, values: dict, later: dict, origin: str | None
+) -> dict:
+    """The values without fields of a block that a later choice leaves nothing to do.
 
     A block's class may have a table `IDLE`: field -> value -> fields. Where one place says both,
     the block itself refuses them.
+
+    Args:
+        origin: the place of the values, for the line that names what is left out; none: no line.
     """
     kept = dict(values)
     for block, kind in _field_types(config_class).items():
@@ -113,7 +118,7 @@ def without_idle(config_class: Any, values: dict, later: dict, origin: str) -> d
         for field, table in getattr(kind, "IDLE", {}).items():
             idle = table.get(chosen.get(field), ())
             left_out = [name for name in given if name in idle]
-            if left_out:
+            if left_out and origin is not None:
                 names = ", ".join(f"{block}.{name}" for name in left_out)
                 print(
                     f"{origin}: with {block}.{field} {chosen[field]} these would do nothing and "

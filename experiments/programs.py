@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from corl.layers import ConfigError
+from corl.layers import ConfigError, without_idle
 from corl.trained import load_program
 
 # The clone of the repository: runs import from here, and its folder algorithms/ has the files.
@@ -53,6 +55,22 @@ def load_algorithm(file: str) -> ModuleType:
             f"{file}: its TrainConfig lacks {', '.join(sorted(lacking))}, which a sweep needs"
         )
     return module
+
+
+def working_settings(algorithm: str, config: Mapping) -> dict[str, Any]:
+    """The settings of a stored run without those that others leave nothing to do.
+
+    Those of an algorithm that is not among ours, or whose file cannot be loaded, stay as they are.
+
+    Args:
+        algorithm: name of the file, as `dare_iql`.
+        config: its settings, nested.
+    """
+    try:
+        module = load_algorithm(str(ROOT / "algorithms" / f"{algorithm}.py"))
+    except ConfigError:
+        return dict(config)
+    return without_idle(module.TrainConfig, dict(config), dict(config), origin=None)
 
 
 def baseline_of(file: str) -> str:

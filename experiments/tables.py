@@ -13,9 +13,9 @@ import numpy as np
 
 from corl.drop import drop_at_the_switch
 from corl.tasks import RAW, Scale
-from corl_dare.config import DareConfig
 from experiments import stats
 from experiments.groups import Experiment, Group
+from experiments.programs import working_settings
 from experiments.store import online_scores, online_steps, training_metric
 from experiments.stored import scale_of
 from experiments.values import flatten
@@ -425,8 +425,8 @@ def settings_table(experiment: Experiment, group: Group) -> str:
     for label in group.labels:
         for by_seed in experiment.runs[label].values():
             record = next(iter(by_seed.values()))
-            config = _without_idle(record["config"])
-            fields = {"algorithm": record["algorithm"], **flatten(config)}
+            settings = working_settings(record["algorithm"], record["config"])
+            fields = {"algorithm": record["algorithm"], **flatten(settings)}
             for name, value in fields.items():
                 values = configs.setdefault(name, {}).setdefault(label, [])
                 if value not in values:
@@ -447,19 +447,6 @@ def settings_table(experiment: Experiment, group: Group) -> str:
         return ""
     names = [experiment.name(label) for label in group.labels]
     return _table(["setting", *names], rows)
-
-
-def _without_idle(config: Mapping) -> dict[str, Any]:
-    """Settings without those of the block `dare` that another one leaves nothing to do."""
-    block = config.get("dare")
-    if not isinstance(block, Mapping):
-        return dict(config)
-    idle = {
-        name
-        for field, table in DareConfig.IDLE.items()
-        for name in table.get(block.get(field), ())
-    }
-    return {**config, "dare": {k: v for k, v in block.items() if k not in idle}}
 
 
 def provenance_table(experiment: Experiment) -> str:

@@ -123,7 +123,10 @@ class Sweep:
 
 
 def plan(
-    path: Path | str, runs_dir: Path | str = "runs", gpu: bool = False
+    path: Path | str,
+    runs_dir: Path | str = "runs",
+    gpu: bool = False,
+    only: Sequence[str] = (),
 ) -> list[Cell]:
     """The cells of a sweep file, offline cells first or with `by_seed` before those that need them.
 
@@ -133,11 +136,13 @@ def plan(
         path: of the sweep file.
         runs_dir: the store.
         gpu: whether cells run on a GPU, for what `auto` means.
+        only: methods to take, in this order, with the models that they need; none: all. The name
+            of a method with a grid stands for all its combinations.
 
     Raises:
-        ValueError: unknown or missing fields, wrong types, an algorithm, a config or a setting
-            that does not exist, settings that an algorithm refuses, a store that was begun
-            with other settings. One line that names the place.
+        ValueError: unknown or missing fields, wrong types, an algorithm, a config, a setting or
+            a method of `only` that does not exist, settings that an algorithm refuses, a store
+            that was begun with other settings. One line that names the place.
     """
     runs_dir = Path(runs_dir)
     sweep = read_sweep(path)
@@ -150,11 +155,6 @@ def plan(
                 method.combinations(), sweep.tasks, sweep.seeds
             )
         ]
-    if sweep.by_seed:
-        # Sorting keeps the order of the methods.
-        drafts.sort(
-            key=lambda d: (sweep.tasks.index(d[2].env), sweep.seeds.index(d[2].seed))
-        )
     mode = _Mode([config for *_, config in drafts], runs_dir / sweep.name, gpu)
     cells: dict[Path, Cell] = {}
     models: dict[Path, Cell] = {}
@@ -171,14 +171,40 @@ def plan(
         if cell.folder in cells:
             raise ConfigError(f"{sweep.path}: {cell.label} is there twice")
         cells[cell.folder] = cell
-    ordered = [*models.values(), *cells.values()]
-    if sweep.by_seed:
-        pairs = [(cell.model, cell) for cell in cells.values()]
-        both = (cell for pair in pairs for cell in pair if cell is not None)
-        ordered = list({cell.folder: cell for cell in both}.values())
-    for cell in ordered:
+    for cell in (*models.values(), *cells.values()):
         check_begun(cell)
-    return ordered
+    return _in_order(sweep, _named(list(cells.values()), only))
+
+
+def _named(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
+    """The cells of some methods, in the order of their names; without names all of them."""
+    if not methods:
+        return list(cells)
+    named: dict[str, list[Cell]] = {}
+    for cell in cells:
+        for name in {cell.method, cell.method.split(",")[0]}:
+            named.setdefault(name, []).append(cell)
+    for method in methods:
+        if method not in named:
+            raise ConfigError(
+                f"--only: the sweep has no method {method}; it has {', '.join(sorted(named))}"
+            )
+    return list({c.folder: c for method in methods for c in named[method]}.values())
+
+
+def _in_order(sweep: Sweep, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells behind their models: behind all of them, or with `by_seed` each behind its own."""
+    models = [cell.model for cell in cells if cell.model is not None]
+    ordered = [*models, *cells]
+    if sweep.by_seed:
+
+        def place(cell: Cell) -> tuple[int, int]:
+            return sweep.tasks.index(cell.task), sweep.seeds.index(cell.seed)
+
+        # Sorting keeps the order of the methods.
+        pairs = [(cell.model, cell) for cell in sorted(cells, key=place)]
+        ordered = [cell for pair in pairs for cell in pair if cell is not None]
+    return list({cell.folder: cell for cell in ordered}.values())
 
 
 @contextmanager
@@ -202,30 +228,6 @@ def planned_cells(sweep: Sweep) -> list[tuple[str, str, int]]:
             method.combinations(), sweep.tasks, sweep.seeds
         )
     ]
-
-
-def select(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
-    """The cells of some methods, in the order of their names, after the models that they need.
-
-    Args:
-        cells: of `plan`.
-        methods: names; that of a method with a grid stands for all its combinations.
-
-    Raises:
-        ValueError: a name that no cell has.
-    """
-    named: dict[str, list[Cell]] = {}
-    for cell in (c for c in cells if not c.is_model):
-        for name in {cell.method, cell.method.split(",")[0]}:
-            named.setdefault(name, []).append(cell)
-    for method in methods:
-        if method not in named:
-            raise ConfigError(
-                f"--only: the sweep has no method {method}; it has {', '.join(sorted(named))}"
-            )
-    taken = {c.folder: c for method in methods for c in named[method]}
-    needed = {c.model.folder for c in taken.values() if c.model}
-    return [*(c for c in cells if c.folder in needed), *taken.values()]
 
 
 def digest(algorithm: str, config: Any, leave_out: AbstractSet[str]) -> str:

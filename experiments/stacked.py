@@ -35,7 +35,7 @@ from experiments.cells import (
     write_cell,
     write_state,
 )
-from experiments.plan import plan, select
+from experiments.plan import plan
 from experiments.programs import ROOT
 from experiments.sweep import (
     add_places,
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_places(parser)
     parser.add_argument(
-        "--only", nargs="+", metavar="METHOD", help="these methods alone"
+        "--only", nargs="+", default=(), metavar="METHOD", help="these methods alone"
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these tasks alone")
     parser.add_argument(
@@ -316,8 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     runs_dir = Path(args.runs_dir)
-    cells = plan(check_named(args.sweep), runs_dir, gpu=True)
-    cells = select(cells, args.only) if args.only else cells
+    cells = plan(check_named(args.sweep), runs_dir, gpu=True, only=args.only)
     cells = _chosen(cells, {"task": args.tasks, "seed": args.seeds})
     groups = groups_of([cell for cell in cells if not cell.is_done], runs_dir)
     say_mode(cells)

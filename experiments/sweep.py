@@ -30,7 +30,7 @@ from corl import arguments, machine
 from corl.layers import ConfigError
 from corl.tasks import RAW
 from experiments.cells import Cell, last_lines, read_state, write_cell, write_failed
-from experiments.plan import plan, select
+from experiments.plan import plan
 from experiments.workers import Pool, RayPool
 
 # Exit statuses from here on, and negative ones, are deaths and not errors.
@@ -252,7 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="GPU share per cell",
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="METHOD", help="these methods alone, in this order"
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="METHOD",
+        help="these methods alone, in this order",
     )
     parser.add_argument(
         "--retries",
@@ -320,9 +324,7 @@ def _sweep(args: argparse.Namespace) -> int:
     check_named(args.sweep)
     if args.address is not None and args.workers is not None:
         raise ConfigError("--workers is for a Ray of our own, not for --address")
-    cells = plan(args.sweep, args.runs_dir, args.gpus > 0)
-    if args.only:
-        cells = select(cells, args.only)
+    cells = plan(args.sweep, args.runs_dir, args.gpus > 0, args.only)
     table = Table(cells)
     if args.status or all(c.is_done for c in cells):
         table.show(last=True)

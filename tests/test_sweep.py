@@ -26,7 +26,7 @@ import yaml
 from corl.layers import ConfigError
 from experiments import sweep
 from experiments.cells import lock, read_state, write_cell, write_failed, write_state
-from experiments.plan import digest, plan, select
+from experiments.plan import digest, plan
 from experiments.programs import load_algorithm
 from experiments.workers import (
     REQUIREMENTS,
@@ -284,6 +284,14 @@ def test_seed_by_seed_all_methods_start_together_after_their_models(store):
         if before is not None and before.is_model:
             assert (before.task, before.seed) == (cell.task, cell.seed)
         begun.add(cell.folder)
+
+
+def test_seed_by_seed_some_methods_start_together_after_their_models(store):
+    file = store(by_seed=True, seeds=[1, 0])
+    models = [f"offline walk a-v2 seed {seed}" for seed in (1, 0)]
+    first, second = ([f"{m} a-v2 seed {s}" for m in ("fast", "walk")] for s in (1, 0))
+    found = [c.label for c in plan(file, only=["fast", "walk"])]
+    assert found == [models[0], *first, models[1], *second]
 
 
 def test_seed_by_seed_no_model_of_a_later_seed_runs_before_the_cells_of_the_first(store):
@@ -633,7 +641,7 @@ def test_only_some_methods_run_and_the_others_can_follow(store):
     cells = plan(file)
 
     def chosen(*names):
-        return [c.label for c in select(cells, names)]
+        return [c.label for c in plan(file, only=names)]
 
     models = ["offline walk a-v2 seed 0", "offline walk a-v2 seed 1"]
     fast = ["fast a-v2 seed 0", "fast a-v2 seed 1"]
@@ -643,7 +651,7 @@ def test_only_some_methods_run_and_the_others_can_follow(store):
     assert chosen("more,utd=3") == models + more[2:]
     assert chosen("walk", "fast", "more", "more,utd=2") == [c.label for c in cells]
     alone = {"algorithm": "walk.py", "settings": {"lr": 0.3}}  # a model of its own
-    cells = plan(store(methods={**METHODS, "alone": alone}, seeds=[0]))
+    file = store(methods={**METHODS, "alone": alone}, seeds=[0])
     assert len(chosen("walk")) == len(chosen("alone")) == 2
 
 

@@ -14,7 +14,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -165,6 +167,14 @@ def run_process(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the sweep, which ends its workers
         )
+        try:
+            # Ray can stop a worker between two lines of Python only.
+            while process.poll() is None:
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            # `RayPool.close` asks. Without its input the cell saves and stops.
+            assert process.stdin is not None
+            process.stdin.close()
         return process.wait(), ""
 
 
@@ -196,7 +206,7 @@ class Pool(Protocol):
         ...
 
     def close(self) -> None:
-        """End all workers and with them their cells."""
+        """End all workers. Their cells save and stop."""
         ...
 
 
@@ -223,6 +233,7 @@ class RayPool:
                 f"a sweep needs Ray: python -m pip install -r {REQUIREMENTS}"
             ) from None
         self.ray, self.gpus = ray, gpus
+        self.running: list[Any] = []
         # Sent as code and not by name: a worker of a cluster need not find this package.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self.head: Head | None = None
@@ -277,12 +288,15 @@ class RayPool:
         words, cwd, path, variables, log = process_arguments(cell)
         if not self.gpus:
             variables["CUDA_VISIBLE_DEVICES"] = ""  # what was not asked for is not taken
-        return remote.remote(words, cwd, path, variables, log)
+        handle = remote.remote(words, cwd, path, variables, log)
+        self.running.append(handle)
+        return handle
 
     def ended(self, handles: Sequence[Any], seconds: float) -> list[tuple]:
         ready, _ = self.ray.wait(list(handles), num_returns=1, timeout=seconds)
         outcomes = []
         for handle in ready:
+            self.running.remove(handle)
             try:
                 outcomes.append((handle, *self.ray.get(handle)))
             except self.ray.exceptions.RayTaskError as error:
@@ -292,9 +306,23 @@ class RayPool:
         return outcomes
 
     def close(self) -> None:
-        self.ray.shutdown()
-        if self.head is not None:
-            self.head.close()
+        try:
+            self._stop_running()
+        finally:
+            self.ray.shutdown()
+            if self.head is not None:
+                self.head.close()
+
+    def _stop_running(self) -> None:
+        """Ask the cells that run to save, and wait: Ray kills what a worker of its has started."""
+        if not self.running:
+            return
+        print("\nstopping: the cells that run save first", file=sys.stderr)
+        with suppress(self.ray.exceptions.RayError):
+            for handle in self.running:
+                self.ray.cancel(handle)
+            count = len(self.running)
+            self.ray.wait(self.running, num_returns=count, timeout=seeds.GRACE + 5.0)
 
 
 def _check_reachable(address: str) -> None:

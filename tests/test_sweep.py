@@ -1067,6 +1067,27 @@ def test_a_sweep_killed_in_the_middle_and_restarted_gives_the_same_store(store):
 
 
 @pytest.mark.optional("ray")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_sweep_ends_when_its_cells_have_saved(store, number):
+    file = store(
+        seeds=[0],
+        settings={"pause": 0.01, "eval_freq": 10**5, "offline_iterations": 10**5},
+    )
+    (model,) = (cell for cell in plan(file) if cell.is_model)
+    log = model.folder / "log.txt"
+    process = _start(file, "--workers", 1)
+    try:
+        _wait_for(lambda: log.is_file() and "start [" in log.read_text(), process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130 and "the same command goes on" in output
+    assert len(list(model.folder.glob("*/checkpoint.pt"))) == 1
+
+
+@pytest.mark.optional("ray")
 def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, monkeypatch):
     port = 20000 + os.getpid() % 10000  # below those that connections are given
     # A token of this cluster alone; the sweep reads it from the environment as any user's.

@@ -11,6 +11,7 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -167,8 +168,10 @@ def run_process(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the sweep, which ends its workers
         )
+        # Ray interrupts a worker by SIGINT, which the background jobs of a shell script ignore.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            # Ray can stop a worker between two lines of Python only.
+            # It can do so between two lines of Python only.
             while process.poll() is None:
                 time.sleep(0.1)
         except KeyboardInterrupt:

@@ -1069,13 +1069,19 @@ def test_a_sweep_killed_in_the_middle_and_restarted_gives_the_same_store(store):
 @pytest.mark.optional("ray")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_sweep_ends_when_its_cells_have_saved(store, number):
+    """Also one that a shell script started in the background, where SIGINT is ignored."""
     file = store(
         seeds=[0],
         settings={"pause": 0.01, "eval_freq": 10**5, "offline_iterations": 10**5},
     )
     (model,) = (cell for cell in plan(file) if cell.is_model)
     log = model.folder / "log.txt"
+    ignored = number == signal.SIGTERM
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler
+    )
     process = _start(file, "--workers", 1)
+    signal.signal(signal.SIGINT, before)
     try:
         _wait_for(lambda: log.is_file() and "start [" in log.read_text(), process)
         process.send_signal(number)

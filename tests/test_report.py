@@ -505,7 +505,9 @@ def test_what_the_texts_quote_stands_on_a_page(file):
     assert missing == []
 
 
-@pytest.mark.parametrize("name", ["release_cpu", "release_gpu", "release_antmaze", "table1_cpu"])
+@pytest.mark.parametrize(
+    "name", ["release_cpu", "release_gpu", "release_antmaze", "table1_cpu"]
+)
 def test_a_finding_quotes_numbers_of_its_pages_and_runs(name):
     """Also numbers without an interval: those of single runs, of which one seed is in."""
     (text,) = [

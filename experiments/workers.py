@@ -145,7 +145,7 @@ def run_process(
 ) -> tuple[int | None, str]:
     """Run a Python process; returns its exit status, and why there is none.
 
-    Ray sends this function to a worker of any machine, so it uses nothing else of this file.
+    Ray sends this function to a worker of any machine, so it uses no other package of ours.
 
     Args:
         words: arguments of Python.
@@ -168,10 +168,8 @@ def run_process(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the sweep, which ends its workers
         )
-        # Ray interrupts a worker by SIGINT, which the background jobs of a shell script ignore.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            # It can do so between two lines of Python only.
+            # Ray interrupts a worker between two lines of Python only.
             while process.poll() is None:
                 time.sleep(0.1)
         except KeyboardInterrupt:
@@ -179,6 +177,13 @@ def run_process(
             assert process.stdin is not None
             process.stdin.close()
         return process.wait(), ""
+
+
+def run_task(*arguments: Any) -> tuple[int | None, str]:
+    """`run_process` in a worker of Ray, which interrupts its tasks by SIGINT."""
+    # A sweep that a shell script started in the background ignores it, and so do its workers.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run_process(*arguments)
 
 
 def process_arguments(cell: Cell) -> tuple[list[str], str, str, dict[str, str], str]:
@@ -287,7 +292,7 @@ class RayPool:
     def start(self, cell: Cell) -> Any:
         resources = {"num_cpus": cell.config.threads, "num_gpus": self.gpus}
         # Retries are the sweep's: it knows an error from a death.
-        remote = self.ray.remote(max_retries=0, **resources)(run_process)
+        remote = self.ray.remote(max_retries=0, **resources)(run_task)
         words, cwd, path, variables, log = process_arguments(cell)
         if not self.gpus:
             variables["CUDA_VISIBLE_DEVICES"] = ""  # what was not asked for is not taken

@@ -28,6 +28,7 @@ from experiments import sweep
 from experiments.cells import lock, read_state, write_cell, write_failed, write_state
 from experiments.plan import digest, plan
 from experiments.programs import load_algorithm
+from experiments.ray_head import OWN_SETTINGS
 from experiments.workers import (
     REQUIREMENTS,
     STOPPED,
@@ -1096,6 +1097,9 @@ def test_a_stopped_sweep_ends_when_its_cells_have_saved(store, number):
 @pytest.mark.optional("ray")
 def test_a_sweep_on_a_cluster_of_two_nodes_uses_both(store, monkeypatch):
     port = 20000 + os.getpid() % 10000  # below those that connections are given
+    # A sweep with a Ray of its own, in a test before, may have left these in this process.
+    for name in OWN_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     # A token of this cluster alone; the sweep reads it from the environment as any user's.
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))

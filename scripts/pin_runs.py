@@ -330,6 +330,8 @@ def main() -> None:
         record = {
             "commit": commit_of(args.tree),
             "processor": machine.describe()["processor"],
+            # A name may stand for processors with different instructions.
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "versions": machine.versions(),
             "runs": found,
         }

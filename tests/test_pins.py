@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+import torch
 from kinds import with_slow
 
 from corl import machine
@@ -18,7 +19,8 @@ def pinned_here(record):
     """Is this the processor with the versions that the digests were made with?"""
     versions = machine.versions()
     same = all(versions[k] == record["versions"][k] for k in DECIDE)
-    return same and machine.describe()["processor"] == record["processor"]
+    here = machine.describe()["processor"], torch.backends.cpu.get_cpu_capability()
+    return same and here == (record["processor"], record["instructions"])
 
 
 @pytest.fixture(scope="module")
